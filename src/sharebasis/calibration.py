@@ -1,0 +1,112 @@
+"""Run text through a model and gather the moments of what its sublayers read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharebasis.capture import find_sites
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.hub import MANIFEST
+from sharebasis.moment_store import Accumulators
+from sharebasis.moments import MomentAccumulator, Site
+from sharebasis.progress import progress
+from sharebasis.resources import require_memory
+from sharebasis.sublayer import Sublayer
+from sharebasis.surgery import Modules, wrap
+
+PROBE_TOKENS = 4
+"""Enough to see which sublayers read the same tensor."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    sublayers: Sequence[Sublayer],
+    windows: Int64[Tensor, "windows window"],
+    batch: int,
+    checkpoint: Checkpoint,
+) -> tuple[Sequence[Site], Accumulators]:
+    """Gather the moment of every distinct input of the selected sublayers.
+
+    Args:
+        model: dense, in eval mode; its sublayers are wrapped in place.
+        sublayers: whose inputs are tracked.
+        windows: token ids, one sequence a row.
+        batch: windows a forward pass.
+        checkpoint: where a run that was killed goes on from.
+
+    Raises:
+        CalibrationError: a sublayer never ran.
+        ResourceError: the moments do not fit into memory.
+    """
+    names = [sublayer.name for sublayer in sublayers]
+    windows = windows.to(model.device)
+    # The blocks are all there is to see; the head's logits would be the largest product of all.
+    body = model.base_model
+    sites = find_sites(
+        model, names, lambda: body(input_ids=windows[:1, :PROBE_TOKENS], use_cache=False)
+    )
+    require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
+    modules = wrap(model, {sublayer.name: [(0, sublayer.shape[0])] for sublayer in sublayers})
+    accumulators = start_calibrating(modules, sites, model.device)
+    done = checkpoint.resume(accumulators)
+    tokens = windows.shape[1]
+    with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
+        for start in range(done, len(windows), batch):
+            chunk = windows[start : start + batch]
+            body(input_ids=chunk, use_cache=False)
+            advance(chunk.numel())
+            checkpoint.save_if_due(accumulators, start + len(chunk))
+    return sites, accumulators
+
+
+def run_identity(
+    weights: Path,
+    sublayers: Iterable[Sublayer],
+    windows: Int64[Tensor, "windows window"],
+    **settings: object,
+) -> dict[str, object]:
+    """All that the moments depend on, for `Checkpoint`.
+
+    Args:
+        weights: artifacts/weights, which its manifest stands for.
+        sublayers: whose inputs are tracked.
+        windows: token ids.
+        settings: whatever else changes the numbers.
+    """
+    return {
+        "weights": hashlib.sha256((weights / MANIFEST).read_bytes()).hexdigest(),
+        "sublayers": [sublayer.name for sublayer in sublayers],
+        "windows": [*windows.shape, hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
+        **settings,
+    }
+
+
+def start_calibrating(
+    modules: Modules, sites: Iterable[Site], device: torch.device | str
+) -> Accumulators:
+    """Set every part of every reader to CALIBRATING; return the accumulators by site name.
+
+    The first part of the first reader feeds the site's accumulator; the others are given
+    the same tensor in the same pass and have nothing to add.
+    """
+    accumulators = {}
+    for site in sites:
+        accumulator = MomentAccumulator(site.name, site.d, device)
+        for reader in site.readers:
+            for i, part in enumerate(modules[reader].parts):
+                first = reader == site.name and i == 0
+                part.calibrate(accumulator.update if first else _already_counted)
+        accumulators[site.name] = accumulator
+    return accumulators
+
+
+def _already_counted(_: Tensor) -> None:
+    """The tracker of a part whose input another part of the site counts."""

@@ -1,0 +1,53 @@
+"""What goes into a sublayer while a model runs. The only file with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from sharebasis.errors import CalibrationError
+from sharebasis.moments import Site
+
+
+def find_sites(
+    model: nn.Module, names: Iterable[str], run: Callable[[], object]
+) -> tuple[Site, ...]:
+    """Find out, by running the model once, which sublayers read the same tensor.
+
+    Two sublayers share a site if they are given the same memory, seen the same way;
+    q, k and v do, and gate and up, whatever the family calls them.
+
+    Args:
+        model: that holds the sublayers.
+        names: HF names of the sublayers.
+        run: called without arguments, runs a few tokens through `model`.
+
+    Raises:
+        CalibrationError: a sublayer did not run.
+    """
+    seen: dict[str, Tensor] = {}  # holds the inputs, so that no memory is used twice
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, args[0])
+
+        return hook
+
+    names = tuple(names)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if silent := [name for name in names if name not in seen]:
+        raise CalibrationError(
+            f"{len(silent)} selected sublayers did not run on the probe, {silent[0]} among them; "
+            "exclude them from the selection (model.weight_types)."
+        )
+    readers: dict[tuple[int, int, int], list[str]] = {}
+    for name in names:
+        x = seen[name]
+        readers.setdefault((x.data_ptr(), x.numel(), x.shape[-1]), []).append(name)
+    return tuple(Site(same[0], tuple(same), key[2]) for key, same in readers.items())

@@ -1,0 +1,88 @@
+"""artifacts/compressed -> a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from sharebasis import compressed_index, store
+from sharebasis.compressed_index import CompressedIndex, CompressedPart
+from sharebasis.errors import StoreError
+from sharebasis.hub import empty_model, load_config
+from sharebasis.resources import require_memory
+from sharebasis.surgery import wrap
+
+
+def load_compressed(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a compressed model; `generate` and all else work as on the original's class.
+
+    Tensors are read one at a time and never exist in their dense form. The model is in
+    eval mode; bases and coefficients do not require gradients until they are told to.
+
+    Args:
+        directory: written by the stage `fit`.
+        dtype: of the floating-point parameters; None leaves them as they are stored.
+        device: where the model goes.
+
+    Raises:
+        StoreError: the directory is not whole.
+        WeightsError: a file of tensors is missing or truncated.
+        ResourceError: the model does not fit into memory.
+    """
+    directory, device = Path(directory), torch.device(device)
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    reader = store.TensorReader(directory, index.files)
+    on_disk = sum((directory / name).stat().st_size for name in set(index.files.values()))
+    require_memory(on_disk, f"The compressed model in {directory}", device)
+    model = empty_model(load_config(directory))
+    parts = _parts_by_sublayer(index)
+    rows = {name: [(part.start, part.stop) for part in own] for name, own in parts.items()}
+    modules = wrap(model, rows)
+    bases = {group.basis for group in index.groups}
+    coefficients = {part.coefficient for own in parts.values() for part in own}
+    factors = {}
+    for name, tensor in reader.stream():
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        if name in bases or name in coefficients:
+            factors[name] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            set_module_tensor_to_device(model, name, device, value=tensor, dtype=tensor.dtype)
+    basis_of = {
+        part.coefficient: factors[group.basis] for group in index.groups for part in group.parts
+    }
+    for name, module in modules.items():
+        for linear, part in zip(module.parts, parts[name], strict=True):
+            linear.compress(basis_of[part.coefficient], factors[part.coefficient])
+    return _finish(model, directory, device)
+
+
+def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:
+    """The parts of every sublayer, in row order."""
+    parts: dict[str, list[CompressedPart]] = {}
+    for group in index.groups:
+        for part in group.parts:
+            parts.setdefault(part.sublayer, []).append(part)
+    return {name: sorted(own, key=lambda part: part.start) for name, own in parts.items()}
+
+
+def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> PreTrainedModel:
+    """Tie what the config ties, and see to it that nothing is left without a value."""
+    model.tie_weights()
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise StoreError(
+            f"{directory} lacks {len(empty)} tensors of the model, {empty[0]} among them; write "
+            "it again (dvc repro fit)."
+        )
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    nn.Module.to(model, device)  # buffers that no file holds, such as rotary frequencies
+    return model

@@ -1,0 +1,102 @@
+"""params.yaml and Hydra -> settings. The only file that imports omegaconf or hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from sharebasis import settings as knobs
+from sharebasis.errors import SettingsError
+from sharebasis.settings import Settings
+
+PARAMS = Path("params.yaml")
+CONF = Path("conf")
+
+# An unknown key is an error in every section. Said here, so that settings.py stays plain.
+for _section in vars(knobs).values():
+    if dataclasses.is_dataclass(_section):
+        setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
+_SETTINGS = TypeAdapter(Settings)
+
+
+def load_settings(path: Path = PARAMS) -> Settings:
+    """Read params.yaml, which is what a stage goes by.
+
+    Raises:
+        SettingsError: a key is unknown or missing, or a value is out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{path} is missing here ({Path.cwd()}); run from the repository's top, or compose "
+            "it with: python -m sharebasis.params"
+        ) from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from None
+    return parse_settings(content, str(path))
+
+
+def parse_settings(content: Any, where: str) -> Settings:
+    """Validate a mapping of the shape of params.yaml.
+
+    Raises:
+        SettingsError: says every key that is wrong, its value, and what is allowed.
+    """
+    try:
+        settings = _SETTINGS.validate_python(content)
+    except ValidationError as error:
+        raise SettingsError(f"{where} is not valid: {_explain(error)}") from None
+    _check_together(settings, where)
+    return settings
+
+
+def compose_params(conf: Path = CONF, overrides: Sequence[str] = ()) -> str:
+    """Compose the groups of `conf/` into the text of a params.yaml.
+
+    Raises:
+        SettingsError: an override names a group, choice or key that does not exist.
+    """
+    try:
+        with initialize_config_dir(str(conf.absolute()), version_base=None):
+            config = compose("config", overrides=list(overrides))
+        OmegaConf.resolve(config)
+        return OmegaConf.to_yaml(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(f"{conf} with {list(overrides)} cannot be composed: {error}") from None
+
+
+def _check_together(settings: Settings, where: str) -> None:
+    """What no single field can tell."""
+    fit, data = settings.fit, settings.data
+    if fit.method != "basis_sharing" and fit.group_size != 1:
+        raise SettingsError(
+            f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "
+            "basis for every part (group_size 1); fit=basis_sharing shares."
+        )
+    for use, text in (("calibration", data.calibration), ("evaluation", data.evaluation)):
+        if data.source != "sotu" and not text.path:
+            raise SettingsError(f"{where} is not valid: data.{use}.path is missing.")
+    if data.source == "hub" and not data.hub_id:
+        raise SettingsError(f"{where} is not valid: data.hub_id is missing.")
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(step) for step in one['loc']) or 'the file'}: {one['msg']}"
+        + (
+            ""
+            if one["type"] in ("missing", "unexpected_keyword_argument")
+            else f" (it is {one['input']!r})"
+        )
+        for one in error.errors()
+    )

@@ -1,0 +1,186 @@
+"""artifacts/weights and artifacts/moments -> artifacts/compressed, one group at a time."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharebasis import compressed_index, store
+from sharebasis.allocation import uniform_ranks
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.errors import WeightsError
+from sharebasis.factorize import ReadFactors, fit_read_basis
+from sharebasis.grouping import Group, adjacent_groups
+from sharebasis.hub import MANIFEST, checkpoint_name, empty_model, load_config
+from sharebasis.moment_store import MomentStore
+from sharebasis.progress import progress
+from sharebasis.settings import FitSettings, Method
+from sharebasis.splitting import Part
+
+log = logging.getLogger(__name__)
+
+WHITENED: dict[Method, bool] = {"svd": False, "svd_llm": True, "basis_sharing": True}
+"""Whether a method minimises the error of the outputs (or that of the weights)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FittedGroup:
+    """What became of a group, for metrics."""
+
+    group: Group
+    rank: int
+    n_stored: int
+    loss: float
+    energy: float
+
+
+class Checkpoint:
+    """artifacts/weights by the names that the model itself uses."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = store.TensorReader.of_checkpoint(directory)
+        model = empty_model(load_config(directory))
+        stored, prefix = self._reader.files, model.base_model_prefix
+        self.names = {
+            name: found
+            for name in model.state_dict()
+            if (found := checkpoint_name(name, stored, prefix)) is not None
+        }
+        """Tensor of the model -> tensor of the checkpoint; tied ones may have no own."""
+
+    def read_part(self, part: Part) -> Tensor:
+        """The (d_out, d_in) weight of a part.
+
+        Raises:
+            WeightsError: the checkpoint does not hold the sublayer's weight.
+        """
+        name = self.names.get(f"{part.sublayer.name}.weight")
+        if name is None:
+            raise WeightsError(
+                f"{self._reader.directory} holds no weight for {part.sublayer.name}; transformers "
+                "builds it from other tensors, which is not supported yet."
+            )
+        rows = slice(part.start, part.stop)
+        if part.sublayer.type == "Conv1D":
+            return self._reader.read(name, columns=rows).T
+        return self._reader.read(name, rows)
+
+    def others(self, fitted: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model that is not a fitted weight, by the model's name."""
+        for name, found in self.names.items():
+            if name not in fitted:
+                yield name, self._reader.read(found)
+
+
+def fit(
+    weights: Path,
+    parts: Sequence[Part],
+    moments: MomentStore,
+    settings: FitSettings,
+    target: Path,
+    device: torch.device,
+) -> Sequence[FittedGroup]:
+    """Fit every group and write the compressed model; whole or not at all.
+
+    Memory holds one group, its moments and one shard of the output.
+
+    Args:
+        weights: artifacts/weights.
+        parts: of its selected sublayers.
+        moments: of its inputs; not read by a method that does not whiten.
+        settings: method and budget.
+        target: artifacts/compressed.
+        device: for the decompositions.
+
+    Raises:
+        BudgetError: a group is too small for the budget.
+        WeightsError, CalibrationError, StoreError: what is read is not usable.
+    """
+    groups = adjacent_groups(parts, settings.group_size, settings.shared)
+    # Groups of the same layers in turn: they read the same moments.
+    groups = sorted(groups, key=lambda group: group.parts[0].sublayer.layer)
+    ranks = uniform_ranks(groups, settings.removed)
+    checkpoint = Checkpoint(weights)
+    pool = lru_cache(maxsize=1)(
+        lambda sites: reduce(add, (moments.read(site) for site in sites)).to(device)
+    )
+    fitted, index = [], []
+    with store.writing(target) as out:
+        writer = store.TensorWriter(out, "sharebasis", settings.shard_bytes)
+        for name, tensor in checkpoint.others({f"{part.sublayer.name}.weight" for part in parts}):
+            writer.add(name, tensor)
+        with progress("fit", len(groups), "groups") as advance:
+            for group, rank in zip(groups, ranks, strict=True):
+                sites = tuple(dict.fromkeys(moments.site(p.sublayer.name) for p in group.parts))
+                originals = [checkpoint.read_part(part).to(device) for part in group.parts]
+                moment = pool(sites) if WHITENED[settings.method] else None
+                factors = fit_read_basis(originals, moment, rank)
+                index.append(_write(writer, group, factors, originals[0].dtype))
+                stored = [index[-1].basis, *(part.coefficient for part in index[-1].parts)]
+                n_stored = sum(writer.numels[name] for name in stored)
+                fitted.append(FittedGroup(group, rank, n_stored, factors.loss, factors.energy))
+                advance()
+        writer.flush()
+        _copy_companions(weights, out)
+        store.save_record(out / compressed_index.FILE, CompressedIndex(tuple(index), writer.files))
+    return fitted
+
+
+def _write(
+    writer: store.TensorWriter, group: Group, factors: ReadFactors, dtype: torch.dtype
+) -> CompressedGroup:
+    basis = f"{group.name}.basis"
+    writer.add(basis, factors.basis.to("cpu", dtype))
+    parts = []
+    for part, coefficient in zip(group.parts, factors.coefficients, strict=True):
+        label = f".{part.label}" if part.label else ""
+        name = f"{part.sublayer.name}{label}.coefficient"
+        writer.add(name, coefficient.to("cpu", dtype))
+        parts.append(CompressedPart(part.sublayer.name, part.start, part.stop, name))
+    rank = factors.basis.shape[0]
+    return CompressedGroup(group.name, group.family, rank, basis, tuple(parts))
+
+
+def _copy_companions(weights: Path, out: Path) -> None:
+    """Config, tokenizer and the like; whatever is not weights."""
+    for path in weights.iterdir():
+        if ".safetensors" not in path.name and path.name != MANIFEST:
+            shutil.copyfile(path, out / path.name)
+
+
+def fit_metrics(fitted: Sequence[FittedGroup], settings: FitSettings) -> dict[str, Any]:
+    """What was stored, in all and by family; counts are of the tensors as written."""
+    families = sorted({one.group.family for one in fitted})
+    by_family = {
+        family: _counts([one for one in fitted if one.group.family == family])
+        for family in families
+    }
+    return {
+        "method": settings.method,
+        **_counts(fitted),
+        "families": by_family,
+    }
+
+
+def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
+    original = sum(one.group.n_weights for one in fitted)
+    stored = sum(one.n_stored for one in fitted)
+    energy = sum(one.energy for one in fitted)
+    return {
+        "removed_fraction": 1 - stored / original,
+        "stored_numbers": stored,
+        "original_numbers": original,
+        "n_groups": len(fitted),
+        "min_rank": min(one.rank for one in fitted),
+        "max_rank": max(one.rank for one in fitted),
+        "relative_loss": sum(one.loss for one in fitted) / energy if energy else 0.0,
+    }

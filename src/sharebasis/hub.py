@@ -1,0 +1,119 @@
+"""Models and tokenizers in hub format, read from a local directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from sharebasis.errors import SourceError, WeightsError
+from sharebasis.resources import require_memory
+from sharebasis.settings import DType
+
+MANIFEST = "manifest.json"
+"""In a directory that `extract` wrote: where every tensor came from."""
+
+DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        SourceError: there is none, or transformers does not know the family.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{directory} has no usable config.json: {first_line(error)}") from error
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model whose parameters have shapes but no memory; its buffers are real.
+
+    Raises:
+        SourceError: the family has no causal language model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise SourceError(
+            f"transformers builds no causal language model from a {config.model_type!r} config: "
+            f"{first_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def quiet_in_logs() -> None:
+    """Leave out transformers' progress bars where no terminal shows them."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load_model(directory: Path, dtype: DType, device: torch.device) -> PreTrainedModel:
+    """Load a dense model for evaluation.
+
+    Raises:
+        SourceError, WeightsError, ResourceError: what is there cannot be loaded.
+    """
+    quiet_in_logs()
+    config = load_config(directory)
+    n_numbers = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    require_memory(n_numbers * DTYPES[dtype].itemsize, f"The model in {directory}", device)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers lets safetensors' and torch's errors through
+        raise WeightsError(f"{directory} cannot be loaded: {first_line(error)}") from error
+    model, report = loaded
+    if missing := report["missing_keys"]:
+        raise WeightsError(
+            f"{directory} lacks {len(missing)} tensors of the model, {min(missing)} among them."
+        )
+    return model.eval().to(device)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer.
+
+    Raises:
+        SourceError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
+
+
+def checkpoint_name(name: str, stored: Any, base_prefix: str) -> str | None:
+    """What a checkpoint calls the model's tensor `name`; None if it does not hold it.
+
+    A checkpoint of the base model alone lacks the prefix of the causal model's names.
+    """
+    for candidate in (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}"):
+        if candidate in stored:
+            return candidate
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; the rest is advice for other programs' users."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,95 @@
+"""artifacts/moments: packed triangles in float64, and an index of who reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sharebasis import store
+from sharebasis.errors import CalibrationError
+from sharebasis.moments import Moment, MomentAccumulator, Site
+
+INDEX = "moments.json"
+SHARD_BYTES = 64 * 2**20
+"""Of the moments' files; what writing them adds to the memory in use."""
+
+Accumulators = Mapping[str, MomentAccumulator]
+"""By site name."""
+
+
+@dataclass(frozen=True)
+class MomentIndex:
+    """What artifacts/moments holds."""
+
+    sites: tuple[Site, ...]
+    n_tokens: Mapping[str, int]
+    """Tokens seen, by site name."""
+    files: Mapping[str, str]
+    """Tensor name -> file name."""
+
+
+def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulators) -> None:
+    """Write artifacts/moments: packed triangles in float64, and an index.
+
+    Raises:
+        CalibrationError: an input was not finite, or there was none.
+        StoreError: the disk is full.
+    """
+    with store.writing(target) as out:
+        store.require_disk(out, sum(4 * site.d * (site.d + 1) for site in sites))
+        files = write_sums(out, accumulators)
+        n_tokens = {name: own.n_tokens for name, own in accumulators.items()}
+        store.save_record(out / INDEX, MomentIndex(tuple(sites), n_tokens, files))
+
+
+def write_sums(directory: Path, accumulators: Accumulators) -> dict[str, str]:
+    """Write the moment of every site; return tensor name -> file name."""
+    writer = store.TensorWriter(directory, "moments", SHARD_BYTES)
+    for name, accumulator in accumulators.items():
+        moment = accumulator.moment()
+        rows, columns = torch.triu_indices(*moment.total.shape)
+        writer.add(f"{name}.total", moment.total[rows, columns].cpu())
+        writer.add(f"{name}.sum", moment.sum.cpu())
+    writer.flush()
+    return writer.files
+
+
+def read_moment(reader: store.TensorReader, site: str, n_tokens: int) -> Moment:
+    """Read one site's moment back."""
+    upper, total_sum = reader.read(f"{site}.total"), reader.read(f"{site}.sum")
+    d = len(total_sum)
+    rows, columns = torch.triu_indices(d, d)
+    total = torch.zeros(d, d, dtype=torch.float64)
+    total[rows, columns] = upper
+    total[columns, rows] = upper
+    return Moment(total, total_sum, n_tokens, site)
+
+
+class MomentStore:
+    """The moments of artifacts/moments, by the sublayers that read them.
+
+    Raises:
+        StoreError: there is no such artefact.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        index = store.load_record(directory / INDEX, MomentIndex)
+        self._reader = store.TensorReader(directory, index.files)
+        self._n_tokens = index.n_tokens
+        self._site = {reader: site.name for site in index.sites for reader in site.readers}
+
+    def site(self, sublayer: str) -> str:
+        """Name of the site that a sublayer reads.
+
+        Raises:
+            CalibrationError: calibration did not track the sublayer.
+        """
+        if sublayer not in self._site:
+            raise CalibrationError(f"There is no moment for {sublayer}; run calibrate again.")
+        return self._site[sublayer]
+
+    def read(self, site: str) -> Moment:
+        return read_moment(self._reader, site, self._n_tokens[site])

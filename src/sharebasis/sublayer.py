@@ -1,0 +1,209 @@
+"""The Sublayer record: one linear sublayer of a block, and what it does to the residual stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from sharebasis.architecture import Architecture, Dims
+from sharebasis.errors import SelectionError
+from sharebasis.settings import Family
+
+Role = Literal["read", "write", "neither", "ambiguous_unknown"]
+Evidence = Literal["shape", "name", "none"]
+LinearType = Literal["Linear", "Conv1D"]
+
+# Only a square weight is decided by its name; what these match follows the reference
+# behaviour and is deliberately narrow, because a wrong role is worse than an unknown one.
+_WRITE_NAME = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|d_proj)$|attn[^.]*\.(.*\.)?c_proj$")
+_READ_NAME = re.compile(
+    r"(^|[._])(q|k|v|qkv|query|key|value|query_key_value|wqkv|up|gate|in)(_proj)?$", re.IGNORECASE
+)
+
+_FAMILY_BY_NAME: tuple[tuple[re.Pattern[str], Family], ...] = (
+    (re.compile(r"(^|\.)(q_proj|q|query|q_lin)$"), "q"),
+    (re.compile(r"(^|\.)(k_proj|k|key|k_lin)$"), "k"),
+    (re.compile(r"(^|\.)(v_proj|v|value|v_lin)$"), "v"),
+    (re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv)$"), "fused"),
+    (re.compile(r"attn[^.]*\.(.*\.)?(o_proj|out_proj|c_proj|dense)$"), "o"),
+    (re.compile(r"(^|\.)(gate_proj|gate)$"), "gate"),
+    (re.compile(r"(^|\.)(up_proj|c_fc|fc1|fc_in|dense_h_to_4h)$"), "up"),
+    (re.compile(r"(^|\.)(down_proj|fc2|fc_out|dense_4h_to_h)$|mlp\.c_proj$"), "down"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearModule:
+    """A Linear or Conv1D as a model has it; `shape` is (d_out, d_in) for both."""
+
+    name: str
+    type: LinearType
+    shape: tuple[int, int]
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """One linear sublayer of one block."""
+
+    name: str
+    """HF name of the module."""
+    slot: str
+    """The name with the layer number replaced by `*`: the same in every block."""
+    layer: int
+    weight_type: str | None
+    """The weight type that selects it for compression; None: it stays as it is."""
+    family: Family
+    type: LinearType
+    shape: tuple[int, int]
+    """(d_out, d_in), whatever way round the module stores it."""
+    bias: bool
+    role: Role
+    """Residual role: reads the stream, writes to it, or touches it on neither side."""
+    evidence: Evidence
+    """By what the role was decided."""
+
+    @property
+    def selected(self) -> bool:
+        return self.weight_type is not None
+
+    @property
+    def category(self) -> str:
+        """The five-way view: write, read, ambiguous_write, ambiguous_read, ambiguous_unknown."""
+        return f"ambiguous_{self.role}" if self.evidence == "name" else self.role
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Every linear sublayer of a model: artifacts/sublayers.json."""
+
+    model_type: str
+    dims: Dims
+    architecture: Architecture
+    sublayers: tuple[Sublayer, ...]
+
+    @property
+    def selected(self) -> tuple[Sublayer, ...]:
+        return tuple(sublayer for sublayer in self.sublayers if sublayer.selected)
+
+
+def residual_role(name: str, shape: tuple[int, int], d_model: int) -> tuple[Role, Evidence]:
+    """Decide what a linear sublayer does to the residual stream, and say by what.
+
+    Args:
+        name: HF name of the module.
+        shape: (d_out, d_in).
+        d_model: width of the residual stream.
+    """
+    d_out, d_in = shape
+    match d_out == d_model, d_in == d_model:
+        case True, False:
+            return "write", "shape"
+        case False, True:
+            return "read", "shape"
+        case False, False:
+            return "neither", "shape"
+    if _WRITE_NAME.search(name):
+        return "write", "name"
+    if _READ_NAME.search(name):
+        return "read", "name"
+    return "ambiguous_unknown", "none"
+
+
+def family_of(name: str) -> Family:
+    """Read off a module's HF name what it computes; `other` where the name does not tell."""
+    return next((family for pattern, family in _FAMILY_BY_NAME if pattern.search(name)), "other")
+
+
+def classify(
+    modules: Iterable[LinearModule], architecture: Architecture, d_model: int
+) -> tuple[Sublayer, ...]:
+    """Make a record of every linear sublayer that lies in a block, selected or not.
+
+    Raises:
+        SelectionError: a pattern is not a regular expression, matches nothing, matches
+            outside the blocks, or two of them match one module; or the block pattern
+            captures no number.
+    """
+    modules = tuple(modules)
+    block = _compile(architecture.block_pattern, "block_pattern")
+    if block.groups != 1:
+        raise SelectionError(
+            f"block_pattern {block.pattern!r} has {block.groups} groups; it needs exactly one, "
+            r"around the layer number, as in 'h\.(\d+)'."
+        )
+    chosen = _select(modules, architecture)
+    records = []
+    for module in modules:
+        place = block.search(module.name)
+        if place is None:
+            if module.name in chosen:
+                raise SelectionError(
+                    f"{module.name} is selected by weight type {chosen[module.name]!r}, but "
+                    f"block_pattern {block.pattern!r} finds no layer number in its name."
+                )
+            continue
+        if not (place[1] or "").isdigit():
+            raise SelectionError(
+                f"block_pattern {block.pattern!r} captures {place[1]!r} in {module.name}, which "
+                r"is no layer number; capture digits, as in 'h\.(\d+)'."
+            )
+        records.append(_record(module, place, chosen.get(module.name), architecture, d_model))
+    return tuple(records)
+
+
+def _record(
+    module: LinearModule,
+    place: re.Match[str],
+    weight_type: str | None,
+    architecture: Architecture,
+    d_model: int,
+) -> Sublayer:
+    settings = architecture.weight_types.get(weight_type) if weight_type else None
+    role, evidence = residual_role(module.name, module.shape, d_model)
+    return Sublayer(
+        name=module.name,
+        slot=module.name[: place.start(1)] + "*" + module.name[place.end(1) :],
+        layer=int(place[1]),
+        weight_type=weight_type,
+        family=(settings and settings.family) or family_of(module.name),
+        type=module.type,
+        shape=module.shape,
+        bias=module.bias,
+        role=role,
+        evidence=evidence,
+    )
+
+
+def _select(modules: tuple[LinearModule, ...], architecture: Architecture) -> dict[str, str]:
+    """Which weight type selects which module, by HF name."""
+    if not architecture.weight_types:
+        raise SelectionError("weight_types is empty: nothing would be compressed.")
+    chosen: dict[str, str] = {}
+    for weight_type, settings in architecture.weight_types.items():
+        pattern = _compile(settings.pattern, f"weight_types.{weight_type}.pattern")
+        names = [module.name for module in modules if pattern.fullmatch(module.name)]
+        if not names:
+            examples = ", ".join(module.name for module in modules[:8])
+            raise SelectionError(
+                f"weight_types.{weight_type}.pattern {pattern.pattern!r} matches none of the "
+                f"model's {len(modules)} linear modules (a pattern must match the whole name). "
+                f"The first names are: {examples}"
+            )
+        for name in names:
+            if name in chosen:
+                raise SelectionError(
+                    f"{name} is matched by two weight types, {chosen[name]!r} and "
+                    f"{weight_type!r}; make their patterns disjoint."
+                )
+            chosen[name] = weight_type
+    return chosen
+
+
+def _compile(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SelectionError(f"{where} {pattern!r} is not a regular expression: {error}.") from None

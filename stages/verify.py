@@ -1,0 +1,42 @@
+"""Stage `verify`: the compressed directory against the original, on text not calibrated on."""
+
+from sharebasis import store
+from sharebasis.compressed import load_compressed
+from sharebasis.config import load_settings
+from sharebasis.hub import DTYPES, load_model, load_tokenizer
+from sharebasis.resources import pick_device
+from sharebasis.splitting import rows_by_sublayer, split_selected
+from sharebasis.stage import COMPRESSED, METRICS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+from sharebasis.texts import read_windows
+from sharebasis.verification import (
+    compare,
+    continuations,
+    lossless_difference,
+    side_by_side,
+    verify_metrics,
+)
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    verify, dtype, device = settings.verify, settings.model.dtype, pick_device(settings.device)
+    tokenizer = load_tokenizer(COMPRESSED)
+    windows = read_windows(tokenizer, settings.data, "evaluation", settings.seed)
+    original = load_model(WEIGHTS, dtype, device)
+    classification = store.load_record(SUBLAYERS, Classification)
+    rows = rows_by_sublayer(split_selected(classification, settings.split.strategy))
+    first = windows[: verify.lossless_windows]
+    lossless = lossless_difference(original, rows, first)
+    compressed = load_compressed(COMPRESSED, DTYPES[dtype], device)
+    models = {"original": original, "compressed": compressed}
+    fidelity = compare(original, compressed, windows, settings.data.batch)
+    metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
+    store.write_json(METRICS / "verify.json", metrics)
+    texts = continuations(models, tokenizer, verify.prompt, verify.new_tokens)
+    side_by_side(verify.prompt, texts)
+
+
+if __name__ == "__main__":
+    main()
