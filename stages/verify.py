@@ -31,8 +31,8 @@ def main() -> None:
     lossless = lossless_difference(original, rows, first)
     compressed = load_compressed(COMPRESSED, DTYPES[dtype], device)
     models = {"original": original, "compressed": compressed}
-    fidelity = compare(original, compressed, windows, settings.data.batch)
-    metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
+    fidelity = compare(original, {"compressed": compressed}, windows, settings.data.batch)
+    metrics = verify_metrics(fidelity["compressed"], lossless, len(rows), len(first))
     store.write_json(METRICS / "verify.json", metrics)
     texts = continuations(models, tokenizer, verify.prompt, verify.new_tokens)
     side_by_side(verify.prompt, texts)

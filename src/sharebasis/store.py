@@ -21,6 +21,9 @@ from sharebasis.errors import StoreError, WeightsError
 
 Record = TypeVar("Record")
 
+REOPEN_BYTES = 64 * 2**20
+"""After so much has been read of a file, it is closed and opened again."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -224,9 +227,15 @@ class TensorReader:
         for name, file_name in self.files.items():
             by_file.setdefault(file_name, []).append(name)
         for file_name, names in sorted(by_file.items()):
-            with opened(self.directory / file_name) as file:
-                for name in names:
-                    yield name, _get(file, name)
+            names.reverse()
+            while names:
+                # What has been read of a mapped file counts as memory until it is closed.
+                n_bytes = 0
+                with opened(self.directory / file_name) as file:
+                    while names and n_bytes < REOPEN_BYTES:
+                        tensor = _get(file, names[-1])
+                        n_bytes += tensor.nbytes
+                        yield names.pop(), tensor
 
 
 @contextmanager

@@ -42,29 +42,31 @@ def lossless_difference(
 @torch.no_grad()
 def compare(
     original: PreTrainedModel,
-    compressed: PreTrainedModel,
+    compressed: Mapping[str, PreTrainedModel],
     windows: Int64[Tensor, "windows window"],
     batch: int,
-) -> Fidelity:
-    """Compare two models on text, `batch` windows a forward pass.
+) -> Mapping[str, Fidelity]:
+    """Compare models with the original on text; the original runs once for all of them.
+
+    Args:
+        original: the dense model.
+        compressed: by the names that the result will have.
+        windows: token ids, one sequence a row.
+        batch: windows a forward pass.
 
     Raises:
-        WeightsError: a logit is not finite.
+        WeightsError: a logit of any of them is not finite.
     """
-    meter = FidelityMeter()
+    meters = {name: FidelityMeter() for name in compressed}
     with progress("verify", windows.numel(), "tokens") as advance:
         for chunk in windows.split(batch):
-            logits = [_logits(model, chunk) for model in (original, compressed)]
-            for name, one in zip(("original", "compressed"), logits, strict=True):
-                if not one.isfinite().all():
-                    raise WeightsError(
-                        f"The {name} model's logits hold NaN or infinite values in this dtype "
-                        "(model.dtype); float32 is the safest."
-                    )
-            for one, other, tokens in zip(*logits, chunk.to(logits[0].device), strict=True):
-                meter.update(one, other, tokens)
+            dense = _logits(original, chunk)
+            for name, model in compressed.items():
+                logits = _logits(model, chunk)
+                for one, other, tokens in zip(dense, logits, chunk.to(dense.device), strict=True):
+                    meters[name].update(one, other, tokens)
             advance(chunk.numel())
-    return meter.result()
+    return {name: meter.result() for name, meter in meters.items()}
 
 
 @torch.no_grad()
@@ -124,4 +126,9 @@ def verify_metrics(
 
 def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=windows.to(model.device), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise WeightsError(
+            f"Logits of the {type(model).__name__} hold NaN or infinite values in {model.dtype}; "
+            "model.dtype=float32 is the safest."
+        )
     return logits

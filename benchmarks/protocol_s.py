@@ -1,0 +1,126 @@
+"""Protocol S: our baselines beside their authors' own code, on the same model and text.
+
+Calibrates once on the first 128 windows of 512 tokens of one file, fits every method at
+every budget, and evaluates all of them on the first 64 windows of another. The published
+column was measured with the official repositories of Basis Sharing and SVD-LLM on the same
+weights and files (dense perplexity 29.53).
+
+    python benchmarks/protocol_s.py --calibration train.txt --evaluation test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sharebasis.architecture import architecture_of, dims
+from sharebasis.calibration import calibrate, run_identity
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.compressed import load_compressed
+from sharebasis.config import compose_params, parse_settings
+from sharebasis.fitting import fit, fit_metrics
+from sharebasis.hub import empty_model, load_config, load_model, load_tokenizer
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.resources import pick_device
+from sharebasis.settings import Settings
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import split_selected
+from sharebasis.stage import report_errors
+from sharebasis.sublayer import Classification, classify
+from sharebasis.surgery import linear_modules
+from sharebasis.texts import read_windows
+from sharebasis.verification import compare
+
+PUBLISHED = {
+    ("basis_sharing", 0.2): (0.2004, 91.69),
+    ("basis_sharing", 0.3): (0.3012, 159.61),
+    ("basis_sharing", 0.4): (0.4007, 279.53),
+    ("basis_sharing", 0.5): (0.5009, 441.68),
+    ("svd_llm", 0.2): (0.2006, 90.40),
+    ("svd_llm", 0.3): (0.3012, 138.15),
+    ("svd_llm", 0.4): (0.4013, 259.59),
+    ("svd_llm", 0.5): (0.5008, 424.32),
+}
+"""(method, removed fraction asked for) -> (removed fraction, perplexity) of the official code."""
+
+
+def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> Settings:
+    overrides = [
+        "experiment=protocol_s",
+        f"fit={method}",
+        f"fit.removed={removed}",
+        f"data.calibration.path={arguments.calibration}",
+        f"data.evaluation.path={arguments.evaluation}",
+    ]
+    import yaml
+
+    return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
+
+
+def classification_of(weights: Path) -> Classification:
+    config = load_config(weights)
+    sizes, architecture = dims(config), architecture_of(config.model_type)
+    sublayers = classify(linear_modules(empty_model(config)), architecture, sizes.d_model)
+    return Classification(config.model_type, sizes, architecture, sublayers)
+
+
+def gather(work: Path, settings: Settings, model: Classification) -> None:
+    """Calibrate into `work`, or go on where an earlier run was stopped."""
+    weights = work / "weights"
+    windows = read_windows(load_tokenizer(weights), settings.data, "calibration", settings.seed)
+    batch = settings.data.batch
+    identity = run_identity(weights, model.selected, windows, batch=batch)
+    checkpoint = Checkpoint(work / "checkpoint", identity, 60)
+    dense = load_model(weights, "float32", pick_device(settings.device))
+    write_moments(work / "moments", *calibrate(dense, model.selected, windows, batch, checkpoint))
+    checkpoint.remove()
+
+
+@report_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calibration", required=True, help="WikiText-2 raw, training split")
+    parser.add_argument("--evaluation", required=True, help="WikiText-2 raw, test split")
+    parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks/protocol_s"))
+    arguments = parser.parse_args()
+    settings = settings_of(arguments, "svd", 0.2)
+    weights, device = arguments.work / "weights", pick_device(settings.device)
+    extract(find_source(settings.model.source), weights)
+    model = classification_of(weights)
+    gather(arguments.work, settings, model)
+    parts, moments = split_selected(model, "none"), MomentStore(arguments.work / "moments")
+    removed, compressed = {}, {}
+    for method, asked in PUBLISHED:
+        target = arguments.work / f"{method}-{asked}"
+        own = settings_of(arguments, method, asked).fit
+        fitted = fit(weights, parts, moments, own, target, device)
+        removed[method, asked] = fit_metrics(fitted, own)["removed_fraction"]
+        compressed[method, asked] = load_compressed(target, device=device)
+    windows = read_windows(load_tokenizer(weights), settings.data, "evaluation", settings.seed)
+    dense = load_model(weights, "float32", device)
+    fidelity = compare(dense, compressed, windows, settings.data.batch)
+    table = Table(title="Protocol S: perplexity")
+    for column in ("method", "removed, theirs", "removed, ours", "theirs", "ours", "ours / theirs"):
+        table.add_column(column, justify="right" if table.columns else "left")
+    for key, (their_removed, theirs) in PUBLISHED.items():
+        ours = fidelity[key].compressed_perplexity
+        table.add_row(
+            key[0],
+            f"{their_removed:.4f}",
+            f"{removed[key]:.4f}",
+            f"{theirs:.2f}",
+            f"{ours:.2f}",
+            f"{ours / theirs:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(True)
+    main()

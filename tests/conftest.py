@@ -1,0 +1,212 @@
+"""What several files share: tiny random models in hub format, a tokenizer, settings."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+
+REPOSITORY = Path(__file__).parents[1]
+# beartype cannot check a value against a Protocol that is not runtime_checkable.
+_UNCHECKED = {"progress"}
+
+jaxtyping.install_import_hook(
+    [
+        f"sharebasis.{module.name}"
+        for module in pkgutil.iter_modules([str(REPOSITORY / "src" / "sharebasis")])
+        if module.name not in _UNCHECKED
+    ],
+    "beartype.beartype",
+)
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from sharebasis.config import parse_settings
+from sharebasis.settings import Settings
+
+torch.set_num_threads(1)  # the models are far too small for more to pay
+
+END = "<|end|>"
+CORPUS = (
+    "the state of the union is strong and the people of these states are free\n"
+    "we hold that a basis shared by many layers is stored once, and read by all of them\n"
+) * 4
+
+_PLAIN = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_PLAIN, "num_key_value_heads": 2}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "smollm3": {**_GROUPED, "num_hidden_layers": 4},
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "opt": {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": _PLAIN,
+}
+"""A config of every family that the package knows, by model type."""
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE, which takes any text; some merges, so that tokens are not bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=288,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS.splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END
+    )
+
+
+def random_model(model_type: str, d_vocab: int, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model with weights large enough to matter, biases and norms included."""
+    config = AutoConfig.for_model(
+        model_type,
+        **{**SIZES[model_type], **changes},
+        vocab_size=d_vocab,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=0.2)
+    return model
+
+
+MakeDirectory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_directory(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> MakeDirectory:
+    """`make_directory(model_type, max_shard_size=, seed=, **config)`: a random model, saved."""
+
+    def make(model_type: str, max_shard_size: str = "1GB", **changes: Any) -> Path:
+        directory = tmp_path_factory.mktemp(model_type)
+        model = random_model(model_type, len(tokenizer), **changes)
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_directory(make_directory: MakeDirectory) -> Path:
+    """Grouped queries, rotary positions, no biases; not to be changed."""
+    return make_directory("llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_directory(make_directory: MakeDirectory) -> Path:
+    """Conv1D, fused q, k and v, biases, tied embeddings; not to be changed."""
+    return make_directory("gpt2")
+
+
+MakeSettings = Callable[..., Settings]
+
+
+@pytest.fixture(scope="session")
+def params() -> Mapping[str, Any]:
+    """The repository's params.yaml."""
+    return yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+
+
+def with_changes(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested mappings with the values at some dotted keys put in."""
+    copy = yaml.safe_load(yaml.safe_dump(dict(params)))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = copy
+        for step in path:
+            section = section[step]
+        section[last] = value
+    return copy
+
+
+@pytest.fixture(scope="session")
+def make_settings(params: Mapping[str, Any]) -> MakeSettings:
+    """`make_settings({"fit.removed": 0.3, ...})`: the defaults with some keys changed."""
+
+    def make(changes: Mapping[str, Any] = {}) -> Settings:
+        return parse_settings(with_changes(params, changes), "the test's settings")
+
+    return make
+
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_python() -> RunPython:
+    """`run_python(code, *arguments, cwd=)`: run a program in a process of its own."""
+
+    def run(code: str, *arguments: object, cwd: Path | None = None) -> Any:
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, by its path in it."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _determined() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

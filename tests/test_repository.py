@@ -1,0 +1,230 @@
+"""dvc.yaml, the scripts and the package say the same thing."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import yaml
+from conftest import REPOSITORY, RunPython, with_changes
+
+STAGES = ("extract", "classify", "calibrate", "fit", "verify")
+
+
+# dvc.yaml
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Mapping[str, Any]:
+    """The stages of dvc.yaml."""
+    return yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    """Who imports whom, inside the package."""
+    return grimp.build_graph("sharebasis", exclude_type_checking_imports=True, cache_dir=None)
+
+
+def imported(script: Path, graph: grimp.ImportGraph) -> set[str]:
+    """The modules of the package that a script names in its imports."""
+    modules = set()
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            while name and name not in graph.modules:
+                name = name.rpartition(".")[0]
+            modules |= {name} if name else set()
+    return modules
+
+
+def closure(script: Path, graph: grimp.ImportGraph) -> set[str]:
+    """Path of every file of the package that a script runs, itself included."""
+    direct = imported(script, graph)
+    modules = direct.union(*(graph.find_upstream_modules(module) for module in direct))
+    files = {f"src/{module.replace('.', '/')}.py" for module in modules - {"sharebasis"}}
+    return files | {str(script.relative_to(REPOSITORY))}
+
+
+def wrong_code(stage: Mapping[str, Any], script: Path, graph: grimp.ImportGraph) -> set[str]:
+    """Files that a stage depends on without saying so, or says without depending on them."""
+    return {dep for dep in stage["deps"] if dep.endswith(".py")} ^ closure(script, graph)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_code_that_a_stage_depends_on_is_what_its_script_imports(
+    pipeline: Mapping[str, Any], graph: grimp.ImportGraph, name: str
+) -> None:
+    script = REPOSITORY / "stages" / f"{name}.py"
+    assert wrong_code(pipeline[name], script, graph) == set()
+    assert pipeline[name]["cmd"] == f"python stages/{name}.py"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_file_left_out_of_a_stage_would_be_noticed(
+    pipeline: Mapping[str, Any], graph: grimp.ImportGraph, name: str
+) -> None:
+    script = REPOSITORY / "stages" / f"{name}.py"
+    code = [dep for dep in pipeline[name]["deps"] if dep.endswith(".py")]
+    assert len(code) > 5
+    for left_out in code:
+        deps = [dep for dep in pipeline[name]["deps"] if dep != left_out]
+        assert wrong_code({"deps": deps}, script, graph) == {left_out}
+    added = {"deps": [*code, "src/sharebasis/summary.py"]}
+    assert wrong_code(added, script, graph) == {"src/sharebasis/summary.py"}
+
+
+def test_every_stage_has_a_script_and_the_other_way_round(pipeline: Mapping[str, Any]) -> None:
+    assert tuple(pipeline) == STAGES
+    assert {path.stem for path in (REPOSITORY / "stages").glob("*.py")} == set(STAGES)
+
+
+def test_every_module_belongs_to_a_stage_or_to_a_command(pipeline: Mapping[str, Any]) -> None:
+    used = {dep for stage in pipeline.values() for dep in stage["deps"]}
+    modules = {
+        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src/sharebasis").glob("*.py")
+    }
+    commands = {f"src/sharebasis/{name}.py" for name in ("__init__", "params", "summary")}
+    assert modules - used == commands
+
+
+def test_parameters_of_a_stage_exist(
+    pipeline: Mapping[str, Any], params: Mapping[str, Any]
+) -> None:
+    for name, stage in pipeline.items():
+        for key in stage["params"]:
+            section: Any = params
+            for step in key.split("."):
+                assert step in section, f"{name}: {key}"
+                section = section[step]
+
+
+def test_every_parameter_makes_some_stage_run_again_or_cannot_change_a_result(
+    pipeline: Mapping[str, Any], params: Mapping[str, Any]
+) -> None:
+    listed = {key for stage in pipeline.values() for key in stage["params"]}
+    leaves = {
+        f"{section}.{key}" if isinstance(content, Mapping) else section
+        for section, content in params.items()
+        for key in (content if isinstance(content, Mapping) else [None])
+    }
+    covered = {key for key in leaves if key in listed or key.split(".")[0] in listed}
+    assert leaves - covered == {
+        "model.tracked",  # a dependency itself
+        "calibrate.checkpoint_seconds",  # how often, not what
+    }
+
+
+# Imports
+
+
+@pytest.mark.parametrize("module", ["sharebasis", "sharebasis.errors", "sharebasis.settings"])
+def test_a_light_module_imports_no_framework(run_python: RunPython, module: str) -> None:
+    run = run_python(
+        """
+        import importlib, sys
+        importlib.import_module(sys.argv[1])
+        heavy = {"torch", "transformers", "hydra", "omegaconf", "datasets", "pydantic"}
+        print(sorted(heavy & set(sys.modules)))
+        """,
+        module,
+    )
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() -> None:
+    import sharebasis
+    from sharebasis.compressed import load_compressed
+
+    assert sharebasis.load_compressed is load_compressed
+    with pytest.raises(AttributeError, match="'sharebasis' has no attribute 'load_compresed'"):
+        _ = sharebasis.load_compresed
+
+
+# Scripts
+
+
+# One process for all, as loading torch and transformers takes longer than the rest; the package
+# itself is loaded by every script anew, in a child of its own.
+RUN_SCRIPTS = """
+    import json, os, runpy, sys
+    from pathlib import Path
+    import accelerate, hydra, omegaconf, pydantic, torch, transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert not any(name.startswith("sharebasis") for name in sys.modules)
+    results = {}
+    for script in map(Path, sys.argv[1:]):
+        files = [Path(f"../{script.stem}.{stream}") for stream in ("out", "err", "modules")]
+        child = os.fork()
+        if child == 0:
+            for number, file in zip((1, 2), files):
+                os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            finally:
+                modules = [name for name in sys.modules if name.startswith("sharebasis.")]
+                files[2].write_text(" ".join(modules))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        results[script.stem] = [status, *(file.read_text() for file in files)]
+    print(json.dumps(results))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended."""
+
+    status: int
+    out: str
+    err: str
+    modules: str
+    """Of the package, that it had loaded by then."""
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    params: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory, run_python: RunPython
+) -> Mapping[str, Ended]:
+    """What every stage does with a wrong params.yaml, where there is no artefact at all."""
+    directory = tmp_path_factory.mktemp("parent") / "checkout"
+    directory.mkdir()
+    wrong = with_changes(params, {"fit.removed": 3})
+    (directory / "params.yaml").write_text(yaml.safe_dump(wrong))
+    scripts = [REPOSITORY / "stages" / f"{stage}.py" for stage in STAGES]
+    run = run_python(RUN_SCRIPTS, *scripts, cwd=directory)
+    assert run.returncode == 0, run.stderr
+    assert [path.name for path in directory.iterdir()] == ["params.yaml"]
+    return {stage: Ended(*result) for stage, result in json.loads(run.stdout).items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_with_wrong_settings_ends_with_one_line_before_it_reads_anything(
+    refusals: Mapping[str, Ended], stage: str
+) -> None:
+    ended = refusals[stage]
+    assert ended.status == 1
+    assert ended.out == ""
+    (line,) = ended.err.splitlines()
+    assert line.startswith("SettingsError: params.yaml is not valid: fit.removed: ")
+    assert "it is 3" in line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_script_loads_is_what_the_graph_says(
+    refusals: Mapping[str, Ended], graph: grimp.ImportGraph, stage: str
+) -> None:
+    script = REPOSITORY / "stages" / f"{stage}.py"
+    loaded = {f"src/{name.replace('.', '/')}.py" for name in refusals[stage].modules.split()}
+    assert loaded == closure(script, graph) - {f"stages/{stage}.py"}
