@@ -18,7 +18,9 @@ def main() -> None:
     sublayers = store.load_record(SUBLAYERS, Classification).selected
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
-    identity = run_identity(WEIGHTS, sublayers, windows, dtype=dtype, batch=batch)
+    identity = run_identity(
+        WEIGHTS, sublayers, windows, dtype=dtype, batch=batch, device=str(device)
+    )
     checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
     model = load_model(WEIGHTS, dtype, device)
     sites, sums = calibrate(model, sublayers, windows, batch, checkpoint)

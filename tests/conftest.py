@@ -1,13 +1,15 @@
 """What several files share: tiny random models in hub format, a tokenizer, settings."""
 
+# What has to be set before an import comes before it.
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
-import pkgutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jaxtyping
 
 REPOSITORY = Path(__file__).parents[1]
-# beartype cannot check a value against a Protocol that is not runtime_checkable.
-_UNCHECKED = {"progress"}
 
-jaxtyping.install_import_hook(
-    [
-        f"sharebasis.{module.name}"
-        for module in pkgutil.iter_modules([str(REPOSITORY / "src" / "sharebasis")])
-        if module.name not in _UNCHECKED
-    ],
-    "beartype.beartype",
-)
+jaxtyping.install_import_hook("sharebasis", "beartype.beartype")
 
 import pytest
 import torch
@@ -207,6 +200,5 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def _determined() -> Iterator[None]:
+def _determined() -> None:
     torch.manual_seed(0)
-    yield

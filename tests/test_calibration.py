@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -243,9 +242,7 @@ CALIBRATE_AND_DIE = """
 
 
 @pytest.fixture(scope="module")
-def killed(
-    llama: Path, tmp_path_factory: pytest.TempPathFactory, run_python: RunPython
-) -> Iterator[Path]:
+def killed(llama: Path, tmp_path_factory: pytest.TempPathFactory, run_python: RunPython) -> Path:
     """The checkpoint of a run with batch 2 that was killed after three of five batches."""
     from sharebasis import store
     from sharebasis.sublayer import Classification
@@ -263,7 +260,7 @@ def killed(
         3,
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
-    yield directory / "checkpoint"
+    return directory / "checkpoint"
 
 
 def _count_windows(model: PreTrainedModel) -> list[int]:

@@ -71,7 +71,7 @@ def test_loss_and_energy_are_those_of_the_best_outputs(data):
     weights, x = problem((d_outs, d_in), n, seed=data.draw(st.integers(0, 2**16), label="seed"))
     factors = fit_read_basis(weights, moment_of(x), rank)
     energy = energy_of(weights, x)
-    off = 1e-11 * energy
+    off = 1e-10 * energy  # the null space of a singular moment weighs up to d * NULL_SPACE
     assert factors.energy == pytest.approx(energy, abs=off)
     assert factors.loss == pytest.approx(best_outputs(weights, x, rank)[1], abs=off)
     assert factors.loss == pytest.approx(loss_of(product(factors), weights, x), abs=off)
@@ -86,7 +86,9 @@ def test_the_outputs_are_the_truncated_svd_of_the_outputs(shape, n):
     factors = fit_read_basis(weights, moment_of(x), 3)
     best, loss = best_outputs(weights, x, 3)
     assert loss > 0.01 * energy_of(weights, x)
-    torch.testing.assert_close(outputs(product(factors), x), best, rtol=0, atol=1e-10)
+    # A singular moment is inverted with a condition of 1e6; else rounding is all there is.
+    off = 1e-9 if n < shape[1] else 1e-10
+    torch.testing.assert_close(outputs(product(factors), x), best, rtol=0, atol=off)
 
 
 @BRANCHES
@@ -154,7 +156,7 @@ def test_at_full_rank_the_weights_are_reproduced(shape, n):
     moment = moment_of(x) if n else None
     factors = fit_read_basis(weights, moment, min(sum(shape[0]), shape[1]))
     for weight, coefficient in zip(weights, factors.coefficients, strict=True):
-        torch.testing.assert_close(coefficient @ factors.basis, weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(coefficient @ factors.basis, weight, rtol=0, atol=1e-8)
 
 
 @BRANCHES

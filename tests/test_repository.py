@@ -160,8 +160,9 @@ def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() ->
 RUN_SCRIPTS = """
     import json, os, runpy, sys
     from pathlib import Path
-    import accelerate, hydra, omegaconf, pydantic, torch, transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import accelerate, hydra, pydantic, torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     assert not any(name.startswith("sharebasis") for name in sys.modules)
     results = {}

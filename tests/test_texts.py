@@ -102,8 +102,8 @@ def test_windows_of_speeches_are_the_first_tokens_of_speeches_end_to_end(
 def test_windows_of_a_file_are_the_first_of_the_whole_files_tokens(
     tokenizer: PreTrainedTokenizerBase, files: MakeData, use: Any
 ) -> None:
-    # Line ends as they are in the file; a line break inside a window.
-    text = CORPUS.replace("\n", "\r\n") + "ümlaut\n"
+    # Line ends as they are in the file, within the first window.
+    text = "the\r\nünion\r\n" + CORPUS
     data = files(**{use: text})
     windows = read_windows(tokenizer, data, use, seed=0)
     assert windows.dtype == torch.int64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from sharebasis.errors import BudgetError
 from sharebasis.grouping import Group
@@ -18,9 +19,11 @@ def uniform_ranks(groups: Sequence[Group], removed: float) -> list[int]:
     Raises:
         BudgetError: a group is too small to keep even rank 1.
     """
+    # Exact, since 1 - 0.8 is not 0.2 in binary and a rank would be lost to the difference.
+    kept = 1 - Fraction(str(removed))
     ranks = []
     for group in groups:
-        rank = int((1 - removed) * group.n_weights / group.n_stored(1))
+        rank = int(kept * group.n_weights / group.n_stored(1))
         if rank < 1:
             raise BudgetError(
                 f"Removing {removed:.4g} of {group.name}, stacked to ({group.d_out}, "

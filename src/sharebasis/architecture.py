@@ -59,8 +59,8 @@ def architecture_of(
     """
     known = ARCHITECTURES.get(model_type)
     if known is not None:
-        block_pattern = block_pattern or known.block_pattern
-        weight_types = weight_types or known.weight_types
+        block_pattern = known.block_pattern if block_pattern is None else block_pattern
+        weight_types = known.weight_types if weight_types is None else weight_types
     if block_pattern is None or weight_types is None:
         raise SelectionError(
             f"model family {model_type!r} is not known (known: {', '.join(ARCHITECTURES)}). "

@@ -40,8 +40,7 @@ def load_compressed(
     directory, device = Path(directory), torch.device(device)
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
     reader = store.TensorReader(directory, index.files)
-    on_disk = sum((directory / name).stat().st_size for name in set(index.files.values()))
-    require_memory(on_disk, f"The compressed model in {directory}", device)
+    require_memory(reader.size(), f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
     parts = _parts_by_sublayer(index)
     rows = {name: [(part.start, part.stop) for part in own] for name, own in parts.items()}
@@ -55,6 +54,11 @@ def load_compressed(
             factors[name] = nn.Parameter(tensor, requires_grad=False)
         else:
             set_module_tensor_to_device(model, name, device, value=tensor, dtype=tensor.dtype)
+    if lacking := (bases | coefficients) - factors.keys():
+        raise StoreError(
+            f"{directory} lacks {len(lacking)} tensors that {compressed_index.FILE} names, "
+            f"{min(lacking)} among them; write it again (dvc repro fit)."
+        )
     basis_of = {
         part.coefficient: factors[group.basis] for group in index.groups for part in group.parts
     }

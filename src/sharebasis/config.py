@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def load_settings(path: Path = PARAMS) -> Settings:
             f"{path} is missing here ({Path.cwd()}); run from the repository's top, or compose "
             "it with: python -m sharebasis.params"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not YAML: {error}") from None
     return parse_settings(content, str(path))
 
@@ -52,6 +52,11 @@ def parse_settings(content: Any, where: str) -> Settings:
     Raises:
         SettingsError: says every key that is wrong, its value, and what is allowed.
     """
+    if open_keys := [key for key, value in flatten(content).items() if value == "???"]:
+        raise SettingsError(
+            f"{where} is not valid: {', '.join(open_keys)} has no default; give it, as in "
+            f"{open_keys[0]}=VALUE."
+        )
     try:
         settings = _SETTINGS.validate_python(content)
     except ValidationError as error:
@@ -73,6 +78,16 @@ def compose_params(conf: Path = CONF, overrides: Sequence[str] = ()) -> str:
         return OmegaConf.to_yaml(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingsError(f"{conf} with {list(overrides)} cannot be composed: {error}") from None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def _check_together(settings: Settings, where: str) -> None:

@@ -36,7 +36,7 @@ def fit_read_basis(
 
     - Σ d_out <= d_in: U of W E[x xᵀ] Wᵀ; A = U, B = Uᵀ W. Needs no root and no inverse of
       the moment (Ŵ S = U Uᵀ W S is the truncated SVD), so a singular one is no special case.
-    - else: V of S WᵀW S; A = W S V, B = Vᵀ S⁺.
+    - else: V of S WᵀW S; A = W S V, B = Vᵀ S⁻¹.
 
     The scale that A and B leave free is set so that each basis row is as long as its
     coefficient column, which is the safest for storage in low precision.
@@ -65,6 +65,8 @@ def fit_read_basis(
             f"The moment of {moment.site} is {moment.sum.shape[0]} wide, but the weights read "
             f"inputs of width {d_in}."
         )
+    if moment is not None and not moment.total.trace() > 0:
+        raise CalibrationError(f"The moment of {moment.site} has no positive eigenvalue.")
     fit = _from_outputs if d_out <= d_in else _from_inputs
     coefficient, basis, eigenvalues = fit(stacked, moment, rank)
     scale = (basis.norm(dim=1) / coefficient.norm(dim=0)).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -36,7 +37,7 @@ class FidelityMeter:
         self._nll = torch.zeros(2, dtype=torch.float64)
         self._kl: list[Tensor] = []
         self._agreed = 0
-        self._max_diff = 0.0
+        self._max_diff = torch.zeros(())
 
     def update(
         self,
@@ -51,7 +52,7 @@ class FidelityMeter:
 
     def _add(self, p: Tensor, q: Tensor, targets: Tensor) -> None:
         difference = p - q
-        self._max_diff = max(self._max_diff, difference.abs().max().item())
+        self._max_diff = self._max_diff.maximum(difference.abs().max().cpu())
         self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         normalizers = p.logsumexp(-1).double(), q.logsumexp(-1).double()
         for i, (logits, normalizer) in enumerate(zip((p, q), normalizers, strict=True)):
@@ -70,8 +71,8 @@ class FidelityMeter:
             dense_perplexity=dense,
             compressed_perplexity=compressed,
             kl_mean=kl.mean().item(),
-            kl_p99=kl.quantile(0.99).item(),
+            kl_p99=float(np.quantile(kl.numpy(), 0.99)),  # torch's has a limit of 2^24
             top1_agreement=self._agreed / len(kl),
-            max_abs_logit_diff=self._max_diff,
+            max_abs_logit_diff=self._max_diff.item(),
             n_predictions=len(kl),
         )

@@ -51,14 +51,16 @@ def adjacent_groups(
 ) -> Sequence[Group]:
     """Let the same part of `group_size` adjacent layers share; the last run may be shorter.
 
+    Layers whose part reads inputs of another width share among themselves.
+
     Args:
         parts: of all selected sublayers.
         group_size: layers in a group.
         shared: families that share; every part of another family is a group of its own.
     """
-    by_slot: dict[tuple[str, str], list[Part]] = {}
+    by_slot: dict[tuple[str, str, int], list[Part]] = {}
     for part in parts:
-        by_slot.setdefault((part.sublayer.slot, part.label), []).append(part)
+        by_slot.setdefault((part.sublayer.slot, part.label, part.shape[1]), []).append(part)
     groups = []
     for same in by_slot.values():
         same.sort(key=lambda part: part.sublayer.layer)

@@ -124,10 +124,12 @@ class MomentAccumulator:
 def whitening(
     moment: Moment,
 ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, "d d"]]:
-    """The symmetric root S of E[x xᵀ] and its pseudo-inverse, null space cut off.
+    """The symmetric root S of E[x xᵀ] and its inverse.
 
     By eigendecomposition: fewer tokens than dimensions give a singular moment, which a
-    Cholesky factorization would break on.
+    Cholesky factorization would break on. Eigenvalues of the null space are raised to
+    NULL_SPACE of the largest: what calibration never saw weighs next to nothing, but a
+    fit does not forget it either.
 
     Raises:
         CalibrationError: no eigenvalue is positive.
@@ -136,7 +138,5 @@ def whitening(
     largest = values[-1].item()
     if not largest > 0:
         raise CalibrationError(f"The moment of {moment.site} has no positive eigenvalue.")
-    keep = values > NULL_SPACE * largest
-    values, vectors = values[keep], vectors[:, keep]
-    root = values.sqrt()
+    root = values.clamp_min(NULL_SPACE * largest).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

@@ -8,24 +8,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from sharebasis.config import PARAMS, compose_params, parse_settings
+from sharebasis.config import PARAMS, compose_params, flatten, parse_settings
 from sharebasis.stage import report_errors
-from sharebasis.store import disk_errors
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+from sharebasis.store import write_text
 
 
 def changes(before: Any, after: Any) -> list[str]:
@@ -38,16 +27,23 @@ def changes(before: Any, after: Any) -> list[str]:
     ]
 
 
+def _present() -> Any:
+    """What params.yaml says now; nothing, if it is missing or no YAML."""
+    try:
+        return yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
 @report_errors
 def main() -> None:
     text = compose_params(overrides=sys.argv[1:])
     after = yaml.safe_load(text)
     parse_settings(after, "The composition of conf/")
-    before = yaml.safe_load(PARAMS.read_text(encoding="utf-8")) if PARAMS.exists() else {}
+    before = _present()
     lines = changes(before, after)
     if lines:
-        with disk_errors(PARAMS):
-            PARAMS.write_text(text, encoding="utf-8")
+        write_text(PARAMS, text)
     print("\n".join(lines) if lines else f"{PARAMS} is up to date.")
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,6 +18,7 @@ LOG_SECONDS = 20
 """Time between two lines where there is no terminal to draw a bar on."""
 
 
+@runtime_checkable
 class Advance(Protocol):
     """Reports that `n` more units are done."""
 

@@ -109,6 +109,7 @@ class FitSettings:
     """Which factorization, and how much it may keep."""
 
     method: Method
+    """svd: of the weights; svd_llm and basis_sharing: of the whitened weights."""
     removed: Annotated[float, Gt(0), Lt(1)]
     """Fraction of the selected sublayers' numbers to remove."""
     group_size: PositiveInt

@@ -96,10 +96,15 @@ def require_disk(path: Path, n_bytes: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that `path` is whole or as it was."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path):
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         _sync(partial)
         partial.replace(path)
 
@@ -114,7 +119,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; run the stage that writes it (dvc repro).") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not JSON ({error}); remove it and run dvc repro.") from None
 
 
@@ -135,7 +140,7 @@ def load_record(path: Path, record_type: type[Record]) -> Record:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
         raise StoreError(
-            f"{path} is no {record_type.__name__} that this version can read ({where}: "
+            f"{path} is no {record_type.__name__} that this version can read ({where or 'all'}: "
             f"{first['msg']}); run dvc repro to write it again."
         ) from None
 
@@ -177,6 +182,10 @@ class TensorWriter:
         file = f"{self._stem}-{self._n_files:05d}.safetensors"
         with disk_errors(self._directory):
             save_file(self._pending, self._directory / file, metadata={"format": "pt"})
+            # safetensors keeps its files to their owner; ours are as readable as others are.
+            umask = os.umask(0)
+            os.umask(umask)
+            (self._directory / file).chmod(0o666 & ~umask)
         self.files |= dict.fromkeys(self._pending, file)
         self._pending, self._pending_bytes = {}, 0
 
@@ -201,7 +210,10 @@ class TensorReader:
         """
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            return cls(directory, read_json(index)["weight_map"])
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict):
+                raise WeightsError(f"{index} has no weight_map; fetch or write it again.")
+            return cls(directory, files)
         single = directory / "model.safetensors"
         if not single.exists():
             raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}.")
@@ -219,7 +231,20 @@ class TensorReader:
         with opened(self.directory / self.files[name]) as file:
             if rows == columns == slice(None):
                 return _get(file, name)
-            return file.get_slice(name)[rows, columns].clone()
+            with _naming(name):
+                return file.get_slice(name)[rows, columns].clone()
+
+    def size(self) -> int:
+        """Bytes of all files together.
+
+        Raises:
+            WeightsError: one is missing or truncated.
+        """
+        total = 0
+        for file_name in set(self.files.values()):
+            with opened(self.directory / file_name):
+                total += (self.directory / file_name).stat().st_size
+        return total
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, file by file."""
@@ -260,8 +285,15 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _get(file: Any, name: str) -> Tensor:
-    try:
+    with _naming(name):
         return file.get_tensor(name).clone()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which tensor it is that cannot be read."""
+    try:
+        yield
     except SafetensorError as error:
         raise WeightsError(f"Tensor {name} cannot be read: {error}.") from None
 

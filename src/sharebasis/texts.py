@@ -109,19 +109,24 @@ def _read_dataset(data: DataSettings, use: Use) -> Iterator[str]:
     split = _path(data, use)
     if not data.hub_id:
         raise TextError("data.hub_id is not set; data.source=hub needs a dataset id.")
+    where = f"Dataset {data.hub_id!r} (split {split!r})"
     try:
-        rows = datasets.load_dataset(data.hub_id, data.hub_name, split=split, streaming=True)
+        for row in datasets.load_dataset(data.hub_id, data.hub_name, split=split, streaming=True):
+            if data.hub_column not in row:
+                raise TextError(
+                    f"{where} has no column {data.hub_column!r}, only {', '.join(row)}; set "
+                    "data.hub_column."
+                )
+            text = row[data.hub_column]
+            if not isinstance(text, str):
+                raise TextError(
+                    f"{where} holds {text!r} in its column {data.hub_column!r}, which is no text."
+                )
+            yield text
+    except TextError:
+        raise
     except Exception as error:  # the library raises errors of many kinds
-        raise TextError(
-            f"Dataset {data.hub_id!r} (split {split!r}) cannot be read: {first_line(error)}"
-        ) from error
-    for row in rows:
-        if data.hub_column not in row:
-            raise TextError(
-                f"Dataset {data.hub_id!r} has no column {data.hub_column!r}, only "
-                f"{', '.join(row)}; set data.hub_column."
-            )
-        yield row[data.hub_column]
+        raise TextError(f"{where} cannot be read: {first_line(error)}") from error
 
 
 def _describe(data: DataSettings, use: Use) -> str:
