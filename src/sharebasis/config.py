@@ -54,8 +54,8 @@ def parse_settings(content: Any, where: str) -> Settings:
     """
     if open_keys := [key for key, value in flatten(content).items() if value == "???"]:
         raise SettingsError(
-            f"{where} is not valid: {', '.join(open_keys)} has no default; give it, as in "
-            f"{open_keys[0]}=VALUE."
+            f"{where} is not valid: nothing is given for {', '.join(open_keys)}, and there is no "
+            f"default; set it, as in {open_keys[0]}=VALUE."
         )
     try:
         settings = _SETTINGS.validate_python(content)
