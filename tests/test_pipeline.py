@@ -38,7 +38,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
 from sharebasis.factorize import fit_read_basis
-from sharebasis.fitting import FittedGroup, fit, fit_metrics
+from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.hub import MANIFEST, empty_model, load_config, load_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.moments import Moment
@@ -86,7 +86,7 @@ class Run:
     classification: Classification
     parts: Sequence[Part]
     settings: FitSettings
-    fitted: Sequence[FittedGroup]
+    fitted: FittedModel
     moments: Path
 
     @cached_property
@@ -234,11 +234,14 @@ def test_stored_numbers_are_those_in_the_files(run: Run) -> None:
     for count in ("stored_numbers", "original_numbers", "n_groups"):
         by_family = sum(family[count] for family in run.metrics["families"].values())
         assert by_family == run.metrics[count]
+    whole = run.metrics["whole_model"]
+    assert whole["stored_numbers"] == sum(tensor.numel() for tensor in run.stored.values())
+    assert whole["original_numbers"] == sum(one.numel() for one in model.parameters())
 
 
 def test_what_was_asked_is_removed_and_one_rank_more_would_not_be(run: Run) -> None:
     assert run.metrics["removed_fraction"] >= run.settings.removed
-    for one in run.fitted:
+    for one in run.fitted.groups:
         a_rank = one.group.d_in + one.group.d_out
         assert one.rank * a_rank <= (1 - run.settings.removed) * one.group.n_weights
         assert (one.rank + 1) * a_rank > (1 - run.settings.removed) * one.group.n_weights
@@ -439,7 +442,7 @@ def test_weights_that_have_the_rank_that_is_kept_lose_nothing(
     directory = make_directory(family)
     _make_low_rank(directory, rank=6)
     run = compress(directory, tmp_path, "none", make_settings(changes).fit)
-    assert min(one.rank for one in run.fitted) >= 6
+    assert min(one.rank for one in run.fitted.groups) >= 6
     assert run.metrics["removed_fraction"] >= 0.2
     assert run.metrics["relative_loss"] < 1e-9
     assert _close(_logits(load_compressed(run.compressed)), _logits(run.dense()), 1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import add
@@ -22,6 +22,7 @@ from sharebasis.factorize import ReadFactors, fit_read_basis
 from sharebasis.grouping import Group, adjacent_groups
 from sharebasis.hub import MANIFEST, checkpoint_name, empty_model, load_config
 from sharebasis.moment_store import MomentStore
+from sharebasis.moments import Moment
 from sharebasis.progress import progress
 from sharebasis.settings import FitSettings, Method
 from sharebasis.splitting import Part
@@ -43,7 +44,16 @@ class FittedGroup:
     energy: float
 
 
-class Checkpoint:
+@dataclass(frozen=True, slots=True)
+class FittedModel:
+    """What became of a model."""
+
+    groups: tuple[FittedGroup, ...]
+    n_others: int
+    """Numbers that are stored as they were: embeddings, norms, biases, what is not selected."""
+
+
+class DenseWeights:
     """artifacts/weights by the names that the model itself uses."""
 
     def __init__(self, directory: Path) -> None:
@@ -88,7 +98,7 @@ def fit(
     settings: FitSettings,
     target: Path,
     device: torch.device,
-) -> Sequence[FittedGroup]:
+) -> FittedModel:
     """Fit every group and write the compressed model; whole or not at all.
 
     Memory holds one group, its moments and one shard of the output.
@@ -109,35 +119,45 @@ def fit(
     # Groups of the same layers in turn: they read the same moments.
     groups = sorted(groups, key=lambda group: group.parts[0].sublayer.layer)
     ranks = uniform_ranks(groups, settings.removed)
-    checkpoint = Checkpoint(weights)
-    pool = lru_cache(maxsize=1)(
-        lambda sites: reduce(add, (moments.read(site) for site in sites)).to(device)
-    )
+    dense, pool = DenseWeights(weights), _pooled(moments, device)
     fitted, index = [], []
     with store.writing(target) as out:
         writer = store.TensorWriter(out, "sharebasis", settings.shard_bytes)
-        for name, tensor in checkpoint.others({f"{part.sublayer.name}.weight" for part in parts}):
+        for name, tensor in dense.others({f"{part.sublayer.name}.weight" for part in parts}):
             writer.add(name, tensor)
+        n_others = writer.n_numbers
         with progress("fit", len(groups), "groups") as advance:
             for group, rank in zip(groups, ranks, strict=True):
-                sites = tuple(dict.fromkeys(moments.site(p.sublayer.name) for p in group.parts))
-                originals = [checkpoint.read_part(part).to(device) for part in group.parts]
-                moment = pool(sites) if WHITENED[settings.method] else None
+                originals = [dense.read_part(part).to(device) for part in group.parts]
+                moment = pool(group) if WHITENED[settings.method] else None
                 factors = fit_read_basis(originals, moment, rank)
+                before = writer.n_numbers
                 index.append(_write(writer, group, factors, originals[0].dtype))
-                stored = [index[-1].basis, *(part.coefficient for part in index[-1].parts)]
-                n_stored = sum(writer.numels[name] for name in stored)
+                n_stored = writer.n_numbers - before
                 fitted.append(FittedGroup(group, rank, n_stored, factors.loss, factors.energy))
                 advance()
         writer.flush()
         _copy_companions(weights, out)
         store.save_record(out / compressed_index.FILE, CompressedIndex(tuple(index), writer.files))
-    return fitted
+    return FittedModel(tuple(fitted), n_others)
+
+
+def _pooled(moments: MomentStore, device: torch.device) -> Callable[[Group], Moment]:
+    """The moment of all that a group reads; that of the group before is kept at hand."""
+
+    @lru_cache(maxsize=1)
+    def pool(sites: tuple[str, ...]) -> Moment:
+        return reduce(add, (moments.read(site) for site in sites)).to(device)
+
+    return lambda group: pool(
+        tuple(dict.fromkeys(moments.site(part.sublayer.name) for part in group.parts))
+    )
 
 
 def _write(
     writer: store.TensorWriter, group: Group, factors: ReadFactors, dtype: torch.dtype
 ) -> CompressedGroup:
+    """Store a basis once and the coefficient of every part, in the dtype of the original."""
     basis = f"{group.name}.basis"
     writer.add(basis, factors.basis.to("cpu", dtype))
     parts = []
@@ -157,17 +177,23 @@ def _copy_companions(weights: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def fit_metrics(fitted: Sequence[FittedGroup], settings: FitSettings) -> dict[str, Any]:
-    """What was stored, in all and by family; counts are of the tensors as written."""
-    families = sorted({one.group.family for one in fitted})
-    by_family = {
-        family: _counts([one for one in fitted if one.group.family == family])
-        for family in families
-    }
+def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
+    """What was stored, in all and by family; counts are of the tensors as written.
+
+    The top level is about the selected sublayers, `whole_model` about every tensor.
+    """
+    by_family: dict[str, list[FittedGroup]] = {}
+    for one in fitted.groups:
+        by_family.setdefault(one.group.family, []).append(one)
+    selected = _counts(fitted.groups)
     return {
         "method": settings.method,
-        **_counts(fitted),
-        "families": by_family,
+        **selected,
+        "families": {family: _counts(own) for family, own in sorted(by_family.items())},
+        "whole_model": _removed(
+            selected["original_numbers"] + fitted.n_others,
+            selected["stored_numbers"] + fitted.n_others,
+        ),
     }
 
 
@@ -176,11 +202,17 @@ def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
     stored = sum(one.n_stored for one in fitted)
     energy = sum(one.energy for one in fitted)
     return {
-        "removed_fraction": 1 - stored / original,
-        "stored_numbers": stored,
-        "original_numbers": original,
+        **_removed(original, stored),
         "n_groups": len(fitted),
         "min_rank": min(one.rank for one in fitted),
         "max_rank": max(one.rank for one in fitted),
         "relative_loss": sum(one.loss for one in fitted) / energy if energy else 0.0,
+    }
+
+
+def _removed(original: int, stored: int) -> dict[str, Any]:
+    return {
+        "removed_fraction": 1 - stored / original,
+        "stored_numbers": stored,
+        "original_numbers": original,
     }

@@ -152,7 +152,7 @@ def _copy(source: Path, out: Path) -> None:
     store.require_disk(out, sum((source / name).stat().st_size for name in files))
     companions = (path.name for pattern in _COMPANIONS for path in source.glob(pattern))
     for name in [*files, *companions]:
-        if name != MANIFEST:
+        if name != MANIFEST and ".bin." not in name:  # an index of pickles that stay behind
             shutil.copyfile(source / name, out / name)
 
 

@@ -161,13 +161,15 @@ class TensorWriter:
         self._n_files = 0
         self.files: dict[str, str] = {}
         """Tensor name -> file name."""
-        self.numels: dict[str, int] = {}
-        """Tensor name -> numbers stored for it."""
+        self.n_numbers = 0
+        """Numbers in all tensors added so far."""
+        self._names: set[str] = set()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if name in self.numels:
+        if name in self._names:
             raise StoreError(f"{name} is written twice to {self._directory}.")
-        self.numels[name] = tensor.numel()
+        self._names.add(name)
+        self.n_numbers += tensor.numel()
         # A clone keeps a view from dragging the storage of a whole fused weight along.
         self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._pending_bytes += tensor.nbytes

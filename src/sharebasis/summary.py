@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +20,7 @@ def main() -> None:
     console.print(_fidelity(verify))
 
 
-def _storage(fit: dict) -> Table:  # type: ignore[type-arg]
+def _storage(fit: dict[str, Any]) -> Table:
     table = Table(title=f"Stored numbers, method {fit['method']}")
     for column in ("family", "original", "stored", "removed", "groups", "ranks", "relative loss"):
         table.add_column(column, justify="left" if column == "family" else "right")
@@ -34,10 +36,15 @@ def _storage(fit: dict) -> Table:  # type: ignore[type-arg]
             f"{row['relative_loss']:.4f}",
             end_section=name == rows[-2][0],
         )
+    whole = fit["whole_model"]
+    table.caption = (
+        f"whole model: {whole['original_numbers']:,} -> {whole['stored_numbers']:,} numbers, "
+        f"{whole['removed_fraction']:.4f} removed"
+    )
     return table
 
 
-def _fidelity(verify: dict) -> Table:  # type: ignore[type-arg]
+def _fidelity(verify: dict[str, Any]) -> Table:
     lossless, dense, compressed = verify["lossless"], verify["dense"], verify["compressed"]
     table = Table(title=f"Fidelity over {verify['n_predictions']:,} predictions")
     for column in ("", "original", "compressed"):
