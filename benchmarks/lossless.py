@@ -13,23 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from sharebasis.architecture import architecture_of, dims
+from sharebasis.classification import classify_model
 from sharebasis.hub import load_model, load_tokenizer
 from sharebasis.settings import SplitStrategy
 from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.stage import WEIGHTS
-from sharebasis.sublayer import Classification, classify
-from sharebasis.surgery import linear_modules
 from sharebasis.verification import lossless_difference
 
 STRATEGIES: tuple[SplitStrategy, ...] = ("none", "qkv", "heads")
 WINDOWS, WINDOW = 2, 512
-
-
-def classification_of(model: PreTrainedModel) -> Classification:
-    sizes, architecture = dims(model.config), architecture_of(model.config.model_type)
-    sublayers = classify(linear_modules(model), architecture, sizes.d_model)
-    return Classification(model.config.model_type, sizes, architecture, sublayers)
 
 
 def random_gpt2() -> PreTrainedModel:
@@ -54,7 +46,7 @@ def main() -> None:
     for name, model in models.items():
         windows = torch.randint(0, min(n_tokens, model.config.vocab_size), (WINDOWS, WINDOW))
         for strategy in STRATEGIES:
-            rows = rows_by_sublayer(split_selected(classification_of(model), strategy))
+            rows = rows_by_sublayer(split_selected(classify_model(model), strategy))
             difference = lossless_difference(model, rows, windows)
             n_parts = sum(len(parts) for parts in rows.values())
             table.add_row(name, strategy, str(len(rows)), str(n_parts), f"{difference:.1e}")

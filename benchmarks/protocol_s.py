@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sharebasis.architecture import architecture_of, dims
 from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.config import compose_params, parse_settings
 from sharebasis.fitting import fit, fit_metrics
@@ -30,8 +30,7 @@ from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
-from sharebasis.sublayer import Classification, classify
-from sharebasis.surgery import linear_modules
+from sharebasis.sublayer import Classification
 from sharebasis.texts import read_windows
 from sharebasis.verification import compare
 
@@ -61,13 +60,6 @@ def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> S
     return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
 
 
-def classification_of(weights: Path) -> Classification:
-    config = load_config(weights)
-    sizes, architecture = dims(config), architecture_of(config.model_type)
-    sublayers = classify(linear_modules(empty_model(config)), architecture, sizes.d_model)
-    return Classification(config.model_type, sizes, architecture, sublayers)
-
-
 def gather(work: Path, settings: Settings, model: Classification) -> None:
     """Calibrate into `work`, or go on where an earlier run was stopped."""
     weights = work / "weights"
@@ -90,7 +82,7 @@ def main() -> None:
     settings = settings_of(arguments, "svd", 0.2)
     weights, device = arguments.work / "weights", pick_device(settings.device)
     extract(find_source(settings.model.source), weights)
-    model = classification_of(weights)
+    model = classify_model(empty_model(load_config(weights)))
     gather(arguments.work, settings, model)
     parts, moments = split_selected(model, "none"), MomentStore(arguments.work / "moments")
     removed, compressed = {}, {}

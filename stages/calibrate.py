@@ -4,18 +4,19 @@ from sharebasis import store
 from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
-from sharebasis.hub import load_model, load_tokenizer
+from sharebasis.hub import load_config, load_model, load_tokenizer
 from sharebasis.moment_store import write_moments
 from sharebasis.resources import pick_device
 from sharebasis.stage import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows
+from sharebasis.texts import read_windows, require_positions
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
     sublayers = store.load_record(SUBLAYERS, Classification).selected
+    require_positions(load_config(WEIGHTS), settings.data)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
     identity = run_identity(

@@ -3,12 +3,12 @@
 from sharebasis import store
 from sharebasis.compressed import load_compressed
 from sharebasis.config import load_settings
-from sharebasis.hub import DTYPES, load_model, load_tokenizer
+from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.stage import COMPRESSED, METRICS, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows
+from sharebasis.texts import read_windows, require_positions
 from sharebasis.verification import (
     compare,
     continuations,
@@ -22,6 +22,7 @@ from sharebasis.verification import (
 def main() -> None:
     settings = load_settings()
     verify, dtype, device = settings.verify, settings.model.dtype, pick_device(settings.device)
+    require_positions(load_config(COMPRESSED), settings.data)
     tokenizer = load_tokenizer(COMPRESSED)
     windows = read_windows(tokenizer, settings.data, "evaluation", settings.seed)
     original = load_model(WEIGHTS, dtype, device)

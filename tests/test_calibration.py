@@ -18,13 +18,13 @@ from sharebasis.architecture import architecture_of, dims
 from sharebasis.calibration import calibrate, run_identity
 from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
 from sharebasis.errors import CalibrationError
 from sharebasis.hub import empty_model, load_config, load_model
 from sharebasis.moment_store import Accumulators, MomentStore, write_moments
 from sharebasis.moments import Moment, Site
 from sharebasis.source import extract, find_source
-from sharebasis.sublayer import Sublayer, classify
-from sharebasis.surgery import linear_modules
+from sharebasis.sublayer import Sublayer
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(288, (10, 16), generator=torch.Generator().manual_seed(7))
@@ -50,13 +50,7 @@ def _load(directory: Path) -> PreTrainedModel:
 
 
 def _selected(directory: Path) -> tuple[Sublayer, ...]:
-    config = load_config(directory)
-    records = classify(
-        linear_modules(empty_model(config)),
-        architecture_of(config.model_type),
-        dims(config).d_model,
-    )
-    return tuple(record for record in records if record.selected)
+    return classify_model(empty_model(load_config(directory))).selected
 
 
 def _never(directory: Path) -> Checkpoint:

@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis import compressed_index, load_compressed, store
-from sharebasis.architecture import ARCHITECTURES, architecture_of, dims
+from sharebasis.architecture import ARCHITECTURES
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
 from sharebasis.factorize import fit_read_basis
@@ -46,8 +47,7 @@ from sharebasis.settings import FitSettings
 from sharebasis.share_linear import ShareLinear, State
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import Part, rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification, classify
-from sharebasis.surgery import linear_modules
+from sharebasis.sublayer import Classification
 from sharebasis.verification import compare, continuations, lossless_difference
 
 CPU = torch.device("cpu")
@@ -135,9 +135,7 @@ def compress(
     weights = target / "weights"
     extract(find_source(str(source)), weights)
     config = load_config(weights)
-    architecture, sizes = architecture_of(config.model_type), dims(config)
-    records = classify(linear_modules(empty_model(config)), architecture, sizes.d_model)
-    classification = Classification(config.model_type, sizes, architecture, records)
+    classification = classify_model(empty_model(config))
     model = load_model(weights, "float32", CPU)
     checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
     sites, sums = calibrate(model, classification.selected, CALIBRATION, 4, checkpoint)

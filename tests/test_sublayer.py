@@ -8,11 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture import ARCHITECTURES, Architecture, Dims, architecture_of, dims
+from sharebasis.classification import linear_modules
 from sharebasis.errors import SelectionError
 from sharebasis.hub import empty_model
 from sharebasis.settings import WeightTypeSettings
 from sharebasis.sublayer import LinearModule, Sublayer, classify, family_of, residual_role
-from sharebasis.surgery import linear_modules
 
 D, D_MLP, D_KV = 32, 48, 16
 

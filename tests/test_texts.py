@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CORPUS, MakeSettings
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2Config, PreTrainedTokenizerBase
 
 from sharebasis.errors import TextError
 from sharebasis.settings import DataSettings
-from sharebasis.texts import read_windows, speeches
+from sharebasis.texts import read_windows, require_positions, speeches
 
 USES = ("calibration", "evaluation")
 MakeData = Callable[..., DataSettings]
@@ -199,3 +199,12 @@ def test_rows_that_hold_no_text_are_told_with_the_dataset(
 ) -> None:
     with pytest.raises(TextError, match=r"Dataset .*dataset|hub train.* is empty"):
         read_windows(tokenizer, dataset(rows), "calibration", seed=0)
+
+
+def test_a_window_longer_than_the_models_positions_is_refused(dataset: Any) -> None:
+    data = dataset(_rows(CORPUS.splitlines()))
+    require_positions(GPT2Config(n_positions=data.window), data)
+    with pytest.raises(
+        TextError, match=rf"data\.window={data.window} is more than the 4 positions"
+    ):
+        require_positions(GPT2Config(n_positions=4), data)

@@ -36,11 +36,22 @@ class Architecture:
 
 
 def dims(config: Any) -> Dims:
-    """Translate a HF config (or anything with its attributes) into our sizes."""
-    d_model, n_heads = config.hidden_size, config.num_attention_heads
+    """Translate a HF config (or anything with its attributes) into our sizes.
+
+    Raises:
+        SelectionError: the config does not tell them.
+    """
+    try:
+        d_model, n_heads = config.hidden_size, config.num_attention_heads
+        n_layers = config.num_hidden_layers
+    except AttributeError as error:
+        raise SelectionError(
+            f"The config of this {config.model_type!r} model does not tell its sizes ({error}); "
+            "such a model is not supported."
+        ) from None
     return Dims(
         d_model=d_model,
-        n_layers=config.num_hidden_layers,
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         d_head=getattr(config, "head_dim", None) or d_model // n_heads,

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sharebasis.errors import TextError
 from sharebasis.hub import first_line
@@ -56,6 +56,20 @@ def read_windows(
             f"data.{use}.windows or data.window."
         )
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
+
+
+def require_positions(config: PretrainedConfig, data: DataSettings) -> None:
+    """Refuse windows longer than the model has positions for.
+
+    Raises:
+        TextError: `data.window` is above the config's `max_position_embeddings`.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and data.window > positions:
+        raise TextError(
+            f"data.window={data.window} is more than the {positions} positions that the model "
+            "has; lower it."
+        )
 
 
 def _documents(data: DataSettings, use: Use, seed: int) -> Iterator[str]:
