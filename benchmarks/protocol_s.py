@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from sharebasis import store
 from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.config import compose_params, parse_settings
+from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import empty_model, load_config, load_model, load_tokenizer
 from sharebasis.moment_store import MomentStore, write_moments
@@ -55,8 +59,6 @@ def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> S
         f"data.calibration.path={arguments.calibration}",
         f"data.evaluation.path={arguments.evaluation}",
     ]
-    import yaml
-
     return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
 
 
@@ -72,38 +74,43 @@ def gather(work: Path, settings: Settings, model: Classification) -> None:
     checkpoint.remove()
 
 
-@report_errors
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calibration", required=True, help="WikiText-2 raw, training split")
-    parser.add_argument("--evaluation", required=True, help="WikiText-2 raw, test split")
-    parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks/protocol_s"))
-    arguments = parser.parse_args()
+def fit_all(arguments: argparse.Namespace) -> None:
+    """Every method at every budget, on one calibration."""
     settings = settings_of(arguments, "svd", 0.2)
-    weights, device = arguments.work / "weights", pick_device(settings.device)
+    weights = arguments.work / "weights"
     extract(find_source(settings.model.source), weights)
     model = classify_model(empty_model(load_config(weights)))
     gather(arguments.work, settings, model)
     parts, moments = split_selected(model, "none"), MomentStore(arguments.work / "moments")
-    removed, compressed = {}, {}
     for method, asked in PUBLISHED:
-        target = arguments.work / f"{method}-{asked}"
-        own = settings_of(arguments, method, asked).fit
-        fitted = fit(weights, parts, moments, own, target, device)
-        removed[method, asked] = fit_metrics(fitted, own)["removed_fraction"]
-        compressed[method, asked] = load_compressed(target, device=device)
+        own, target = settings_of(arguments, method, asked), arguments.work / f"{method}-{asked}"
+        fitted = fit(weights, parts, moments, own.fit, target, pick_device(own.device))
+        store.write_json(target.with_suffix(f"{target.suffix}.json"), fit_metrics(fitted, own.fit))
+
+
+def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:
+    """All fits against the dense model, by their names."""
+    settings = settings_of(arguments, "svd", 0.2)
+    weights, device = arguments.work / "weights", pick_device(settings.device)
+    names = [f"{method}-{asked}" for method, asked in PUBLISHED]
+    compressed = {name: load_compressed(arguments.work / name, device=device) for name in names}
     windows = read_windows(load_tokenizer(weights), settings.data, "evaluation", settings.seed)
     dense = load_model(weights, "float32", device)
-    fidelity = compare(dense, compressed, windows, settings.data.batch)
+    return compare(dense, compressed, windows, settings.data.batch)
+
+
+def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> None:
     table = Table(title="Protocol S: perplexity")
-    for column in ("method", "removed, theirs", "removed, ours", "theirs", "ours", "ours / theirs"):
+    for column in ("method", "removed", "by us", "perplexity", "ours", "ratio"):
         table.add_column(column, justify="right" if table.columns else "left")
-    for key, (their_removed, theirs) in PUBLISHED.items():
-        ours = fidelity[key].compressed_perplexity
+    for (method, asked), (their_removed, theirs) in PUBLISHED.items():
+        name = f"{method}-{asked}"
+        removed = store.read_json(arguments.work / f"{name}.json")["removed_fraction"]
+        ours = fidelity[name].compressed_perplexity
         table.add_row(
-            key[0],
+            method,
             f"{their_removed:.4f}",
-            f"{removed[key]:.4f}",
+            f"{removed:.4f}",
             f"{theirs:.2f}",
             f"{ours:.2f}",
             f"{ours / theirs:.4f}",
@@ -111,6 +118,21 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
+
+
+@report_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calibration", required=True, help="WikiText-2 raw, training split")
+    parser.add_argument("--evaluation", required=True, help="WikiText-2 raw, test split")
+    parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks/protocol_s"))
+    parser.add_argument(
+        "--evaluate-only", action="store_true", help="take the fits that an earlier run has left"
+    )
+    arguments = parser.parse_args()
+    if not arguments.evaluate_only:
+        fit_all(arguments)
+    report(arguments, evaluate(arguments))
 
 
 if __name__ == "__main__":

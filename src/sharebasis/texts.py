@@ -109,8 +109,7 @@ def _path(data: DataSettings, use: Use) -> str:
 def _read_file(data: DataSettings, use: Use) -> str:
     path = Path(_path(data, use))
     try:
-        with path.open(encoding="utf-8", newline="") as file:  # line ends as they are
-            return file.read()
+        return path.read_text(encoding="utf-8")  # every kind of line end becomes one newline
     except OSError as error:
         raise TextError(f"data.{use}.path={path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
