@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # glibc gives every large block back to the system at once, and the pages of the next one are
-# faulted in again, layer by layer; keeping them saves a tenth to a third of the time.
+# faulted in again, layer by layer; kept, they are faulted in once.
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from sharebasis.moments import Moment
 from sharebasis.progress import progress
 from sharebasis.settings import FitSettings, Method
 from sharebasis.splitting import Part
-
-log = logging.getLogger(__name__)
 
 WHITENED: dict[Method, bool] = {"svd": False, "svd_llm": True, "basis_sharing": True}
 """Whether a method minimises the error of the outputs (or that of the weights)."""

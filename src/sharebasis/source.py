@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ from sharebasis import store
 from sharebasis.errors import SourceError, WeightsError
 from sharebasis.hub import MANIFEST, first_line, load_config, quiet_in_logs
 from sharebasis.progress import progress
-
-log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 * 2**20
 """What is read at a time when a tensor is hashed and checked."""
