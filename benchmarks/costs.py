@@ -28,14 +28,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
 
 from sharebasis import load_compressed, store
-from sharebasis.calibration import start_calibrating
-from sharebasis.capture import find_sites
+from sharebasis.calibration import PROBE_TOKENS, run_blocks, start_calibrating
 from sharebasis.hub import load_model
 from sharebasis.moment_store import Accumulators
 from sharebasis.source import extract, find_source
 from sharebasis.stage import COMPRESSED, SUBLAYERS, WEIGHTS
 from sharebasis.sublayer import Classification
-from sharebasis.surgery import wrap
 
 MIB = 2**20
 ROUNDS, BATCH, WINDOW = 4, 4, 512
@@ -54,27 +52,27 @@ def text() -> torch.Tensor:
 def calibrating(model: PreTrainedModel) -> Accumulators:
     """Set up a model as the stage `calibrate` does."""
     sublayers = store.load_record(SUBLAYERS, Classification).selected
-    names, probe = [one.name for one in sublayers], text()[:1, :4]
-    sites = find_sites(model, names, lambda: model.base_model(input_ids=probe, use_cache=False))
-    modules = wrap(model, {one.name: [(0, one.shape[0])] for one in sublayers})
-    return start_calibrating(modules, sites, "cpu")
+    return start_calibrating(model, sublayers, text()[:1, :PROBE_TOKENS])[1]
 
 
 def measure_time(_: Path) -> Measured:
     bare, wrapped, windows = dense(), dense(), text()
     calibrating(wrapped)
-    runs = {"bare": bare, "calibrating": wrapped.base_model}
+    runs = {
+        "bare": lambda: bare(windows, use_cache=False),
+        "calibrating": lambda: run_blocks(wrapped, windows),
+    }
     seconds = dict.fromkeys(runs, 0.0)
     for i in range(ROUNDS + 1):
-        for name, model in runs.items():
+        for name, run in runs.items():
             began = time.perf_counter()
-            model(input_ids=windows, use_cache=False)
+            run()
             seconds[name] += (time.perf_counter() - began) * (i > 0)  # the first is a warm-up
     return {"ratio": seconds["calibrating"] / seconds["bare"]}
 
 
 def measure_bare_memory(_: Path) -> Measured:
-    return peak_of(lambda: dense().base_model(input_ids=text(), use_cache=False))
+    return peak_of(lambda: run_blocks(dense(), text()))
 
 
 def measure_calibration_memory(_: Path) -> Measured:
@@ -82,7 +80,7 @@ def measure_calibration_memory(_: Path) -> Measured:
         model = dense()
         accumulators = calibrating(model)
         for _ in range(ROUNDS):
-            model.base_model(input_ids=text(), use_cache=False)
+            run_blocks(model, text())
         return sum(one.total.nbytes for one in accumulators.values()) / MIB
 
     moments: list[float] = []

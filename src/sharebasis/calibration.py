@@ -19,7 +19,7 @@ from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
 from sharebasis.sublayer import Sublayer
-from sharebasis.surgery import Modules, wrap
+from sharebasis.surgery import wrap
 
 PROBE_TOKENS = 4
 """Enough to see which sublayers read the same tensor."""
@@ -46,22 +46,14 @@ def calibrate(
         CalibrationError: a sublayer never ran.
         ResourceError: the moments do not fit into memory.
     """
-    names = [sublayer.name for sublayer in sublayers]
     windows = windows.to(model.device)
-    # The blocks are all there is to see; the head's logits would be the largest product of all.
-    body = model.base_model
-    sites = find_sites(
-        model, names, lambda: body(input_ids=windows[:1, :PROBE_TOKENS], use_cache=False)
-    )
-    require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
-    modules = wrap(model, {sublayer.name: [(0, sublayer.shape[0])] for sublayer in sublayers})
-    accumulators = start_calibrating(modules, sites, model.device)
+    sites, accumulators = start_calibrating(model, sublayers, windows[:1, :PROBE_TOKENS])
     done = checkpoint.resume(accumulators)
     tokens = windows.shape[1]
     with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
         for start in range(done, len(windows), batch):
             chunk = windows[start : start + batch]
-            body(input_ids=chunk, use_cache=False)
+            run_blocks(model, chunk)
             advance(chunk.numel())
             checkpoint.save_if_due(accumulators, start + len(chunk))
     return sites, accumulators
@@ -90,23 +82,40 @@ def run_identity(
 
 
 def start_calibrating(
-    modules: Modules, sites: Iterable[Site], device: torch.device | str
-) -> Accumulators:
-    """Set every part of every reader to CALIBRATING; return the accumulators by site name.
+    model: PreTrainedModel, sublayers: Iterable[Sublayer], probe: Int64[Tensor, "windows window"]
+) -> tuple[Sequence[Site], Accumulators]:
+    """Wrap the sublayers and set every part to CALIBRATING.
 
-    The first part of the first reader feeds the site's accumulator; the others are given
-    the same tensor in the same pass and have nothing to add.
+    The first reader of a site feeds its accumulator; the others are given the same tensor
+    in the same pass and have nothing to add.
+
+    Args:
+        model: its sublayers are wrapped in place.
+        sublayers: whose inputs are tracked.
+        probe: a few token ids, run once to see which sublayers read the same tensor.
+
+    Raises:
+        CalibrationError: a sublayer did not run.
+        ResourceError: the moments do not fit into memory.
     """
+    rows = {sublayer.name: [(0, sublayer.shape[0])] for sublayer in sublayers}
+    sites = find_sites(model, rows, lambda: run_blocks(model, probe))
+    require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
+    modules = wrap(model, rows)
     accumulators = {}
     for site in sites:
-        accumulator = MomentAccumulator(site.name, site.d, device)
+        accumulator = MomentAccumulator(site.name, site.d, model.device)
         for reader in site.readers:
-            for i, part in enumerate(modules[reader].parts):
-                first = reader == site.name and i == 0
-                part.calibrate(accumulator.update if first else _already_counted)
+            (part,) = modules[reader].parts
+            part.calibrate(accumulator.update if reader == site.name else _already_counted)
         accumulators[site.name] = accumulator
-    return accumulators
+    return sites, accumulators
+
+
+def run_blocks(model: PreTrainedModel, windows: Int64[Tensor, "windows window"]) -> None:
+    """Run all but the head, whose logits nobody reads and which are the largest product."""
+    model.base_model(input_ids=windows, use_cache=False)
 
 
 def _already_counted(_: Tensor) -> None:
-    """The tracker of a part whose input another part of the site counts."""
+    """The tracker of a sublayer whose input another reader of the site counts."""

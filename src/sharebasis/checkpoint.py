@@ -62,8 +62,7 @@ class Checkpoint:
         if time.monotonic() - self._last < self.seconds:
             return
         with store.writing(self.directory) as out:
-            files = write_sums(out, accumulators)
-            n_tokens = {name: own.n_tokens for name, own in accumulators.items()}
+            n_tokens, files = write_sums(out, accumulators)
             state = {"key": self.key, "windows": windows, "files": files, "n_tokens": n_tokens}
             store.write_json(out / _PROGRESS, state)
         self._last = time.monotonic()

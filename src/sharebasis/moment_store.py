@@ -40,13 +40,13 @@ def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulator
     """
     with store.writing(target) as out:
         store.require_disk(out, sum(4 * site.d * (site.d + 1) for site in sites))
-        files = write_sums(out, accumulators)
-        n_tokens = {name: own.n_tokens for name, own in accumulators.items()}
-        store.save_record(out / INDEX, MomentIndex(tuple(sites), n_tokens, files))
+        store.save_record(out / INDEX, MomentIndex(tuple(sites), *write_sums(out, accumulators)))
 
 
-def write_sums(directory: Path, accumulators: Accumulators) -> dict[str, str]:
-    """Write the moment of every site; return tensor name -> file name."""
+def write_sums(
+    directory: Path, accumulators: Accumulators
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Write the moment of every site; return tokens by site, and tensor name -> file name."""
     writer = store.TensorWriter(directory, "moments", SHARD_BYTES)
     for name, accumulator in accumulators.items():
         moment = accumulator.moment()
@@ -54,7 +54,8 @@ def write_sums(directory: Path, accumulators: Accumulators) -> dict[str, str]:
         writer.add(f"{name}.total", moment.total[rows, columns].cpu())
         writer.add(f"{name}.sum", moment.sum.cpu())
     writer.flush()
-    return writer.files
+    n_tokens = {name: own.n_tokens for name, own in accumulators.items()}
+    return n_tokens, writer.files
 
 
 def read_moment(reader: store.TensorReader, site: str, n_tokens: int) -> Moment:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sharebasis import kernels
 from sharebasis.errors import StateError
 
 Tracker = Callable[[Tensor], None]
@@ -101,10 +102,11 @@ class ShareLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if self.basis is not None and self.coefficient is not None:
-            return functional.linear(functional.linear(x, self.basis), self.coefficient)
+            return kernels.linear(kernels.linear(x, self.basis), self.coefficient)
+        assert self.weight is not None
         if self._tracker is not None:
             self._tracker(x)
-        assert self.weight is not None
+            return kernels.linear(x, self.weight)
         return functional.linear(x, self.weight)
 
     def extra_repr(self) -> str:
