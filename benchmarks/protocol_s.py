@@ -27,7 +27,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.config import compose_params, parse_settings
 from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
-from sharebasis.hub import empty_model, load_config, load_model, load_tokenizer
+from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.resources import pick_device
 from sharebasis.settings import Settings
@@ -79,7 +79,7 @@ def fit_all(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, "svd", 0.2)
     weights = arguments.work / "weights"
     extract(find_source(settings.model.source), weights)
-    model = classify_model(empty_model(load_config(weights)))
+    model = classify_model(meta_model(load_config(weights)))
     gather(arguments.work, settings, model)
     parts, moments = split_selected(model, "none"), MomentStore(arguments.work / "moments")
     for method, asked in PUBLISHED:

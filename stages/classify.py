@@ -1,21 +1,27 @@
 """Stage `classify`: config -> a record of every linear sublayer and its residual role."""
 
+import logging
 from collections import Counter
 
 from sharebasis import store
 from sharebasis.classification import classify_model
 from sharebasis.config import load_settings
-from sharebasis.hub import empty_model, load_config
+from sharebasis.hub import load_config, meta_model
 from sharebasis.stage import METRICS, SUBLAYERS, WEIGHTS, report_errors
+
+log = logging.getLogger(__name__)
 
 
 @report_errors
 def main() -> None:
     settings = load_settings().model
-    model = empty_model(load_config(WEIGHTS))
+    model = meta_model(load_config(WEIGHTS))
     found = classify_model(model, settings.block_pattern, settings.weight_types)
     store.save_record(SUBLAYERS, found)
     sublayers = found.sublayers
+    for sublayer in sublayers:
+        if sublayer.disagreement:
+            log.warning("%s: %s; it is %s.", sublayer.name, sublayer.disagreement, sublayer.role)
     store.write_json(
         METRICS / "classify.json",
         {
@@ -23,6 +29,9 @@ def main() -> None:
             "n_selected": len(found.selected),
             "role": Counter(sublayer.role for sublayer in sublayers),
             "evidence": Counter(sublayer.evidence for sublayer in sublayers),
+            "category": Counter(sublayer.category for sublayer in sublayers),
+            "n_disagreements": sum(bool(sublayer.disagreement) for sublayer in sublayers),
+            "n_tied": sum(sublayer.tied_to is not None for sublayer in sublayers),
             "family": Counter(sublayer.family for sublayer in sublayers),
         },
     )

@@ -45,27 +45,10 @@ CORPUS = (
     "we hold that a basis shared by many layers is stored once, and read by all of them\n"
 ) * 4
 
-_PLAIN = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-_GROUPED = {**_PLAIN, "num_key_value_heads": 2}
-_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-SIZES: Mapping[str, Mapping[str, Any]] = {
-    "llama": _GROUPED,
-    "mistral": _GROUPED,
-    "qwen2": _GROUPED,
-    "qwen3": {**_GROUPED, "head_dim": 16},
-    "smollm3": {**_GROUPED, "num_hidden_layers": 4},
-    "gpt2": _GPT,
-    "gptj": {**_GPT, "rotary_dim": 4},
-    "opt": {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "phi": _PLAIN,
-}
-"""A config of every family that the package knows, by model type."""
+SIZES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "families.yaml").read_text()
+)
+"""A small config of every family, by name."""
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +71,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def random_model(model_type: str, d_vocab: int, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model with weights large enough to matter, biases and norms included."""
+    sizes = {"model_type": model_type, **SIZES[model_type], **changes}
     config = AutoConfig.for_model(
-        model_type,
-        **{**SIZES[model_type], **changes},
+        **sizes,
         vocab_size=d_vocab,
         bos_token_id=0,
         eos_token_id=0,
@@ -117,7 +100,7 @@ def make_directory(
     """`make_directory(model_type, max_shard_size=, seed=, **config)`: a random model, saved."""
 
     def make(model_type: str, max_shard_size: str = "1GB", **changes: Any) -> Path:
-        directory = tmp_path_factory.mktemp(model_type)
+        directory = tmp_path_factory.mktemp("model")
         model = random_model(model_type, len(tokenizer), **changes)
         model.save_pretrained(directory, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(directory)

@@ -20,7 +20,7 @@ from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.errors import CalibrationError
-from sharebasis.hub import empty_model, load_config, load_model
+from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import Accumulators, MomentStore, write_moments
 from sharebasis.moments import Moment, Site
 from sharebasis.source import extract, find_source
@@ -50,7 +50,7 @@ def _load(directory: Path) -> PreTrainedModel:
 
 
 def _selected(directory: Path) -> tuple[Sublayer, ...]:
-    return classify_model(empty_model(load_config(directory))).selected
+    return classify_model(meta_model(load_config(directory))).selected
 
 
 def _never(directory: Path) -> Checkpoint:

@@ -33,13 +33,13 @@ def split(strategy, dims=HEADS, name="attn.c_attn", rows=3 * D, **settings):
 
 
 def facts(parts):
-    return [(part.label, part.family, part.start, part.stop) for part in parts]
+    return [(part.label, part.family, part.rows.start, part.rows.stop) for part in parts]
 
 
 @pytest.mark.parametrize("name", ["attn.c_attn", "attn.q_proj", "mlp.up_proj"])
 def test_none_keeps_a_weight_whole(name):
     (part,) = split("none", name=name, rows=40, qkv_order="qkv")
-    assert (part.label, part.start, part.stop, part.shape) == ("", 0, 40, (40, D))
+    assert (part.label, part.rows.start, part.rows.stop, part.shape) == ("", 0, 40, (40, D))
     assert part.name == part.sublayer.name == f"h.3.{name}"
     assert part.family == part.sublayer.family
 
@@ -119,11 +119,11 @@ def test_the_split_of_a_weight_type_goes_before_the_strategy(own, strategy, n_pa
 def test_the_parts_products_concatenate_to_the_product_of_the_whole(strategy, name):
     order = {"qkv_order": "vkq"} if name == "attn.c_attn" else {}
     parts = split(strategy, GROUPED, name, rows=48, **order)
-    rows = [row for part in parts for row in range(part.start, part.stop)]
+    rows = [row for part in parts for row in range(part.rows.start, part.rows.stop)]
     assert rows == list(range(48))
     weight = torch.randn(48, D, generator=torch.Generator().manual_seed(0)).double()
     x = torch.randn(5, D, generator=torch.Generator().manual_seed(1)).double()
-    pieces = [x @ weight[part.start : part.stop].T for part in parts]
+    pieces = [x @ part.rows.take(weight).T for part in parts]
     torch.testing.assert_close(torch.cat(pieces, -1), x @ weight.T, rtol=0, atol=1e-13)
 
 

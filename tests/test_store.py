@@ -23,6 +23,7 @@ from sharebasis.compressed_index import CompressedGroup, CompressedIndex, Compre
 from sharebasis.errors import StoreError, WeightsError
 from sharebasis.moment_store import MomentIndex
 from sharebasis.moments import Site
+from sharebasis.rows import Rows
 from sharebasis.source import Manifest, TensorOrigin
 from sharebasis.sublayer import Classification, Sublayer
 
@@ -408,7 +409,11 @@ RECORDS: dict[str, Any] = {
         (Site("q", ("q", "k"), 32),), {"q": 7}, {"q.total": "moments-00001.safetensors"}
     ),
     "compressed": CompressedIndex(
-        (CompressedGroup("g", "q", 5, "g.basis", (CompressedPart("q", 0, 16, "q.coefficient"),)),),
+        (
+            CompressedGroup(
+                "g", "q", 5, "g.basis", (CompressedPart("q", Rows(0, 16), "q.coefficient"),)
+            ),
+        ),
         {"g.basis": "sharebasis-00001.safetensors"},
     ),
 }

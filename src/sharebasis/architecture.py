@@ -5,7 +5,8 @@ Adding a family is adding a row to `ARCHITECTURES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,11 @@ def dims(config: Any) -> Dims:
     Raises:
         SelectionError: the config does not tell them.
     """
+    nested = getattr(config, "get_text_config", None)
+    text = nested(decoder=True) if nested else config
     try:
-        d_model, n_heads = config.hidden_size, config.num_attention_heads
-        n_layers = config.num_hidden_layers
+        d_model, n_layers = text.hidden_size, text.num_hidden_layers
+        n_heads = getattr(text, "num_attention_heads", 1)  # of a model without attention
     except AttributeError as error:
         raise SelectionError(
             f"The config of this {config.model_type!r} model does not tell its sizes ({error}); "
@@ -53,99 +56,216 @@ def dims(config: Any) -> Dims:
         d_model=d_model,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-        d_head=getattr(config, "head_dim", None) or d_model // n_heads,
+        n_kv_heads=_n_kv_heads(text) or n_heads,
+        d_head=getattr(text, "head_dim", None) or d_model // n_heads,
     )
+
+
+def _n_kv_heads(config: Any) -> int | None:
+    """Key and value heads; None: as many as query heads."""
+    if given := getattr(config, "num_key_value_heads", None):
+        return int(given)
+    # Falcon and GPT-BigCode: a flag for a single one; Falcon's newer layout goes by a number.
+    newer = getattr(config, "new_decoder_architecture", False)
+    if getattr(config, "multi_query", False) and not newer:
+        return 1
+    return getattr(config, "num_kv_heads", None) if newer else None
 
 
 def architecture_of(
     model_type: str,
+    names: Collection[str],
     block_pattern: str | None = None,
     weight_types: Mapping[str, WeightTypeSettings] | None = None,
-) -> Architecture:
+) -> Architecture | None:
     """Look a family up; what the caller gives takes the table's place.
 
-    Raises:
-        SelectionError: the family is not in the table and the caller did not give both.
+    Args:
+        model_type: of the HF config.
+        names: HF names of the model's linear modules. Weight types of the table that none
+            of them matches are left out: not every model of a family has all of them.
+        block_pattern: the caller's.
+        weight_types: the caller's.
+
+    Returns:
+        None if the family is not in the table and the caller did not give both.
     """
     known = ARCHITECTURES.get(model_type)
     if known is not None:
         block_pattern = known.block_pattern if block_pattern is None else block_pattern
-        weight_types = known.weight_types if weight_types is None else weight_types
+        weight_types = _present(known.weight_types, names) if weight_types is None else weight_types
     if block_pattern is None or weight_types is None:
-        raise SelectionError(
-            f"model family {model_type!r} is not known (known: {', '.join(ARCHITECTURES)}). "
-            "Say where its sublayers are with model.weight_types and model.block_pattern, or add "
-            "a row to ARCHITECTURES in sharebasis/architecture.py."
-        )
+        return None
     return Architecture(block_pattern, weight_types)
 
 
-def _plain(**patterns: str) -> dict[str, WeightTypeSettings]:
-    """Weight types named after the module that ends the pattern, `q_proj='self_attn'`."""
+def _present(
+    weight_types: Mapping[str, WeightTypeSettings], names: Collection[str]
+) -> Mapping[str, WeightTypeSettings]:
     return {
-        name: WeightTypeSettings(pattern=rf".*\.{parent}\.{name}")
-        for name, parent in patterns.items()
+        key: settings
+        for key, settings in weight_types.items()
+        if any(re.fullmatch(settings.pattern, name) for name in names)
     }
 
 
-_LLAMA = Architecture(
-    block_pattern=r"layers\.(\d+)\.",
-    weight_types=_plain(
-        q_proj="self_attn",
-        k_proj="self_attn",
-        v_proj="self_attn",
-        o_proj="self_attn",
-        gate_proj="mlp",
-        up_proj="mlp",
-        down_proj="mlp",
-    ),
+def weight_type_name(path: str) -> str:
+    """Name of the weight type of the modules that end in a path: `attn.c_attn` -> `attn_c_attn`."""
+    return path.replace(".*", "").replace(".", "_")
+
+
+def slot_pattern(slot: str) -> str:
+    """Pattern of the modules of a name in which `*` stands for any number."""
+    return re.escape(slot).replace(r"\*", r"\d+")
+
+
+def _family(blocks: str, *paths: str, **settings: Mapping[str, Any]) -> Architecture:
+    """A row of the table.
+
+    Args:
+        blocks: name of the list of blocks.
+        paths: of sublayers in a block, `*` for the number of an expert.
+        settings: weight type -> what there is to say of it beside its pattern.
+    """
+    return Architecture(
+        block_pattern=rf"(?:^|\.){blocks}\.(\d+)\.",
+        weight_types={
+            name: WeightTypeSettings(r".*\." + slot_pattern(path), **settings.get(name, {}))
+            for path in paths
+            for name in [weight_type_name(path)]
+        },
+    )
+
+
+_ATTENTION = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+)
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_EXPERTS = ("mlp.experts.gate_up_proj.*", "mlp.experts.down_proj.*")
+_SHARED_EXPERTS = (
+    "mlp.shared_experts.gate_proj",
+    "mlp.shared_experts.up_proj",
+    "mlp.shared_experts.down_proj",
+)
+_GATE_UP = {"gate_up_order": "gate_up"}
+_QKV = {"qkv_order": "qkv"}
+_QKV_BY_HEAD = {"qkv_order": "qkv", "interleave": "head"}
+
+_LLAMA = _family("layers", *_ATTENTION, *_GATED)
+_MOE = _family(
+    "layers",
+    *_ATTENTION,
+    *_GATED,
+    *_EXPERTS,
+    mlp_experts_gate_up_proj=_GATE_UP,
+)
+_BLOOM = _family(
+    "h",
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+    self_attention_query_key_value=_QKV_BY_HEAD,
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "bloom": _BLOOM,
+    "cohere": _LLAMA,
+    "deepseek_v3": _family(
+        "layers",
+        "self_attn.q_proj",
+        "self_attn.q_a_proj",
+        "self_attn.q_b_proj",
+        "self_attn.kv_a_proj_with_mqa",
+        "self_attn.kv_b_proj",
+        "self_attn.o_proj",
+        *_GATED,
+        *_EXPERTS,
+        *_SHARED_EXPERTS,
+        mlp_experts_gate_up_proj=_GATE_UP,
+        self_attn_q_b_proj={"family": "q"},
+    ),
+    "falcon": _BLOOM,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": _family("h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", attn_c_attn=_QKV),
+    "gpt_neo": _family(
+        "h",
+        "attn.attention.q_proj",
+        "attn.attention.k_proj",
+        "attn.attention.v_proj",
+        "attn.attention.out_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    ),
+    "gpt_neox": _family(
+        "layers",
+        "attention.query_key_value",
+        "attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+        attention_query_key_value=_QKV_BY_HEAD,
+    ),
+    "gpt_oss": _family(
+        "layers",
+        *_ATTENTION,
+        *_EXPERTS,
+        mlp_experts_gate_up_proj={"gate_up_order": "gate_up", "interleave": "row"},
+    ),
+    "gptj": _family(
+        "h", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"
+    ),
+    "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _MOE,
+    "mpt": _family(
+        "blocks",
+        "attn.Wqkv",
+        "attn.out_proj",
+        "ffn.up_proj",
+        "ffn.down_proj",
+        attn_Wqkv=_QKV,
+    ),
+    "olmo2": _LLAMA,
+    "olmoe": _MOE,
+    "opt": _family(
+        "layers",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "fc1",
+        "fc2",
+    ),
+    "phi": _family(
+        "layers",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.dense",
+        "mlp.fc1",
+        "mlp.fc2",
+    ),
+    "phi3": _family(
+        "layers",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        self_attn_qkv_proj=_QKV,
+        mlp_gate_up_proj=_GATE_UP,
+    ),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _MOE,
     "smollm3": _LLAMA,
-    "gpt2": Architecture(
-        block_pattern=r"h\.(\d+)\.",
-        weight_types={
-            "attn_c_attn": WeightTypeSettings(pattern=r".*\.attn\.c_attn", qkv_order="qkv"),
-            "attn_c_proj": WeightTypeSettings(pattern=r".*\.attn\.c_proj"),
-            "mlp_c_fc": WeightTypeSettings(pattern=r".*\.mlp\.c_fc"),
-            "mlp_c_proj": WeightTypeSettings(pattern=r".*\.mlp\.c_proj"),
-        },
-    ),
-    "gptj": Architecture(
-        block_pattern=r"h\.(\d+)\.",
-        weight_types=_plain(
-            q_proj="attn",
-            k_proj="attn",
-            v_proj="attn",
-            out_proj="attn",
-            fc_in="mlp",
-            fc_out="mlp",
-        ),
-    ),
-    "opt": Architecture(
-        block_pattern=r"layers\.(\d+)\.",
-        weight_types={
-            **_plain(
-                q_proj="self_attn", k_proj="self_attn", v_proj="self_attn", out_proj="self_attn"
-            ),
-            **_plain(fc1=r"layers\.\d+", fc2=r"layers\.\d+"),
-        },
-    ),
-    "phi": Architecture(
-        block_pattern=r"layers\.(\d+)\.",
-        weight_types=_plain(
-            q_proj="self_attn",
-            k_proj="self_attn",
-            v_proj="self_attn",
-            dense="self_attn",
-            fc1="mlp",
-            fc2="mlp",
-        ),
-    ),
+    "stablelm": _LLAMA,
 }
+"""HF `model_type` -> row. A family that is not here is still tried, by shape and by trace
+(`classification`); it needs a row only for what nobody can see from outside: how a fused
+weight is laid out.
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from transformers import PreTrainedModel
 
 from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint
+from sharebasis.experts import unstack
 from sharebasis.hub import MANIFEST
 from sharebasis.moment_store import Accumulators
 from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
+from sharebasis.rows import Rows
 from sharebasis.sublayer import Sublayer
 from sharebasis.surgery import wrap
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 4
 """Enough to see which sublayers read the same tensor."""
@@ -56,6 +61,15 @@ def calibrate(
             run_blocks(model, chunk)
             advance(chunk.numel())
             checkpoint.save_if_due(accumulators, start + len(chunk))
+    unseen = [name for name, own in accumulators.items() if own.n_tokens == 0]
+    if unseen:
+        log.warning(
+            "No token of the calibration text went to %d of %d inputs, %s among them; what reads "
+            "them will be fitted without whitening. More text may reach them.",
+            len(unseen),
+            len(sites),
+            unseen[0],
+        )
     return sites, accumulators
 
 
@@ -98,8 +112,10 @@ def start_calibrating(
         CalibrationError: a sublayer did not run.
         ResourceError: the moments do not fit into memory.
     """
-    rows = {sublayer.name: [(0, sublayer.shape[0])] for sublayer in sublayers}
-    sites = find_sites(model, rows, lambda: run_blocks(model, probe))
+    unstack(model)
+    rows = {sublayer.name: [Rows(0, sublayer.shape[0])] for sublayer in sublayers}
+    experts = {sublayer.name for sublayer in sublayers if sublayer.expert is not None}
+    sites = find_sites(model, rows, lambda: run_blocks(model, probe), idle=experts)
     require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
     modules = wrap(model, rows)
     accumulators = {}

@@ -1,8 +1,9 @@
-"""What goes into a sublayer while a model runs. The only file with hooks."""
+"""What goes into a sublayer while a model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -11,7 +12,10 @@ from sharebasis.moments import Site
 
 
 def find_sites(
-    model: nn.Module, names: Iterable[str], run: Callable[[], object]
+    model: nn.Module,
+    names: Iterable[str],
+    run: Callable[[], object],
+    idle: Collection[str] = (),
 ) -> tuple[Site, ...]:
     """Find out, by running the model once, which sublayers read the same tensor.
 
@@ -22,6 +26,7 @@ def find_sites(
         model: that holds the sublayers.
         names: HF names of the sublayers.
         run: called without arguments, runs a few tokens through `model`.
+        idle: sublayers that need not run on them, as experts; each is a site of its own then.
 
     Raises:
         CalibrationError: a sublayer did not run.
@@ -41,13 +46,17 @@ def find_sites(
     finally:
         for hook in hooks:
             hook.remove()
-    if silent := [name for name in names if name not in seen]:
+    if silent := [name for name in names if name not in seen and name not in idle]:
         raise CalibrationError(
             f"{len(silent)} selected sublayers did not run on the probe, {silent[0]} among them; "
             "exclude them from the selection (model.weight_types)."
         )
-    readers: dict[tuple[int, int, int], list[str]] = {}
+    readers: dict[tuple[int | str, int, int], list[str]] = {}
     for name in names:
-        x = seen[name]
-        readers.setdefault((x.data_ptr(), x.numel(), x.shape[-1]), []).append(name)
+        if name in seen:
+            x = seen[name]
+            key: tuple[int | str, int, int] = (x.data_ptr(), x.numel(), x.shape[-1])
+        else:
+            key = (name, 0, cast(int, model.get_submodule(name).in_features))
+        readers.setdefault(key, []).append(name)
     return tuple(Site(same[0], tuple(same), key[2]) for key, same in readers.items())

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.architecture import architecture_of, dims
+from sharebasis.architecture import (
+    Architecture,
+    Dims,
+    architecture_of,
+    dims,
+    slot_pattern,
+    weight_type_name,
+)
+from sharebasis.errors import SelectionError
+from sharebasis.hub import repeated
 from sharebasis.settings import WeightTypeSettings
-from sharebasis.sublayer import Classification, LinearModule, classify
+from sharebasis.sublayer import Classification, LinearModule, Role, classify, expert_slot
+from sharebasis.surgery import unstacked
+from sharebasis.trace import trace_roles
+
+log = logging.getLogger(__name__)
+
+TRACED_TOKENS = 4
+SMALLEST = 1 / 16
+"""Of d_model: what is narrower is no projection but a router or a gate."""
 
 
 def classify_model(
@@ -20,33 +42,164 @@ def classify_model(
 ) -> Classification:
     """Find the linear sublayers of a model, which need not have any memory.
 
+    A few tokens are run through a copy without memory to see which sublayers read the
+    residual stream and which write to it.
+
     Args:
         model: on any device, meta too.
-        block_pattern: None takes the table of known families.
-        weight_types: None as above.
+        block_pattern: None takes the table of known families; for a family that is not
+            there, the list of blocks is looked for.
+        weight_types: None as above; for an unknown family, every linear sublayer of a block
+            that touches the residual stream, and those between them.
 
     Raises:
-        SelectionError: the family is not known, or a pattern does not fit the model.
+        SelectionError: a pattern does not fit the model, or an unknown family's blocks
+            cannot be found.
     """
-    config = model.config
-    architecture = architecture_of(config.model_type, block_pattern, weight_types)
-    sizes = dims(config)
-    sublayers = classify(linear_modules(model), architecture, sizes.d_model)
+    config, sizes = model.config, dims(model.config)
+    with unstacked(model):
+        modules = linear_modules(model)
+        names = [module.name for module in modules]
+        architecture = architecture_of(config.model_type, names, block_pattern, weight_types)
+        blocks = architecture.block_pattern if architecture else block_pattern
+        blocks = blocks or _find_blocks(model, sizes.n_layers)
+        roles = _trace(model, names, blocks, sizes.d_model)
+    if architecture is None:
+        ran = [module for module in modules if module.name in roles or not roles]
+        architecture = Architecture(blocks, weight_types or _explore(model, ran, blocks, sizes))
+    sublayers = classify(modules, architecture, sizes.d_model, roles)
     return Classification(config.model_type, sizes, architecture, sublayers)
 
 
 def linear_modules(model: nn.Module) -> tuple[LinearModule, ...]:
     """Every Linear and Conv1D of a model, in the model's order."""
+    tied = repeated(model)
     return tuple(
-        _describe(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        _describe(name, module, tied.get(f"{name}.weight"))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if is_linear(module)
     )
 
 
-def _describe(name: str, module: nn.Linear | Conv1D) -> LinearModule:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a Linear or Conv1D, and does what these do.
+
+    Routers and the like inherit the parameters only; a class with a forward pass of its own
+    is tried on small numbers.
+    """
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    plain = nn.Linear.forward, Conv1D.forward
+    return type(module).forward in plain or _computes_a_product(module)
+
+
+def _computes_a_product(module: nn.Linear | Conv1D) -> bool:
+    small = copy.copy(module)
+    x, weight, bias = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(4, 2), torch.arange(4.0)
+    own = weight.T if isinstance(module, Conv1D) else weight
+    small._parameters = {"weight": nn.Parameter(own), "bias": None}
+    if module.bias is not None:
+        small._parameters["bias"] = nn.Parameter(bias)
+    try:
+        y = small(x)
+    except Exception:  # it wants other inputs, or parameters that are not there
+        return False
+    expected = nn.functional.linear(x, weight, None if module.bias is None else bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and bool((y == expected).all())
+
+
+def _describe(name: str, module: nn.Linear | Conv1D, tied_to: str | None) -> LinearModule:
     rows, columns = module.weight.shape
-    bias = module.bias is not None
-    if isinstance(module, Conv1D):  # stores (d_in, d_out)
-        return LinearModule(name, "Conv1D", (columns, rows), bias)
-    return LinearModule(name, "Linear", (rows, columns), bias)
+    return LinearModule(
+        name=name,
+        type="Conv1D" if isinstance(module, Conv1D) else "Linear",
+        shape=(columns, rows) if isinstance(module, Conv1D) else (rows, columns),
+        bias=module.bias is not None,
+        tied_to=tied_to and tied_to.removesuffix(".weight"),
+    )
+
+
+def _trace(
+    model: PreTrainedModel, names: Iterable[str], block_pattern: str, d_model: int
+) -> Mapping[str, Role]:
+    """Roles by trace; none, with a warning, where the model cannot be run."""
+    places = {name: re.search(block_pattern, name) for name in names}
+    inside = {name: place for name, place in places.items() if place and place.re.groups == 1}
+    blocks = {place.string[: place.end(1)] for place in inside.values()}
+    model = _without_memory(model)
+    tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
+    try:
+        return trace_roles(
+            {name: model.get_submodule(name) for name in blocks},
+            {name: model.get_submodule(name) for name in inside},
+            d_model,
+            lambda: model.base_model(input_ids=tokens, use_cache=False),
+        )
+    except Exception as error:  # of the model's own code, of any kind
+        log.warning(
+            "Nothing could be run through this %s model (%s: %s); the roles of its sublayers are "
+            "decided by shape and name alone.",
+            model.config.model_type,
+            type(error).__name__,
+            error,
+        )
+        return {}
+
+
+def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the meta device. There, every expert is seen to run, whoever is chosen."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, memo={id(x): _shape_of(x) for x in tensors})
+
+
+def _shape_of(x: Tensor) -> Tensor:
+    shape = x.detach().to("meta")
+    return nn.Parameter(shape, requires_grad=False) if isinstance(x, nn.Parameter) else shape
+
+
+# Families that are not in the table
+
+
+def _explore(
+    model: PreTrainedModel, modules: Iterable[LinearModule], block_pattern: str, sizes: Dims
+) -> Mapping[str, WeightTypeSettings]:
+    """Take every sublayer of the blocks that is wide enough to be a projection."""
+    wide = [m.name for m in modules if min(m.shape) >= SMALLEST * sizes.d_model]
+    weight_types = _weight_types(wide, re.compile(block_pattern))
+    if not weight_types:
+        raise SelectionError(_advice(model, f"has no linear sublayers in blocks {block_pattern}"))
+    log.warning(
+        "Model family %r is not known; compressing %s in blocks %r. If one of them is a fused "
+        "weight, a row in sharebasis/architecture.py says how it is laid out.",
+        model.config.model_type,
+        ", ".join(weight_types),
+        block_pattern,
+    )
+    return weight_types
+
+
+def _weight_types(names: Iterable[str], blocks: re.Pattern[str]) -> dict[str, WeightTypeSettings]:
+    """A weight type for every place in a block."""
+    weight_types = {}
+    for name in names:
+        if place := blocks.search(name):
+            slot = expert_slot(name[: place.start(1)] + "*" + name[place.end(1) :])
+            path = expert_slot(name[place.end() :])
+            weight_types[weight_type_name(path)] = WeightTypeSettings(slot_pattern(slot))
+    return weight_types
+
+
+def _find_blocks(model: PreTrainedModel, n_layers: int) -> str:
+    """The pattern of the list of blocks: the longest list that has one for every layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return rf"^{re.escape(name)}\.(\d+)\."
+    raise SelectionError(_advice(model, f"has no list of {n_layers} blocks"))
+
+
+def _advice(model: PreTrainedModel, problem: str) -> str:
+    return (
+        f"Model family {model.config.model_type!r} is not known, and this model {problem}. Say "
+        "where its sublayers are with model.weight_types and model.block_pattern, or add a row "
+        "to ARCHITECTURES in sharebasis/architecture.py (README, Adding a family)."
+    )

@@ -43,7 +43,7 @@ def load_compressed(
     require_memory(reader.size(), f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
     parts = _parts_by_sublayer(index)
-    rows = {name: [(part.start, part.stop) for part in own] for name, own in parts.items()}
+    rows = {name: [part.rows for part in own] for name, own in parts.items()}
     modules = wrap(model, rows)
     bases = {group.basis for group in index.groups}
     coefficients = {part.coefficient for own in parts.values() for part in own}
@@ -69,12 +69,12 @@ def load_compressed(
 
 
 def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:
-    """The parts of every sublayer, in row order."""
+    """The parts of every sublayer."""
     parts: dict[str, list[CompressedPart]] = {}
     for group in index.groups:
         for part in group.parts:
             parts.setdefault(part.sublayer, []).append(part)
-    return {name: sorted(own, key=lambda part: part.start) for name, own in parts.items()}
+    return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
 
 
 def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> PreTrainedModel:

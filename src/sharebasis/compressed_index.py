@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sharebasis.rows import Rows
 from sharebasis.settings import Family
 
 FILE = "sharebasis.json"
@@ -16,8 +17,7 @@ class CompressedPart:
     """Rows of a sublayer and the tensor that holds their coefficient."""
 
     sublayer: str
-    start: int
-    stop: int
+    rows: Rows
     coefficient: str
 
 
@@ -39,4 +39,4 @@ class CompressedIndex:
     groups: tuple[CompressedGroup, ...]
     files: Mapping[str, str]
     """Tensor name -> file name."""
-    format: int = 1
+    format: int = 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import chain
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from torch import Tensor
 from sharebasis import compressed_index, store
 from sharebasis.allocation import uniform_ranks
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
-from sharebasis.errors import WeightsError
 from sharebasis.factorize import ReadFactors, fit_read_basis
-from sharebasis.grouping import Group, adjacent_groups
-from sharebasis.hub import MANIFEST, checkpoint_name, empty_model, load_config
+from sharebasis.grouping import Group, groups_of
+from sharebasis.hub import MANIFEST
 from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Moment
 from sharebasis.progress import progress
 from sharebasis.settings import FitSettings, Method
 from sharebasis.splitting import Part
+from sharebasis.weights import DenseWeights
 
 WHITENED: dict[Method, bool] = {"svd": False, "svd_llm": True, "basis_sharing": True}
 """Whether a method minimises the error of the outputs (or that of the weights)."""
@@ -48,44 +49,6 @@ class FittedModel:
     groups: tuple[FittedGroup, ...]
     n_others: int
     """Numbers that are stored as they were: embeddings, norms, biases, what is not selected."""
-
-
-class DenseWeights:
-    """artifacts/weights by the names that the model itself uses."""
-
-    def __init__(self, directory: Path) -> None:
-        self._reader = store.TensorReader.of_checkpoint(directory)
-        model = empty_model(load_config(directory))
-        stored, prefix = self._reader.files, model.base_model_prefix
-        self.names = {
-            name: found
-            for name in model.state_dict()
-            if (found := checkpoint_name(name, stored, prefix)) is not None
-        }
-        """Tensor of the model -> tensor of the checkpoint; tied ones may have no own."""
-
-    def read_part(self, part: Part) -> Tensor:
-        """The (d_out, d_in) weight of a part.
-
-        Raises:
-            WeightsError: the checkpoint does not hold the sublayer's weight.
-        """
-        name = self.names.get(f"{part.sublayer.name}.weight")
-        if name is None:
-            raise WeightsError(
-                f"{self._reader.directory} holds no weight for {part.sublayer.name}; transformers "
-                "builds it from other tensors, which is not supported yet."
-            )
-        rows = slice(part.start, part.stop)
-        if part.sublayer.type == "Conv1D":
-            return self._reader.read(name, columns=rows).T
-        return self._reader.read(name, rows)
-
-    def others(self, fitted: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model that is not a fitted weight, by the model's name."""
-        for name, found in self.names.items():
-            if name not in fitted:
-                yield name, self._reader.read(found)
 
 
 def fit(
@@ -112,24 +75,29 @@ def fit(
         BudgetError: a group is too small for the budget.
         WeightsError, CalibrationError, StoreError: what is read is not usable.
     """
-    groups = adjacent_groups(parts, settings.group_size, settings.shared)
+    twins = _twins(parts)
+    parts = [part for part in parts if part.sublayer.tied_to is None]
+    groups = groups_of(parts, settings.group_size, settings.shared, settings.share_experts)
     # Groups of the same layers in turn: they read the same moments.
     groups = sorted(groups, key=lambda group: group.parts[0].sublayer.layer)
     ranks = uniform_ranks(groups, settings.removed)
-    dense, pool = DenseWeights(weights), _pooled(moments, device)
+    dense, pool = DenseWeights(weights), _pooled(moments, twins, device)
     fitted, index = [], []
     with store.writing(target) as out:
         writer = store.TensorWriter(out, "sharebasis", settings.shard_bytes)
-        for name, tensor in dense.others({f"{part.sublayer.name}.weight" for part in parts}):
+        fitted_names = {*(part.sublayer.name for part in parts), *chain(*twins.values())}
+        for name, tensor in dense.stream(without={f"{name}.weight" for name in fitted_names}):
             writer.add(name, tensor)
         n_others = writer.n_numbers
         with progress("fit", len(groups), "groups") as advance:
             for group, rank in zip(groups, ranks, strict=True):
-                originals = [dense.read_part(part).to(device) for part in group.parts]
+                originals = [_read(dense, part).to(device) for part in group.parts]
                 moment = pool(group) if WHITENED[settings.method] else None
+                if moment is not None and moment.n_tokens == 0:
+                    moment = None  # experts that no token went to
                 factors = fit_read_basis(originals, moment, rank)
                 before = writer.n_numbers
-                index.append(_write(writer, group, factors, originals[0].dtype))
+                index.append(_write(writer, group, factors, originals[0].dtype, twins))
                 n_stored = writer.n_numbers - before
                 fitted.append(FittedGroup(group, rank, n_stored, factors.loss, factors.energy))
                 advance()
@@ -139,20 +107,44 @@ def fit(
     return FittedModel(tuple(fitted), n_others)
 
 
-def _pooled(moments: MomentStore, device: torch.device) -> Callable[[Group], Moment]:
+def _twins(parts: Iterable[Part]) -> Mapping[str, Sequence[str]]:
+    """Sublayer -> those that use its weight, too."""
+    twins: dict[str, list[str]] = {}
+    for part in parts:
+        own = twins.setdefault(part.sublayer.tied_to or part.sublayer.name, [])
+        if part.sublayer.tied_to and part.sublayer.name not in own:
+            own.append(part.sublayer.name)
+    return twins
+
+
+def _read(dense: DenseWeights, part: Part) -> Tensor:
+    name, conv1d = part.sublayer.name, part.sublayer.type == "Conv1D"
+    return dense.read(f"{name}.weight", part.rows, transposed=conv1d)
+
+
+def _pooled(
+    moments: MomentStore, twins: Mapping[str, Sequence[str]], device: torch.device
+) -> Callable[[Group], Moment]:
     """The moment of all that a group reads; that of the group before is kept at hand."""
 
     @lru_cache(maxsize=1)
     def pool(sites: tuple[str, ...]) -> Moment:
         return reduce(add, (moments.read(site) for site in sites)).to(device)
 
-    return lambda group: pool(
-        tuple(dict.fromkeys(moments.site(part.sublayer.name) for part in group.parts))
-    )
+    def sites(group: Group) -> Iterator[str]:
+        for part in group.parts:
+            for name in (part.sublayer.name, *twins[part.sublayer.name]):
+                yield moments.site(name)
+
+    return lambda group: pool(tuple(dict.fromkeys(sites(group))))
 
 
 def _write(
-    writer: store.TensorWriter, group: Group, factors: ReadFactors, dtype: torch.dtype
+    writer: store.TensorWriter,
+    group: Group,
+    factors: ReadFactors,
+    dtype: torch.dtype,
+    twins: Mapping[str, Sequence[str]],
 ) -> CompressedGroup:
     """Store a basis once and the coefficient of every part, in the dtype of the original."""
     basis = f"{group.name}.basis"
@@ -162,7 +154,8 @@ def _write(
         label = f".{part.label}" if part.label else ""
         name = f"{part.sublayer.name}{label}.coefficient"
         writer.add(name, coefficient.to("cpu", dtype))
-        parts.append(CompressedPart(part.sublayer.name, part.start, part.stop, name))
+        for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
+            parts.append(CompressedPart(sublayer, part.rows, name))
     rank = factors.basis.shape[0]
     return CompressedGroup(group.name, group.family, rank, basis, tuple(parts))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sharebasis.settings import Family
 from sharebasis.splitting import Part
+from sharebasis.sublayer import expert_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The common name of the parts, with the range of layers for the layer number."""
-        first, last = self.parts[0].sublayer.layer, self.parts[-1].sublayer.layer
-        layers = str(first) if first == last else f"{first}-{last}"
-        label = self.parts[0].label
-        return self.parts[0].sublayer.slot.replace("*", layers) + (f".{label}" if label else "")
+        """The common name of the parts, with ranges for the numbers of layers and experts."""
+        first, last = self.parts[0], self.parts[-1]
+        slot, label = first.sublayer.slot, f".{first.label}" if first.label else ""
+        if first.sublayer.expert != last.sublayer.expert:
+            experts = f"{first.sublayer.expert}-{last.sublayer.expert}"
+            slot = expert_slot(slot, experts)
+        return slot.replace("*", _range(first.sublayer.layer, last.sublayer.layer)) + label
 
     @property
     def family(self) -> Family:
@@ -46,6 +49,34 @@ class Group:
         return rank * (self.d_in + self.d_out)
 
 
+def groups_of(
+    parts: Sequence[Part], group_size: int, shared: Collection[Family], share_experts: bool
+) -> Sequence[Group]:
+    """Say which parts share, as `fit` is told to: by layers, or experts of a layer.
+
+    Args: as of `adjacent_groups` and `expert_groups`.
+    """
+    if not share_experts:
+        return adjacent_groups(parts, group_size, shared)
+    of_experts = [part for part in parts if part.sublayer.expert is not None]
+    others = [part for part in parts if part.sublayer.expert is None]
+    return [*adjacent_groups(others, group_size, shared), *expert_groups(of_experts)]
+
+
+def expert_groups(parts: Iterable[Part]) -> Sequence[Group]:
+    """Let the same part of all experts of a layer share.
+
+    Args:
+        parts: of sublayers of experts.
+    """
+    by_layer: dict[tuple[int, str, str, int], list[Part]] = {}
+    for part in parts:
+        slot = expert_slot(part.sublayer.slot)
+        key = part.sublayer.layer, slot, part.label, part.shape[1]
+        by_layer.setdefault(key, []).append(part)
+    return [Group(tuple(same)) for same in by_layer.values()]
+
+
 def adjacent_groups(
     parts: Iterable[Part], group_size: int, shared: Collection[Family]
 ) -> Sequence[Group]:
@@ -67,6 +98,10 @@ def adjacent_groups(
         size = group_size if same[0].family in shared else 1
         groups += [Group(run) for run in _runs(same, size)]
     return groups
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _runs(parts: list[Part], size: int) -> Iterable[tuple[Part, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,21 +45,36 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise SourceError(f"{directory} has no usable config.json: {first_line(error)}") from error
 
 
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model of shapes alone: parameters and buffers are on the meta device.
+
+    Raises:
+        SourceError: the family has no causal language model.
+    """
+    with torch.device("meta"):
+        return _from_config(config)
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model whose parameters have shapes but no memory; its buffers are real.
 
     Raises:
         SourceError: the family has no causal language model.
     """
+    with init_empty_weights(include_buffers=False):
+        model = _from_config(config)
+    model.tie_weights()  # what was created without memory was created once for each name
+    return model
+
+
+def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config).eval()
     except ValueError as error:
         raise SourceError(
             f"transformers builds no causal language model from a {config.model_type!r} config: "
             f"{first_line(error)}"
         ) from error
-    return model.eval()
 
 
 def quiet_in_logs() -> None:
@@ -103,15 +119,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise SourceError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
 
 
-def checkpoint_name(name: str, stored: Any, base_prefix: str) -> str | None:
-    """What a checkpoint calls the model's tensor `name`; None if it does not hold it.
-
-    A checkpoint of the base model alone lacks the prefix of the causal model's names.
-    """
-    for candidate in (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}"):
-        if candidate in stored:
-            return candidate
-    return None
+def repeated(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another one under a second name -> the first name."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
 
 
 def first_line(error: Exception) -> str:

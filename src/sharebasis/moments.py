@@ -47,7 +47,13 @@ class Moment:
 
     @property
     def second(self) -> Float64[Tensor, "d d"]:
-        """E[x xᵀ]."""
+        """E[x xᵀ].
+
+        Raises:
+            CalibrationError: there were no tokens.
+        """
+        if self.n_tokens == 0:
+            raise CalibrationError(f"{self.site} has seen no tokens; its moment is empty.")
         return self.total / self.n_tokens
 
 
@@ -105,10 +111,8 @@ class MomentAccumulator:
         """Everything gathered so far.
 
         Raises:
-            CalibrationError: there were no tokens, or an input was not finite.
+            CalibrationError: an input was not finite.
         """
-        if self.n_tokens == 0:
-            raise CalibrationError(f"{self.site} has seen no tokens; its moment is empty.")
         upper = self.total.triu()
         total = upper + upper.triu(1).T
         if not (total.isfinite().all() and self.sum.isfinite().all()):

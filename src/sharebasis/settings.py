@@ -30,11 +30,21 @@ class WeightTypeSettings:
     split: SplitStrategy | None = None
     """How to cut this weight type; None follows `split.strategy`."""
     qkv_order: str | None = None
-    """Order of the blocks of a fused weight, a permutation of 'qkv'."""
+    """Order of the blocks of a fused q, k and v, a permutation of 'qkv'."""
+    gate_up_order: Literal["gate_up", "up_gate"] | None = None
+    """Order of the blocks of a fused gate and up projection."""
+    interleave: Literal["head", "row"] | PositiveInt | None = None
+    """How the blocks of a fused weight take turns. None: not at all, one after the other.
+    head: q, k and v of one key-value head, then of the next. row: a row of each in turn.
+    A number: that many groups, each with its share of q, k and v."""
     n_head: PositiveInt | None = None
     """Query heads; None reads the model's config."""
     n_kv_head: PositiveInt | None = None
     """Key and value heads; None is the config's, or `n_head` where that is given."""
+
+    @property
+    def fused(self) -> bool:
+        return bool(self.qkv_order or self.gate_up_order)
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,9 @@ class FitSettings:
     """Adjacent layers that share a basis (basis_sharing; otherwise 1)."""
     shared: tuple[Family, ...]
     """Families that share; the others keep a basis for each part."""
+    share_experts: bool
+    """Whether the same matrix of all experts of a layer shares one basis, instead of that of
+    the same expert of adjacent layers."""
     shard_bytes: Annotated[int, Gt(0)]
     """Size at which a shard of the compressed model is closed, in bytes."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,6 +100,13 @@ class ShareLinear(nn.Module):
         self.basis = basis if isinstance(basis, nn.Parameter) else _frozen(basis)
         self.coefficient = _frozen(coefficient)
 
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """The weight: the original one, or the product of the factors."""
+        if self.basis is not None and self.coefficient is not None:
+            return self.coefficient @ self.basis
+        assert self.weight is not None
+        return self.weight
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if self.basis is not None and self.coefficient is not None:
             return kernels.linear(kernels.linear(x, self.basis), self.coefficient)
@@ -124,19 +131,38 @@ class ShareLinear(nn.Module):
 
 
 class SplitLinear(nn.Module):
-    """One sublayer as its parts, in row order: concatenates their outputs, adds the bias."""
+    """One sublayer as its parts: puts their outputs together and adds the bias."""
 
     parts: Sequence[ShareLinear]
     bias: nn.Parameter | None
+    order: Tensor | None
 
     def __init__(
-        self, parts: Sequence[ShareLinear], bias: Float[Tensor, " d_out"] | None = None
+        self,
+        parts: Sequence[ShareLinear],
+        bias: Float[Tensor, " d_out"] | None = None,
+        order: Int64[Tensor, " d_out"] | None = None,
     ) -> None:
+        """Args:
+        parts: that cover every output once.
+        bias: of the whole sublayer.
+        order: where each output lies among the parts' outputs; None: just there.
+        """
         super().__init__()
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
+        self.register_buffer("order", order, persistent=False)
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """The dense weight that the parts stand for, put together at every access.
+
+        Some models look at the weight of a sublayer that they do not call.
+        """
+        weights = torch.cat([part.dense() for part in self.parts])
+        return weights if self.order is None else weights.index_select(0, self.order)
 
     @property
     def state(self) -> str:
@@ -146,6 +172,8 @@ class SplitLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if self.order is not None:
+            y = y.index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -1,16 +1,19 @@
 """none | qkv | heads: which rows of a weight are a part.
 
-A part is what gets a coefficient of its own. Rows are those of the (d_out, d_in)
-weight, and the parts of a sublayer are in row order, so their outputs concatenate.
+A part is what gets a coefficient of its own. Rows are those of the (d_out, d_in) weight;
+the parts of a sublayer cover each of them once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 from sharebasis.architecture import Dims
 from sharebasis.errors import SplitError
+from sharebasis.rows import Rows
 from sharebasis.settings import Family, SplitStrategy, WeightTypeSettings
 from sharebasis.sublayer import Classification, Sublayer
 
@@ -23,13 +26,12 @@ class Part:
     label: str
     """What the part is within its sublayer: '' (all of it), 'q', 'head3', 'q.head3'."""
     family: Family
-    start: int
-    stop: int
+    rows: Rows
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in) of the part."""
-        return self.stop - self.start, self.sublayer.shape[1]
+        return len(self.rows), self.sublayer.shape[1]
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ def split_selected(model: Classification, strategy: SplitStrategy) -> tuple[Part
 def split_sublayer(
     sublayer: Sublayer, settings: WeightTypeSettings, strategy: SplitStrategy, dims: Dims
 ) -> tuple[Part, ...]:
-    """Cut one sublayer into parts, in row order.
+    """Cut one sublayer into parts that cover every row once, in the order of its blocks.
 
     Args:
         sublayer: of the weight type that `settings` describes.
@@ -64,89 +66,128 @@ def split_sublayer(
         SplitError: the order is not a permutation of q, k and v, or the rows do not divide.
     """
     strategy = settings.split or strategy
-    blocks = _blocks(sublayer, settings, strategy, dims)
+    if strategy == "none":
+        return (Part(sublayer, "", sublayer.family, Rows(0, sublayer.shape[0])),)
+    blocks = blocks_of(sublayer, settings, dims)
+    if settings.split and not (settings.fused or blocks[0].n_heads):
+        raise SplitError(
+            f"weight_types.{sublayer.weight_type} asks for split {settings.split!r}, but "
+            f"{sublayer.name} (family {sublayer.family}) is neither q, k or v nor fused; "
+            "for a fused weight give its qkv_order or gate_up_order."
+        )
     if strategy == "heads":
-        blocks = [head for block in blocks for head in _heads(block)]
-    parts, start = [], 0
-    for block in blocks:
-        parts.append(Part(sublayer, block.label, block.family, start, start + block.rows))
-        start += block.rows
-    if start != sublayer.shape[0]:  # a defect of this file, never of the input
-        raise AssertionError(f"{sublayer.name}: parts cover {start} of {sublayer.shape[0]} rows")
-    return tuple(parts)
+        blocks = [head for block in blocks for head in _heads(block, sublayer)]
+    return tuple(Part(sublayer, block.label, block.family, block.rows) for block in blocks)
 
 
-def rows_by_sublayer(parts: Iterable[Part]) -> Mapping[str, Sequence[tuple[int, int]]]:
-    """HF name -> the (start, stop) rows of its parts, in their order."""
-    rows: dict[str, list[tuple[int, int]]] = {}
+def rows_by_sublayer(parts: Iterable[Part]) -> Mapping[str, Sequence[Rows]]:
+    """HF name -> the rows of its parts, in their order."""
+    rows: dict[str, list[Rows]] = {}
     for part in parts:
-        rows.setdefault(part.sublayer.name, []).append((part.start, part.stop))
+        rows.setdefault(part.sublayer.name, []).append(part.rows)
     return rows
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Consecutive rows that are one of q, k, v, or the whole weight."""
+class Block:
+    """Rows that are one of q, k, v, gate, up, or the whole weight."""
 
     label: str
     family: Family
-    rows: int
-    n_heads: int
-    """Heads in these rows; 1 where the rows are not made of heads."""
-    where: str
+    rows: Rows
+    n_heads: int = 0
+    """Heads in these rows; 0 where the rows are not made of heads."""
 
 
-def _blocks(
-    sublayer: Sublayer, settings: WeightTypeSettings, strategy: SplitStrategy, dims: Dims
-) -> Sequence[_Block]:
+def blocks_of(sublayer: Sublayer, settings: WeightTypeSettings, dims: Dims) -> Sequence[Block]:
+    """What a sublayer's weight is made of: one block, or those of a fused weight.
+
+    Args: as of `split_sublayer`.
+
+    Raises:
+        SplitError: the order is not a permutation of q, k and v, or the rows do not divide.
+    """
+    if settings.qkv_order:
+        return _qkv(sublayer, settings, settings.qkv_order, dims)
+    if settings.gate_up_order:
+        return _gate_up(sublayer, settings, settings.gate_up_order)
+    n_heads, n_kv_heads = _head_counts(settings, dims)
+    heads = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}.get(sublayer.family, 0)
+    return [Block("", sublayer.family, Rows(0, sublayer.shape[0]), heads)]
+
+
+def _head_counts(settings: WeightTypeSettings, dims: Dims) -> tuple[int, int]:
     n_heads = settings.n_head or dims.n_heads
-    n_kv_heads = settings.n_kv_head or settings.n_head or dims.n_kv_heads
-    heads = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
-    if strategy == "none" or not (settings.qkv_order or sublayer.family in heads):
-        if settings.split not in (None, "none"):
-            raise SplitError(
-                f"weight_types.{sublayer.weight_type} asks for split {settings.split!r}, but "
-                f"{sublayer.name} (family {sublayer.family}) is neither q, k or v nor fused; "
-                "for a fused weight give its qkv_order."
-            )
-        return [_Block("", sublayer.family, sublayer.shape[0], 1, sublayer.name)]
-    if not settings.qkv_order:
-        n = heads[sublayer.family]
-        return [_Block("", sublayer.family, sublayer.shape[0], n, sublayer.name)]
-    return _fused(sublayer, settings.qkv_order, heads)
+    return n_heads, settings.n_kv_head or settings.n_head or dims.n_kv_heads
 
 
-def _fused(sublayer: Sublayer, order: str, heads: dict[str, int]) -> Sequence[_Block]:
+def _qkv(
+    sublayer: Sublayer, settings: WeightTypeSettings, order: str, dims: Dims
+) -> Sequence[Block]:
     """The q, k and v blocks of a fused weight, in the order it stores them."""
     if sorted(order) != ["k", "q", "v"]:
         raise SplitError(
             f"qkv_order {order!r} of weight type {sublayer.weight_type} is not a permutation of "
             "'qkv'."
         )
-    n_all, d_out = sum(heads.values()), sublayer.shape[0]
+    n_heads, n_kv_heads = _head_counts(settings, dims)
+    d_out, n_all = sublayer.shape[0], n_heads + 2 * n_kv_heads
     if d_out % n_all:
         raise SplitError(
-            f"{sublayer.name} has {d_out} rows, which {heads['q']} q, {heads['k']} k and "
-            f"{heads['v']} v heads do not divide; set n_head and n_kv_head of weight type "
+            f"{sublayer.name} has {d_out} rows, which {n_heads} q, {n_kv_heads} k and "
+            f"{n_kv_heads} v heads do not divide; set n_head and n_kv_head of weight type "
             f"{sublayer.weight_type}."
         )
-    d_head = d_out // n_all
     families: dict[str, Family] = {"q": "q", "k": "k", "v": "v"}
+    heads = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
+    lengths = [heads[x] * (d_out // n_all) for x in order]
+    turns = n_kv_heads if settings.interleave == "head" else settings.interleave
+    rows = _laid_out(lengths, turns, sublayer)
+    return [Block(x, families[x], own, heads[x]) for x, own in zip(order, rows, strict=True)]
+
+
+def _gate_up(
+    sublayer: Sublayer, settings: WeightTypeSettings, order: Literal["gate_up", "up_gate"]
+) -> Sequence[Block]:
+    d_out = sublayer.shape[0]
+    if d_out % 2:
+        raise SplitError(
+            f"{sublayer.name} has {d_out} rows, which are not as many of gate as of up; remove "
+            f"gate_up_order from weight type {sublayer.weight_type}."
+        )
+    names: tuple[Family, Family] = ("gate", "up") if order == "gate_up" else ("up", "gate")
+    rows = _laid_out([d_out // 2] * 2, settings.interleave, sublayer)
+    return [Block(name, name, own) for name, own in zip(names, rows, strict=True)]
+
+
+def _laid_out(
+    lengths: Sequence[int], turns: int | Literal["head", "row"] | None, sublayer: Sublayer
+) -> Sequence[Rows]:
+    """Rows of blocks of some lengths that take turns."""
+    turns = min(lengths) if turns == "row" else turns or 1
+    if isinstance(turns, str) or any(length % turns for length in lengths):
+        raise SplitError(
+            f"The blocks of {sublayer.name} have {', '.join(map(str, lengths))} rows and cannot "
+            f"take {turns} turns; correct interleave of weight type {sublayer.weight_type}."
+        )
+    per_turn = [length // turns for length in lengths]
+    starts, stride = accumulate(per_turn, initial=0), sum(per_turn) if turns > 1 else 0
     return [
-        _Block(x, families[x], heads[x] * d_head, heads[x], f"{sublayer.name}[{x}]") for x in order
+        Rows(start, length, turns, stride) for start, length in zip(starts, per_turn, strict=False)
     ]
 
 
-def _heads(block: _Block) -> Sequence[_Block]:
-    if block.n_heads == 1:
+def _heads(block: Block, sublayer: Sublayer) -> Sequence[Block]:
+    if block.n_heads <= 1:
         return [block]
-    if block.rows % block.n_heads:
+    if len(block.rows) % block.n_heads:
         raise SplitError(
-            f"{block.where} has {block.rows} rows, which {block.n_heads} heads do not divide; "
-            "set n_head (or n_kv_head) of its weight type."
+            f"{sublayer.name}{f'[{block.label}]' if block.label else ''} has {len(block.rows)} "
+            f"rows, which {block.n_heads} heads do not divide; set n_head (or n_kv_head) of its "
+            "weight type."
         )
-    rows, dot = block.rows // block.n_heads, "." if block.label else ""
+    d_head, dot = len(block.rows) // block.n_heads, "." if block.label else ""
     return [
-        _Block(f"{block.label}{dot}head{i}", block.family, rows, 1, block.where)
+        Block(f"{block.label}{dot}head{i}", block.family, block.rows.part(i * d_head, d_head))
         for i in range(block.n_heads)
     ]

@@ -236,6 +236,15 @@ class TensorReader:
             with _naming(name):
                 return file.get_slice(name)[rows, columns].clone()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read.
+
+        Raises:
+            WeightsError: its file is missing or truncated.
+        """
+        with opened(self.directory / self.files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def size(self) -> int:
         """Bytes of all files together.
 

@@ -8,46 +8,68 @@ from contextlib import contextmanager
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sharebasis.experts import unstack
+from sharebasis.rows import Rows, inverse_order
 from sharebasis.share_linear import ShareLinear, SplitLinear
 
-Rows = tuple[int, int]
-"""First row of a part, and the one after its last."""
 Modules = Mapping[str, SplitLinear]
 """Wrapped sublayers by HF name."""
 
 
 @contextmanager
+def unstacked(model: nn.Module) -> Iterator[None]:
+    """`experts.unstack` for a while; the model has its own modules back afterwards."""
+    originals = unstack(model)
+    try:
+        yield
+    finally:
+        _restore(model, originals)
+
+
+@contextmanager
 def wrapped(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Iterator[Modules]:
     """`wrap` for a while; the model has its own modules back afterwards."""
-    originals = {name: model.get_submodule(name) for name in rows}
-    try:
-        yield wrap(model, rows)
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
+    with unstacked(model):
+        originals = {name: model.get_submodule(name) for name in rows}
+        try:
+            yield wrap(model, rows)
+        finally:
+            _restore(model, originals)
 
 
 def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
-    """Put a SplitLinear in the place of each named sublayer; no weight is copied.
+    """Put a SplitLinear in the place of each named sublayer.
+
+    No weight is copied, but for the parts of one that is interleaved. Stacks of experts are
+    unstacked.
 
     Args:
         model: changed in place.
-        rows: HF name -> the (start, stop) rows of its parts, in order and without a gap.
+        rows: HF name -> the rows of its parts, each row once.
 
     Returns:
         The new modules by HF name.
     """
-    return {name: _wrap_one(model, name, own) for name, own in rows.items()}
+    unstack(model)
+    modules = {name: _wrapped(model.get_submodule(name), own) for name, own in rows.items()}
+    _restore(model, modules)
+    return modules
 
 
-def _wrap_one(model: nn.Module, name: str, rows: Sequence[Rows]) -> SplitLinear:
-    module = model.get_submodule(name)
+def _wrapped(module: nn.Module, rows: Sequence[Rows]) -> SplitLinear:
     assert isinstance(module, nn.Linear | Conv1D)
     weight = module.weight.detach()
     if isinstance(module, Conv1D):  # stores (d_in, d_out)
         weight = weight.T
     bias = None if module.bias is None else module.bias.detach()
-    split = SplitLinear([ShareLinear(weight[start:stop]) for start, stop in rows], bias)
+    order = inverse_order(rows)
+    if order is not None and not weight.is_meta:
+        order = order.to(weight.device)
+    split = SplitLinear([ShareLinear(own.take(weight)) for own in rows], bias, order)
     split.train(module.training)
-    model.set_submodule(name, split)
     return split
+
+
+def _restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)

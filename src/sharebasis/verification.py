@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sharebasis.errors import WeightsError
 from sharebasis.fidelity import Fidelity, FidelityMeter
 from sharebasis.progress import progress
-from sharebasis.surgery import Rows, wrapped
+from sharebasis.rows import Rows
+from sharebasis.surgery import wrapped
 
 
 @torch.no_grad()

@@ -1,0 +1,320 @@
+"""A model's weights by head, under the names and in the shapes that TransformerLens gives them.
+
+Norms are not folded in, nothing is centred, and grouped keys and values are not repeated.
+"""
+
+# W_Q and its like are what everybody calls them.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sharebasis.classification import classify_model
+from sharebasis.errors import SelectionError, SplitError
+from sharebasis.experts import slices
+from sharebasis.rows import Rows
+from sharebasis.settings import Family
+from sharebasis.share_linear import ShareLinear, SplitLinear
+from sharebasis.splitting import Block, blocks_of
+from sharebasis.sublayer import Classification, Role, Sublayer
+
+_SIDE: Mapping[Family, Role] = {
+    "q": "read",
+    "k": "read",
+    "v": "read",
+    "o": "write",
+    "gate": "read",
+    "up": "read",
+    "down": "write",
+}
+"""Which end of a family's weight the residual stream is at."""
+_MLP = ("gate", "up", "down")
+
+
+def head_views(
+    model: PreTrainedModel, found: Classification | None = None
+) -> tuple[LayerViews, ...]:
+    """The weights of every layer, by head: `head_views(model)[3].W_Q`.
+
+    Each is looked up when it is asked for, and is a view: it shares the memory of the model's
+    parameter, so that a change of one is a change of the other. Copied are
+
+    - W_Q and b_Q of a fused weight that is interleaved by key-value head, where there are
+      several of those and each serves several query heads (Falcon's newer layout);
+    - what is taken from a fused weight whose blocks take turns in any other way, by more than
+      a row and less than a head;
+    - a wrapped sublayer of several parts, which are put together;
+    - a compressed one, whose factors are multiplied.
+
+    Args:
+        model: dense, wrapped or compressed, on any device. Ask anew after modules were put in
+            or out.
+        found: its sublayers; None classifies a model of the same class and config.
+
+    Raises:
+        SelectionError, SplitError: the model's sublayers cannot be found or cut.
+    """
+    found = classify_model(_without_memory(model)) if found is None else found
+    tensors = _Tensors(model)
+    sources: list[list[_Source]] = [[] for _ in range(found.dims.n_layers)]
+    for sublayer in found.selected:
+        assert sublayer.weight_type is not None
+        settings = found.architecture.weight_types[sublayer.weight_type]
+        for block in blocks_of(sublayer, settings, found.dims):
+            sources[sublayer.layer].append(_Source(sublayer, block, tensors))
+    return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in enumerate(sources))
+
+
+def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class that nobody has wrapped or compressed, of shapes alone."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+class MlpViews:
+    """The weights of one MLP.
+
+    W_gate and b_gate are None where there is no gate; a bias is None where there is none.
+    Anything else that the MLP does not have as one matrix is a SelectionError.
+    """
+
+    def __init__(self, place: str, sources: Iterable[_Source]) -> None:
+        """Args:
+        place: which MLP, for messages.
+        sources: of its weights.
+        """
+        self._place = place
+        self._sources = tuple(sources)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self._one("up").weight.T
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
+        return self._one("gate").weight.T if self._has("gate") else None
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self._one("down").weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"] | None:
+        return self._one("up").bias
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"] | None:
+        return self._one("gate").bias if self._has("gate") else None
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"] | None:
+        return self._one("down").bias
+
+    def _has(self, family: Family) -> bool:
+        return any(source.block.family == family for source in self._sources)
+
+    def _one(self, family: Family) -> _Source:
+        """The one source of a family that touches the residual stream where it has to.
+
+        Raises:
+            SelectionError: there is none, or there are several.
+        """
+        roles = (_SIDE[family], "ambiguous_unknown")
+        right = [
+            source
+            for source in self._sources
+            if source.block.family == family and source.sublayer.role in roles
+        ]
+        if len(right) == 1:
+            return right[0]
+        count = f"{len(right)} sublayers are" if right else "no sublayer is"
+        raise SelectionError(
+            f"{self._place}: {count} a {family} that {_SIDE[family]}s the residual stream, so "
+            f"there are no views of it. What there is: {self._contents()}."
+        )
+
+    def _contents(self) -> str:
+        said = (
+            f"{source.sublayer.name} ({source.block.family}, {source.sublayer.role})"
+            for source in self._sources
+        )
+        return ", ".join(dict.fromkeys(said)) or "nothing"
+
+
+class LayerViews(MlpViews):
+    """The weights of one layer: those of its attention, and of its MLP unless it has experts.
+
+    A bias is None where there is none. Anything else that the layer does not have as one
+    matrix is a SelectionError: the keys of latent attention, the W_in of a layer of experts.
+    """
+
+    experts: tuple[MlpViews, ...]
+    """Of a mixture, by number; none in a dense layer."""
+    shared_experts: MlpViews | None
+    """The MLP that runs beside the experts for every token."""
+
+    def __init__(self, layer: int, sources: Iterable[_Source], n_heads: int) -> None:
+        """Args:
+        layer: its number.
+        sources: of its weights.
+        n_heads: query heads, if nothing among the sources says it.
+        """
+        place = f"layer {layer}"
+        by_expert: dict[int, list[_Source]] = {}
+        rest = []
+        for source in sources:
+            expert = source.sublayer.expert
+            (rest if expert is None else by_expert.setdefault(expert, [])).append(source)
+        shared = [source for source in rest if by_expert and source.block.family in _MLP]
+        super().__init__(place, [source for source in rest if source not in shared])
+        self.experts = tuple(
+            MlpViews(f"expert {i} of {place}", own) for i, own in sorted(by_expert.items())
+        )
+        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if shared else None
+        queries = (source.block.n_heads for source in rest if source.block.family == "q")
+        self._n_heads = next(queries, n_heads)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        return self._one("q").weight_by_head()
+
+    @property
+    def W_K(self) -> Float[Tensor, "n_kv_heads d_model d_head"]:
+        return self._one("k").weight_by_head()
+
+    @property
+    def W_V(self) -> Float[Tensor, "n_kv_heads d_model d_head"]:
+        return self._one("v").weight_by_head()
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
+        o = self._one("o")
+        _require_whole_heads(o.sublayer, "columns", o.sublayer.shape[1], self._n_heads)
+        return o.weight.T.unflatten(0, (self._n_heads, -1))
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_heads d_head"] | None:
+        return self._one("q").bias_by_head()
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_kv_heads d_head"] | None:
+        return self._one("k").bias_by_head()
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_kv_heads d_head"] | None:
+        return self._one("v").bias_by_head()
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"] | None:
+        return self._one("o").bias
+
+    def _has(self, family: Family) -> bool:
+        return super()._has(family) or bool(self.experts)  # what they have, `_one` says
+
+    def _one(self, family: Family) -> _Source:
+        if self.experts and family in _MLP:
+            beside = " and .shared_experts" if self.shared_experts else ""
+            raise SelectionError(
+                f"{self._place} has {len(self.experts)} experts and no {family} of its own; ask "
+                f"its .experts[i]{beside} for W_in, W_gate, W_out and their biases."
+            )
+        return super()._one(family)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Rows of a sublayer's weight, which a view is made of."""
+
+    sublayer: Sublayer
+    block: Block
+    tensors: _Tensors
+
+    @property
+    def weight(self) -> Float[Tensor, "rows d_in"]:
+        return self.block.rows.take(self.tensors.weight(self.sublayer.name))
+
+    @property
+    def bias(self) -> Float[Tensor, " rows"] | None:
+        bias = self.tensors.bias(self.sublayer.name)
+        return None if bias is None else self.block.rows.take(bias)
+
+    def weight_by_head(self) -> Float[Tensor, "n_heads d_in d_head"]:
+        return self._by_head(self.tensors.weight(self.sublayer.name))
+
+    def bias_by_head(self) -> Float[Tensor, "n_heads d_head"] | None:
+        bias = self.tensors.bias(self.sublayer.name)
+        return None if bias is None else self._by_head(bias)
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        rows, n_heads = self.block.rows, self.block.n_heads
+        _require_whole_heads(self.sublayer, "rows", len(rows), n_heads)
+        return _by_head(tensor, rows, n_heads)
+
+
+def _require_whole_heads(sublayer: Sublayer, what: str, length: int, n_heads: int) -> None:
+    if length % n_heads:
+        raise SplitError(
+            f"{sublayer.name} has {length} {what}, which {n_heads} heads do not divide; set "
+            "n_head (or n_kv_head) of its weight type."
+        )
+
+
+def _by_head(
+    tensor: Float[Tensor, d_out * d_in], rows: Rows, n_heads: int
+) -> Float[Tensor, "n_heads *d_in d_head"]:
+    """Some rows of a weight or bias, by head; a view if the heads' distances are all the same."""
+    if n_heads % rows.runs:
+        heads = rows.take(tensor).unflatten(0, (n_heads, -1))
+        return heads.movedim(1, -1)
+    runs = tensor[rows.start : rows.stop].unfold(0, rows.length, rows.stride or 1)
+    return runs.unflatten(-1, (n_heads // rows.runs, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+class _Tensors:
+    """Weights and biases by HF name of their sublayers, however a model keeps them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._slices = slices(model)
+
+    def weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
+        if own := self._slices.get(f"{name}.weight"):
+            return own.of(self._model.get_parameter(own.stack))
+        module = self._model.get_submodule(name)
+        if isinstance(module, SplitLinear):
+            return _dense(module)
+        assert isinstance(module, nn.Linear | Conv1D)
+        # By type: the shape of a square one does not tell.
+        return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+    def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
+        if own := self._slices.get(f"{name}.bias"):
+            return own.of(self._model.get_parameter(own.stack))
+        if f"{name}.weight" in self._slices:
+            return None
+        module = self._model.get_submodule(name)
+        assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
+        return module.bias
+
+
+def _dense(split: SplitLinear) -> Float[Tensor, "d_out d_in"]:
+    weights = [_dense_part(part) for part in split.parts]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return weight if split.order is None else weight[split.order]
+
+
+def _dense_part(part: ShareLinear) -> Float[Tensor, "d_out d_in"]:
+    if part.weight is not None:
+        return part.weight
+    assert part.coefficient is not None
+    assert part.basis is not None
+    return part.coefficient @ part.basis

@@ -1,0 +1,74 @@
+"""Which rows of a weight: one run, or runs at a regular distance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`runs` runs of `length` rows, the first at `start`, each `stride` after the one before.
+
+    One run is a block of rows; several are what a fused weight that is interleaved by
+    head gives each of q, k and v.
+    """
+
+    start: Annotated[int, Ge(0)]
+    length: Annotated[int, Gt(0)]
+    runs: Annotated[int, Gt(0)] = 1
+    stride: Annotated[int, Ge(0)] = 0
+
+    def __len__(self) -> int:
+        return self.length * self.runs
+
+    def __getitem__(self, i: int) -> int:
+        """The row of the weight that is row `i` of these."""
+        run, offset = divmod(range(len(self))[i], self.length)
+        return self.start + run * self.stride + offset
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return self[-1] + 1
+
+    def part(self, start: int, length: int) -> Rows:
+        """`length` of these rows from the `start`-th on, as Rows.
+
+        Raises:
+            ValueError: they would begin in one run and end in another without filling them.
+        """
+        _run, offset = divmod(start, self.length)
+        if offset + length <= self.length:
+            return Rows(self[start], length)
+        if offset or length % self.length:
+            raise ValueError(f"{length} rows from {start} on are not whole runs of {self}")
+        return Rows(self[start], self.length, length // self.length, self.stride)
+
+    def take(self, weight: Tensor) -> Tensor:
+        """These rows of `weight`: a view where they are one run or single rows, else a copy."""
+        if self.runs == 1:
+            return weight[self.start : self.start + self.length]
+        if self.length == 1:
+            return weight[self.start : self.stop : self.stride]
+        return weight[list(self)]
+
+
+def inverse_order(rows: Sequence[Rows]) -> Tensor | None:
+    """Where each row of the weight lies once the parts are stacked; None if just there.
+
+    Args:
+        rows: of parts that cover a weight, each row once.
+    """
+    order = torch.tensor(list(chain.from_iterable(rows)))
+    inverse = order.argsort()
+    return None if torch.equal(order, inverse) and bool((order.diff() == 1).all()) else inverse

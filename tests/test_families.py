@@ -1,0 +1,117 @@
+"""Every family of families.yaml, from the hub's format to a compressed model and back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES, MakeDirectory, MakeSettings
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sharebasis.architecture import ARCHITECTURES
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import load_compressed
+from sharebasis.experts import unstack
+from sharebasis.fitting import fit, fit_metrics
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.share_linear import SplitLinear
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import rows_by_sublayer, split_selected
+from sharebasis.verification import lossless_difference
+
+CPU = torch.device("cpu")
+STRATEGIES = ("none", "qkv", "heads")
+
+
+def _windows(seed: int = 0) -> Tensor:
+    return torch.randint(1, 280, (12, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_family_of_the_table_is_here() -> None:
+    assert {sizes.get("model_type", name) for name, sizes in SIZES.items()} == set(ARCHITECTURES)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def weights(
+    request: pytest.FixtureRequest,
+    make_directory: MakeDirectory,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """artifacts/weights of a family; not to be changed."""
+    target = tmp_path_factory.mktemp("family") / "weights"
+    extract(find_source(str(make_directory(request.param))), target)
+    return target
+
+
+def test_every_sublayer_of_a_block_has_a_role_that_was_seen(weights: Path) -> None:
+    found = classify_model(meta_model(load_config(weights)))
+    assert {sublayer.evidence for sublayer in found.sublayers} == {"trace"}
+    assert not [sublayer.name for sublayer in found.sublayers if sublayer.disagreement]
+    roles = Counter(sublayer.role for sublayer in found.sublayers)
+    assert roles.keys() <= {"read", "write", "neither"}
+    assert roles.keys() >= {"read", "write"}
+    assert found == classify_model(load_model(weights, "float32", CPU))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_wrap_alone_changes_nothing(weights: Path, strategy: str) -> None:
+    model = load_model(weights, "float32", CPU)
+    parts = split_selected(classify_model(model), strategy)  # type: ignore[arg-type]
+    rows = rows_by_sublayer(parts)
+    before = model(input_ids=_windows()).logits
+    assert lossless_difference(model, rows, _windows()) <= 2e-5 * before.abs().max().item()
+    assert torch.equal(model(input_ids=_windows()).logits, before)
+
+
+@torch.no_grad()
+def _with_products(dense: PreTrainedModel, small: PreTrainedModel) -> PreTrainedModel:
+    """The dense model with the weights that a compressed one's factors stand for."""
+    unstack(dense)
+    for name, split in small.named_modules():
+        if isinstance(split, SplitLinear):
+            module = dense.get_submodule(name)
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            products = torch.cat([part.coefficient @ part.basis for part in split.parts])
+            assert not torch.equal(weight, products)
+            weight.copy_(products if split.order is None else products[split.order])
+    return dense
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_is_compressed_and_loads(
+    weights: Path, strategy: str, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    model = load_model(weights, "float32", CPU)
+    found = classify_model(model)
+    checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
+    sites, sums = calibrate(model, found.selected, _windows(), 4, checkpoint)
+    write_moments(tmp_path / "moments", sites, sums)
+    parts = split_selected(found, strategy)  # type: ignore[arg-type]
+    settings = make_settings({"fit.method": "svd_llm", "fit.group_size": 1, "fit.shared": []}).fit
+    fitted = fit(
+        weights, parts, MomentStore(tmp_path / "moments"), settings, tmp_path / "small", CPU
+    )
+    small = load_compressed(tmp_path / "small")
+    torch.testing.assert_close(
+        small(input_ids=_windows(1)).logits,
+        _with_products(load_model(weights, "float32", CPU), small)(input_ids=_windows(1)).logits,
+        rtol=0,
+        atol=2e-4,
+    )
+    metrics = fit_metrics(fitted, settings)
+    assert metrics["whole_model"]["stored_numbers"] == _numbers(small)
+    assert metrics["whole_model"]["original_numbers"] == _numbers(meta_model(load_config(weights)))
+
+
+def _numbers(model: PreTrainedModel) -> int:
+    """Numbers in a model's state; those under two names count once."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in tensors.values())
