@@ -21,6 +21,7 @@ from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
 from sharebasis.rows import Rows
+from sharebasis.share_linear import State
 from sharebasis.sublayer import Sublayer
 from sharebasis.surgery import wrap
 
@@ -123,6 +124,8 @@ def start_calibrating(
         accumulator = MomentAccumulator(site.name, site.d, model.device)
         for reader in site.readers:
             (part,) = modules[reader].parts
+            if part.state is State.CALIBRATING:  # a module of several names
+                continue
             part.calibrate(accumulator.update if reader == site.name else _already_counted)
         accumulators[site.name] = accumulator
     return sites, accumulators

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from sharebasis import compressed_index, store
 from sharebasis.compressed_index import CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError
-from sharebasis.hub import empty_model, load_config
+from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.resources import require_memory
-from sharebasis.surgery import wrap
+from sharebasis.share_linear import State
+from sharebasis.surgery import Modules, wrap
 
 
 def load_compressed(
@@ -42,6 +44,7 @@ def load_compressed(
     reader = store.TensorReader(directory, index.files)
     require_memory(reader.size(), f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
+    tied = repeated(model)
     parts = _parts_by_sublayer(index)
     rows = {name: [part.rows for part in own] for name, own in parts.items()}
     modules = wrap(model, rows)
@@ -64,7 +67,10 @@ def load_compressed(
     }
     for name, module in modules.items():
         for linear, part in zip(module.parts, parts[name], strict=True):
+            if linear.state is State.COMPRESSED:  # in a module of several names
+                continue
             linear.compress(basis_of[part.coefficient], factors[part.coefficient])
+    _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
 
 
@@ -77,9 +83,22 @@ def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]
     return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
 
 
+def _is_in(modules: Modules, tensor: str) -> bool:
+    return tensor.rpartition(".")[0] in modules
+
+
+def _tie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
+    """Give parameters that are one the value of the one that was stored."""
+    for names in tied.items():
+        values = [model.get_parameter(name) for name in names]
+        value = next((value for value in values if not value.is_meta), values[0])
+        for name in names:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, value)
+
+
 def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> PreTrainedModel:
-    """Tie what the config ties, and see to it that nothing is left without a value."""
-    model.tie_weights()
+    """See to it that nothing is left without a value."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise StoreError(

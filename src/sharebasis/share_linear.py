@@ -76,13 +76,13 @@ class ShareLinear(nn.Module):
     def compress(
         self,
         basis: Float[Tensor, "rank d_in"] | nn.Parameter,
-        coefficient: Float[Tensor, "d_out rank"],
+        coefficient: Float[Tensor, "d_out rank"] | nn.Parameter,
     ) -> None:
         """Replace the weight by `coefficient @ basis` and release it.
 
         Args:
             basis: pass the same Parameter to every part that shares it.
-            coefficient: of this part.
+            coefficient: of this part; likewise for sublayers that share their weight.
 
         Raises:
             StateError: already compressed, or the shapes do not fit the weight.
@@ -97,8 +97,7 @@ class ShareLinear(nn.Module):
             )
         self._leave(State.ORIGINAL, State.CALIBRATING, to=State.COMPRESSED)
         self.weight = self._tracker = None
-        self.basis = basis if isinstance(basis, nn.Parameter) else _frozen(basis)
-        self.coefficient = _frozen(coefficient)
+        self.basis, self.coefficient = _frozen(basis), _frozen(coefficient)
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """The weight: the original one, or the product of the factors."""
@@ -184,4 +183,6 @@ class SplitLinear(nn.Module):
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
     return nn.Parameter(tensor, requires_grad=False)

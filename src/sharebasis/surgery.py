@@ -51,7 +51,12 @@ def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
         The new modules by HF name.
     """
     unstack(model)
-    modules = {name: _wrapped(model.get_submodule(name), own) for name, own in rows.items()}
+    made: dict[nn.Module, SplitLinear] = {}  # a module that has several names is wrapped once
+    for name, own in rows.items():
+        module = model.get_submodule(name)
+        if module not in made:
+            made[module] = _wrapped(module, own)
+    modules = {name: made[model.get_submodule(name)] for name in rows}
     _restore(model, modules)
     return modules
 

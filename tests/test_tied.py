@@ -1,0 +1,191 @@
+"""Weights that several sublayers share in the original: stored once, counted once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeSettings
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import load_compressed
+from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.settings import FitSettings
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import split_selected
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0))
+N_LAYERS = 3
+LINEARS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up")))
+
+
+class RepeatedConfig(LlamaConfig):
+    model_type = "repeated"
+
+
+class Repeated(LlamaForCausalLM):
+    """A Llama whose blocks all use the first one's linears, but for `down`."""
+
+    config_class = RepeatedConfig
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.embed_tokens.weight",
+        **{
+            f"model.layers.{i}.{name}.weight": f"model.layers.0.{name}.weight"
+            for i in range(1, N_LAYERS)
+            for name in LINEARS
+        },
+    }
+
+
+class SharedBlockConfig(LlamaConfig):
+    model_type = "shared_block"
+
+
+class SharedBlock(LlamaForCausalLM):
+    """A Llama that runs one block over and over."""
+
+    config_class = SharedBlockConfig
+    _tied_weights_keys = {  # noqa: RUF012
+        f"model.layers.{i}.{name}.weight": f"model.layers.0.{name}.weight"
+        for i in range(1, N_LAYERS)
+        for name in (*LINEARS, "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+    }
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.layers = nn.ModuleList([self.model.layers[0]] * N_LAYERS)
+
+
+AutoConfig.register("shared_block", SharedBlockConfig)
+AutoModelForCausalLM.register(SharedBlockConfig, SharedBlock)
+AutoConfig.register("repeated", RepeatedConfig)
+AutoModelForCausalLM.register(RepeatedConfig, Repeated)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = RepeatedConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=4,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    model = Repeated(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    target = tmp_path_factory.mktemp("tied")
+    model.save_pretrained(target / "source")
+    extract(find_source(str(target / "source")), target / "weights")
+    return target / "weights"
+
+
+def _settings(make_settings: MakeSettings) -> FitSettings:
+    return make_settings({"fit.method": "svd_llm", "fit.group_size": 1, "fit.shared": []}).fit
+
+
+def _compress(weights: Path, target: Path, settings: FitSettings) -> FittedModel:
+    model = load_model(weights, "float32", CPU)
+    found = classify_model(model)
+    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
+    write_moments(target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint))
+    parts = split_selected(found, "none")
+    moments = MomentStore(target / "moments")
+    return fit(weights, parts, moments, settings, target / "small", CPU)
+
+
+def test_a_shared_weight_is_recognised_by_its_storage(weights: Path) -> None:
+    found = classify_model(meta_model(load_config(weights)))
+    assert len(found.sublayers) == N_LAYERS * 7
+    for sublayer in found.sublayers:
+        path = sublayer.name.split(f"layers.{sublayer.layer}.")[1]
+        first = sublayer.layer == 0 or path == "mlp.down_proj"
+        assert sublayer.tied_to == (None if first else f"model.layers.0.{path}")
+
+
+def test_what_is_shared_counts_once_and_is_stored_once(
+    weights: Path, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    settings = _settings(make_settings)
+    metrics = fit_metrics(_compress(weights, tmp_path, settings), settings)
+    dense = load_model(weights, "float32", CPU)
+    own = [dense.get_submodule(f"model.layers.0.{name}").weight.numel() for name in LINEARS]
+    own += [32 * 48] * N_LAYERS
+    assert metrics["original_numbers"] == sum(own)
+    small = load_compressed(tmp_path / "small")
+    n_dense, n_small = (sum(p.numel() for p in one.parameters()) for one in (dense, small))
+    assert metrics["whole_model"]["original_numbers"] == n_dense
+    assert metrics["whole_model"]["stored_numbers"] == n_small
+    assert metrics["removed_fraction"] == 1 - metrics["stored_numbers"] / sum(own)
+    q = [small.get_submodule(f"model.layers.{i}.self_attn.q_proj").parts[0] for i in range(3)]
+    assert len({part.basis.data_ptr() for part in q}) == 1
+    assert len({part.coefficient.data_ptr() for part in q}) == 1
+
+
+def test_the_fit_weighs_the_inputs_of_all_that_use_it(
+    weights: Path, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    _compress(weights, tmp_path, _settings(make_settings))
+    moments = MomentStore(tmp_path / "moments")
+    names = [f"model.layers.{i}.self_attn.o_proj" for i in range(N_LAYERS)]
+    total = sum((moments.read(moments.site(name)).total for name in names), torch.zeros(()))
+    dense, small = load_model(weights, "float32", CPU), load_compressed(tmp_path / "small")
+    weight = dense.get_submodule(names[0]).weight.double()
+    (part,) = small.get_submodule(names[0]).parts
+    error = (part.coefficient @ part.basis).double() - weight
+    loss = _loss(error, total)
+    singular = torch.linalg.svdvals(weight @ torch.linalg.cholesky(total))
+    best = singular[part.basis.shape[0] :].square().sum().item()
+    assert loss == pytest.approx(best, rel=1e-4)
+    alone = moments.read(moments.site(names[0])).total
+    assert _loss(error, alone) > 1.01 * singular_tail(weight, alone, part.basis.shape[0])
+
+
+def _loss(error: Tensor, total: Tensor) -> float:
+    return torch.trace(error @ total @ error.T).item()
+
+
+def singular_tail(weight: Tensor, total: Tensor, rank: int) -> float:
+    return torch.linalg.svdvals(weight @ torch.linalg.cholesky(total))[rank:].square().sum().item()
+
+
+def test_a_block_that_runs_several_times_is_one(
+    tmp_path: Path, make_settings: MakeSettings
+) -> None:
+    torch.manual_seed(0)
+    model = SharedBlock(
+        SharedBlockConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=N_LAYERS,
+            num_attention_heads=4,
+            vocab_size=64,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(tmp_path / "source")
+    extract(find_source(str(tmp_path / "source")), tmp_path / "weights")
+    settings = _settings(make_settings)
+    fitted = _compress(tmp_path / "weights", tmp_path, settings)
+    metrics = fit_metrics(fitted, settings)
+    small = load_compressed(tmp_path / "small")
+    assert metrics["n_groups"] == 7
+    n_dense, n_small = (sum(p.numel() for p in one.parameters()) for one in (model, small))
+    assert metrics["whole_model"]["original_numbers"] == n_dense
+    assert metrics["whole_model"]["stored_numbers"] == n_small
+    moments = MomentStore(tmp_path / "moments")
+    moment = moments.read(moments.site("model.layers.0.mlp.down_proj"))
+    assert moment.n_tokens == N_LAYERS * WINDOWS.numel()
+    assert torch.isfinite(small(input_ids=WINDOWS).logits).all()
