@@ -145,11 +145,7 @@ _ATTENTION = (
 )
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj.*", "mlp.experts.down_proj.*")
-_SHARED_EXPERTS = (
-    "mlp.shared_experts.gate_proj",
-    "mlp.shared_experts.up_proj",
-    "mlp.shared_experts.down_proj",
-)
+_SHARED_EXPERTS = tuple(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down"))
 _GATE_UP = {"gate_up_order": "gate_up"}
 _QKV = {"qkv_order": "qkv"}
 _QKV_BY_HEAD = {"qkv_order": "qkv", "interleave": "head"}
@@ -160,6 +156,7 @@ _MOE = _family(
     *_ATTENTION,
     *_GATED,
     *_EXPERTS,
+    *(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")),
     mlp_experts_gate_up_proj=_GATE_UP,
 )
 _BLOOM = _family(
@@ -173,7 +170,16 @@ _BLOOM = _family(
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "bloom": _BLOOM,
+    "codegen": _family(
+        "h",
+        "attn.qkv_proj",
+        "attn.out_proj",
+        "mlp.fc_in",
+        "mlp.fc_out",
+        attn_qkv_proj={"qkv_order": "qvk", "interleave": 4},
+    ),
     "cohere": _LLAMA,
+    "cohere2": _LLAMA,
     "deepseek_v3": _family(
         "layers",
         "self_attn.q_proj",
@@ -189,9 +195,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         self_attn_q_b_proj={"family": "q"},
     ),
     "falcon": _BLOOM,
+    "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "glm4": _family(
+        "layers", *_ATTENTION, "mlp.gate_up_proj", "mlp.down_proj", mlp_gate_up_proj=_GATE_UP
+    ),
     "gpt2": _family("h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", attn_c_attn=_QKV),
+    "gpt_bigcode": _family(
+        "h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", attn_c_attn=_QKV_BY_HEAD
+    ),
     "gpt_neo": _family(
         "h",
         "attn.attention.q_proj",
@@ -230,6 +243,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "ffn.down_proj",
         attn_Wqkv=_QKV,
     ),
+    "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "olmoe": _MOE,
     "opt": _family(
@@ -260,10 +274,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         mlp_gate_up_proj=_GATE_UP,
     ),
     "qwen2": _LLAMA,
+    "qwen2_moe": _MOE,
     "qwen3": _LLAMA,
     "qwen3_moe": _MOE,
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
+    "starcoder2": _family("layers", *_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
 }
 """HF `model_type` -> row. A family that is not here is still tried, by shape and by trace
 (`classification`); it needs a row only for what nobody can see from outside: how a fused

@@ -122,7 +122,9 @@ class _Unstacked(nn.Module):
         experts: Any = self
         first = experts.gate_up_proj if experts.has_gate else experts.up_proj
         activate = experts._apply_gate if experts.has_gate else experts.act_fn
-        total = torch.zeros_like(hidden_states)
+        # Sums of a narrow type are kept in float32, as transformers' own kernels keep them.
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = torch.zeros_like(hidden_states, dtype=wide)
         for i, (up, down) in enumerate(zip(first, experts.down_proj, strict=True)):
             tokens, places = _routed(top_k_index, i)
             if len(tokens) == 0:
@@ -131,8 +133,8 @@ class _Unstacked(nn.Module):
             if getattr(experts, "has_post_expert_norm", False):
                 y = experts.post_expert_norm(y)
             weighted = y * top_k_weights[tokens, places, None]
-            total.index_add_(0, tokens, weighted.to(total.dtype))
-        return total
+            total.index_add_(0, tokens, weighted.to(wide))
+        return total.to(hidden_states.dtype)
 
 
 def _routed(top_k_index: Tensor, expert: int) -> Sequence[Tensor]:
