@@ -34,6 +34,7 @@ from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.config import compose_params, parse_settings
+from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
@@ -100,11 +101,11 @@ def compress(work: Path, selected: Any, parts: Any, windows: Tensor, dtype: DTyp
     """The stages calibrate and fit."""
     model = load_model(work / "weights", dtype, CPU)
     checkpoint = Checkpoint(work / "checkpoint", {}, math.inf)
-    write_moments(work / "moments", *calibrate(model, selected, windows, BATCH, checkpoint))
-    settings = parse_settings(
-        yaml.safe_load(compose_params(overrides=["fit=svd_llm"])), "the benchmark"
-    ).fit
-    fit(work / "weights", parts, MomentStore(work / "moments"), settings, work / "compressed", CPU)
+    write_moments(work / "moments", *calibrate(model, selected, windows, BATCH, checkpoint, "text"))
+    settings = parse_settings(yaml.safe_load(compose_params(overrides=[])), "the benchmark").fit
+    moments = MomentStore(work / "moments")
+    decompose(work / "weights", parts, moments, settings, work / "spectra", CPU)
+    fit(work / "weights", work / "spectra", settings, work / "compressed", CPU)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.config import compose_params, parse_settings
+from sharebasis.decomposition import decompose
 from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
@@ -50,11 +51,24 @@ PUBLISHED = {
 }
 """(method, removed fraction asked for) -> (removed fraction, perplexity) of the official code."""
 
+METHODS = {
+    "basis_sharing": ["fit=basis_sharing"],
+    "svd_llm": ["fit=svd_llm"],
+    "auto": ["fit=auto"],
+    "auto-one_sided": ["fit=auto", "fit.two_sided=false"],
+    "auto-uniform": ["fit=auto", "fit.allocation=uniform"],
+    "auto-plain": ["fit=auto", "fit.storage=plain"],
+}
+"""Method -> overrides; those of `auto` without one ingredient are the ablation."""
+
+Point = tuple[str, float]
+"""Method and the removed fraction asked for."""
+
 
 def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> Settings:
     overrides = [
         "experiment=protocol_s",
-        f"fit={method}",
+        *METHODS[method],
         f"fit.removed={removed}",
         f"data.calibration.path={arguments.calibration}",
         f"data.evaluation.path={arguments.evaluation}",
@@ -62,37 +76,56 @@ def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> S
     return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
 
 
+def points_of(arguments: argparse.Namespace) -> list[Point]:
+    return [(method, removed) for method in arguments.methods for removed in arguments.removed]
+
+
+def name_of(point: Point) -> str:
+    return f"{point[0]}-{point[1]}"
+
+
 def gather(work: Path, settings: Settings, model: Classification) -> None:
-    """Calibrate into `work`, or go on where an earlier run was stopped."""
+    """Calibrate into `work`, unless that is done, or go on where an earlier run was stopped."""
     weights = work / "weights"
     windows = read_windows(load_tokenizer(weights), settings.data, "calibration", settings.seed)
-    batch = settings.data.batch
-    identity = run_identity(weights, model.selected, windows, batch=batch)
+    batch, gradients = settings.data.batch, settings.calibrate.gradients
+    identity = run_identity(weights, model.selected, windows, batch=batch, gradients=gradients)
     checkpoint = Checkpoint(work / "checkpoint", identity, 60)
+    key = work / "moments.key"
+    if key.exists() and key.read_text() == checkpoint.key:
+        return
     dense = load_model(weights, "float32", pick_device(settings.device))
-    write_moments(work / "moments", *calibrate(dense, model.selected, windows, batch, checkpoint))
+    found = calibrate(dense, model.selected, windows, batch, checkpoint, gradients)
+    write_moments(work / "moments", *found)
+    key.write_text(checkpoint.key)
     checkpoint.remove()
 
 
 def fit_all(arguments: argparse.Namespace) -> None:
-    """Every method at every budget, on one calibration."""
-    settings = settings_of(arguments, "svd", 0.2)
-    weights = arguments.work / "weights"
-    extract(find_source(settings.model.source), weights)
-    model = classify_model(meta_model(load_config(weights)))
-    gather(arguments.work, settings, model)
-    parts, moments = split_selected(model, "none"), MomentStore(arguments.work / "moments")
-    for method, asked in PUBLISHED:
-        own, target = settings_of(arguments, method, asked), arguments.work / f"{method}-{asked}"
-        fitted = fit(weights, parts, moments, own.fit, target, pick_device(own.device))
-        store.write_json(target.with_suffix(f"{target.suffix}.json"), fit_metrics(fitted, own.fit))
+    """Every method at every budget, on one calibration and one decomposition a method."""
+    settings = settings_of(arguments, "auto", 0.2)
+    work, device = arguments.work, pick_device(settings.device)
+    extract(find_source(settings.model.source), work / "weights")
+    model = classify_model(meta_model(load_config(work / "weights")))
+    gather(work, settings, model)
+    parts, moments = split_selected(model, "none"), MomentStore(work / "moments")
+    for method in arguments.methods:
+        first = settings_of(arguments, method, arguments.removed[0]).fit
+        decompose(work / "weights", parts, moments, first, work / "spectra", device)
+        for removed in arguments.removed:
+            own, target = (
+                settings_of(arguments, method, removed).fit,
+                work / name_of((method, removed)),
+            )
+            fitted = fit(work / "weights", work / "spectra", own, target, device)
+            store.write_json(target.with_suffix(f"{target.suffix}.json"), fit_metrics(fitted, own))
 
 
 def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:
     """All fits against the dense model, by their names."""
-    settings = settings_of(arguments, "svd", 0.2)
+    settings = settings_of(arguments, "auto", 0.2)
     weights, device = arguments.work / "weights", pick_device(settings.device)
-    names = [f"{method}-{asked}" for method, asked in PUBLISHED]
+    names = [name_of(point) for point in points_of(arguments)]
     compressed = {name: load_compressed(arguments.work / name, device=device) for name in names}
     windows = read_windows(load_tokenizer(weights), settings.data, "evaluation", settings.seed)
     dense = load_model(weights, "float32", device)
@@ -103,17 +136,17 @@ def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> N
     table = Table(title="Protocol S: perplexity")
     for column in ("method", "removed", "by us", "perplexity", "ours", "ratio"):
         table.add_column(column, justify="right" if table.columns else "left")
-    for (method, asked), (their_removed, theirs) in PUBLISHED.items():
-        name = f"{method}-{asked}"
-        removed = store.read_json(arguments.work / f"{name}.json")["removed_fraction"]
-        ours = fidelity[name].compressed_perplexity
+    for point in points_of(arguments):
+        their_removed, theirs = PUBLISHED.get(point, (None, None))
+        removed = store.read_json(arguments.work / f"{name_of(point)}.json")["removed_fraction"]
+        ours = fidelity[name_of(point)].compressed_perplexity
         table.add_row(
-            method,
-            f"{their_removed:.4f}",
+            point[0],
+            f"{their_removed:.4f}" if their_removed else "",
             f"{removed:.4f}",
-            f"{theirs:.2f}",
+            f"{theirs:.2f}" if theirs else "",
             f"{ours:.2f}",
-            f"{ours / theirs:.4f}",
+            f"{ours / theirs:.4f}" if theirs else "",
         )
     console = Console()
     console.print(table)
@@ -125,6 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", required=True, help="WikiText-2 raw, training split")
     parser.add_argument("--evaluation", required=True, help="WikiText-2 raw, test split")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks/protocol_s"))
     parser.add_argument(
         "--evaluate-only", action="store_true", help="take the fits that an earlier run has left"

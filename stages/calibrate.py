@@ -19,12 +19,19 @@ def main() -> None:
     require_positions(load_config(WEIGHTS), settings.data)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
+    gradients = settings.calibrate.gradients
     identity = run_identity(
-        WEIGHTS, sublayers, windows, dtype=dtype, batch=batch, device=str(device)
+        WEIGHTS,
+        sublayers,
+        windows,
+        dtype=dtype,
+        batch=batch,
+        device=str(device),
+        gradients=gradients,
     )
     checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
     model = load_model(WEIGHTS, dtype, device)
-    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint)
+    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint, gradients)
     write_moments(MOMENTS, sites, sums)
     checkpoint.remove()
 

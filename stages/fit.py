@@ -1,22 +1,16 @@
-"""Stage `fit`: weights and moments -> compressed ShareLinear state."""
+"""Stage `fit`: factors of every rank -> compressed ShareLinear state within a budget."""
 
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.fitting import fit, fit_metrics
-from sharebasis.moment_store import MomentStore
 from sharebasis.resources import pick_device
-from sharebasis.splitting import split_selected
-from sharebasis.stage import COMPRESSED, METRICS, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
+from sharebasis.stage import COMPRESSED, METRICS, SPECTRA, WEIGHTS, report_errors
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
-    classification = store.load_record(SUBLAYERS, Classification)
-    parts = split_selected(classification, settings.split.strategy)
-    device = pick_device(settings.device)
-    fitted = fit(WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, COMPRESSED, device)
+    fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, pick_device(settings.device))
     store.write_json(METRICS / "fit.json", fit_metrics(fitted, settings.fit))
 
 

@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sharebasis.config import parse_settings
+from sharebasis.config import compose_params, parse_settings
 from sharebasis.settings import Settings
 
 torch.set_num_threads(1)  # the models are far too small for more to pay
@@ -126,8 +126,8 @@ MakeSettings = Callable[..., Settings]
 
 @pytest.fixture(scope="session")
 def params() -> Mapping[str, Any]:
-    """The repository's params.yaml."""
-    return yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    """The repository's params.yaml, but for the method: Basis Sharing."""
+    return yaml.safe_load(compose_params(REPOSITORY / "conf", ["fit=basis_sharing"]))
 
 
 def with_changes(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

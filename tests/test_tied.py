@@ -15,6 +15,7 @@ from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
+from sharebasis.decomposition import decompose
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
@@ -103,7 +104,8 @@ def _compress(weights: Path, target: Path, settings: FitSettings) -> FittedModel
     write_moments(target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint))
     parts = split_selected(found, "none")
     moments = MomentStore(target / "moments")
-    return fit(weights, parts, moments, settings, target / "small", CPU)
+    decompose(weights, parts, moments, settings, target / "spectra", CPU)
+    return fit(weights, target / "spectra", settings, target / "small", CPU)
 
 
 def test_a_shared_weight_is_recognised_by_its_storage(weights: Path) -> None:

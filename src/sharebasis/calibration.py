@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.experts import unstack
 from sharebasis.hub import MANIFEST
-from sharebasis.moment_store import Accumulators
+from sharebasis.moment_store import Accumulators, gradient_site
 from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
 from sharebasis.rows import Rows
+from sharebasis.settings import Labels
 from sharebasis.share_linear import State
 from sharebasis.sublayer import Sublayer
 from sharebasis.surgery import wrap
@@ -31,13 +33,13 @@ PROBE_TOKENS = 4
 """Enough to see which sublayers read the same tensor."""
 
 
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     sublayers: Sequence[Sublayer],
     windows: Int64[Tensor, "windows window"],
     batch: int,
     checkpoint: Checkpoint,
+    gradients: Labels | None = None,
 ) -> tuple[Sequence[Site], Accumulators]:
     """Gather the moment of every distinct input of the selected sublayers.
 
@@ -47,22 +49,27 @@ def calibrate(
         windows: token ids, one sequence a row.
         batch: windows a forward pass.
         checkpoint: where a run that was killed goes on from.
+        gradients: gather those of the gradients of outputs, too (`run_backward`).
 
     Raises:
         CalibrationError: a sublayer never ran.
         ResourceError: the moments do not fit into memory.
     """
     windows = windows.to(model.device)
-    sites, accumulators = start_calibrating(model, sublayers, windows[:1, :PROBE_TOKENS])
+    probe = windows[:1, :PROBE_TOKENS]
+    sites, accumulators = start_calibrating(model, sublayers, probe, gradients is not None)
     done = checkpoint.resume(accumulators)
     tokens = windows.shape[1]
     with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
         for start in range(done, len(windows), batch):
             chunk = windows[start : start + batch]
-            run_blocks(model, chunk)
+            if gradients is None:
+                run_blocks(model, chunk)
+            else:
+                run_backward(model, chunk, gradients, seed=start)
             advance(chunk.numel())
             checkpoint.save_if_due(accumulators, start + len(chunk))
-    unseen = [name for name, own in accumulators.items() if own.n_tokens == 0]
+    unseen = [site.name for site in sites if accumulators[site.name].n_tokens == 0]
     if unseen:
         log.warning(
             "No token of the calibration text went to %d of %d inputs, %s among them; what reads "
@@ -97,7 +104,10 @@ def run_identity(
 
 
 def start_calibrating(
-    model: PreTrainedModel, sublayers: Iterable[Sublayer], probe: Int64[Tensor, "windows window"]
+    model: PreTrainedModel,
+    sublayers: Sequence[Sublayer],
+    probe: Int64[Tensor, "windows window"],
+    gradients: bool = False,
 ) -> tuple[Sequence[Site], Accumulators]:
     """Wrap the sublayers and set every part to CALIBRATING.
 
@@ -108,6 +118,7 @@ def start_calibrating(
         model: its sublayers are wrapped in place.
         sublayers: whose inputs are tracked.
         probe: a few token ids, run once to see which sublayers read the same tensor.
+        gradients: track the gradients of outputs, too; each output has a moment of its own.
 
     Raises:
         CalibrationError: a sublayer did not run.
@@ -117,23 +128,65 @@ def start_calibrating(
     rows = {sublayer.name: [Rows(0, sublayer.shape[0])] for sublayer in sublayers}
     experts = {sublayer.name for sublayer in sublayers if sublayer.expert is not None}
     sites = find_sites(model, rows, lambda: run_blocks(model, probe), idle=experts)
-    require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
+    outputs = {one.name: one.shape[0] for one in sublayers if gradients and not one.tied_to}
+    widths = [*(site.d for site in sites), *outputs.values()]
+    require_memory(sum(8 * d**2 for d in widths), "The moments", model.device)
     modules = wrap(model, rows)
-    accumulators = {}
+    accumulators = {site.name: MomentAccumulator(site.name, site.d, model.device) for site in sites}
+    of_output = {
+        name: MomentAccumulator(gradient_site(name), d, model.device) for name, d in outputs.items()
+    }
+    tied = {one.name: one.tied_to or one.name for one in sublayers}
     for site in sites:
-        accumulator = MomentAccumulator(site.name, site.d, model.device)
         for reader in site.readers:
             (part,) = modules[reader].parts
             if part.state is State.CALIBRATING:  # a module of several names
                 continue
-            part.calibrate(accumulator.update if reader == site.name else _already_counted)
-        accumulators[site.name] = accumulator
-    return sites, accumulators
+            update = accumulators[site.name].update if reader == site.name else _already_counted
+            gradient = of_output[tied[reader]].update if gradients else None
+            part.calibrate(update, gradient)
+    return sites, accumulators | {one.site: one for one in of_output.values()}
 
 
 def run_blocks(model: PreTrainedModel, windows: Int64[Tensor, "windows window"]) -> None:
     """Run all but the head, whose logits nobody reads and which are the largest product."""
-    model.base_model(input_ids=windows, use_cache=False)
+    with torch.no_grad():
+        model.base_model(input_ids=windows, use_cache=False)
+
+
+def run_backward(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "windows window"],
+    labels: Labels,
+    seed: int,
+) -> None:
+    """Run a forward and a backward pass of the summed loss of every next token.
+
+    Args:
+        model: parameters need no gradient; that of the embeddings' output is asked for.
+        windows: token ids.
+        labels: text takes the next token of the window, model one drawn from what the model
+            says (the true Fisher information in place of the empirical one).
+        seed: of the draw.
+    """
+    model.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _module, _args, output: output.requires_grad_()
+    )
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = windows[:, 1:].flatten()
+            if labels == "model":
+                targets = _draw(logits.detach(), seed)
+            cross_entropy(logits.float(), targets, reduction="sum").backward()
+    finally:
+        handle.remove()
+
+
+def _draw(logits: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator).flatten()
 
 
 def _already_counted(_: Tensor) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sharebasis import compressed_index, store
-from sharebasis.compressed_index import CompressedIndex, CompressedPart
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.resources import require_memory
-from sharebasis.share_linear import State
+from sharebasis.share_linear import ShareLinear, State
 from sharebasis.surgery import Modules, wrap
 
 
@@ -48,28 +48,27 @@ def load_compressed(
     parts = _parts_by_sublayer(index)
     rows = {name: [part.rows for part in own] for name, own in parts.items()}
     modules = wrap(model, rows)
-    bases = {group.basis for group in index.groups}
-    coefficients = {part.coefficient for own in parts.values() for part in own}
-    factors = {}
+    names = {name for group in index.groups for name in _tensors(group)}
+    found: dict[str, Tensor] = {}
     for name, tensor in reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        if name in bases or name in coefficients:
-            factors[name] = nn.Parameter(tensor, requires_grad=False)
+        if name in names:
+            found[name] = _parameter(tensor)
         else:
             set_module_tensor_to_device(model, name, device, value=tensor, dtype=tensor.dtype)
-    if lacking := (bases | coefficients) - factors.keys():
+    if lacking := names - found.keys():
         raise StoreError(
             f"{directory} lacks {len(lacking)} tensors that {compressed_index.FILE} names, "
             f"{min(lacking)} among them; write it again (dvc repro fit)."
         )
     basis_of = {
-        part.coefficient: factors[group.basis] for group in index.groups for part in group.parts
+        part.coefficient: found[group.basis] if group.basis else None
+        for group in index.groups
+        for part in group.parts
     }
     for name, module in modules.items():
         for linear, part in zip(module.parts, parts[name], strict=True):
-            if linear.state is State.COMPRESSED:  # in a module of several names
-                continue
-            linear.compress(basis_of[part.coefficient], factors[part.coefficient])
+            _fill(linear, part, basis_of[part.coefficient], found)
     _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
 
@@ -81,6 +80,34 @@ def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]
         for part in group.parts:
             parts.setdefault(part.sublayer, []).append(part)
     return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
+
+
+def _tensors(group: CompressedGroup) -> Iterator[str]:
+    if group.basis:
+        yield group.basis
+    for part in group.parts:
+        yield part.coefficient
+        if part.pivots:
+            yield part.pivots
+
+
+def _parameter(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+
+
+def _fill(
+    linear: ShareLinear, part: CompressedPart, basis: Tensor | None, found: Mapping[str, Tensor]
+) -> None:
+    """Give a part what was stored for it."""
+    if linear.state is State.COMPRESSED:  # in a module of several names
+        return
+    coefficient = found[part.coefficient]
+    if basis is None:
+        assert isinstance(coefficient, nn.Parameter)
+        linear.weight = coefficient
+        return
+    pivots = found[part.pivots] if part.pivots else None
+    linear.compress(basis, coefficient, pivots, part.first)
 
 
 def _is_in(modules: Modules, tensor: str) -> bool:

@@ -14,11 +14,16 @@ FILE = "sharebasis.json"
 
 @dataclass(frozen=True)
 class CompressedPart:
-    """Rows of a sublayer and the tensor that holds their coefficient."""
+    """Rows of a sublayer and the tensors that hold them."""
 
     sublayer: str
     rows: Rows
     coefficient: str
+    """Of a group without a basis: the rows themselves."""
+    pivots: str | None = None
+    """Interpolative form: the rows of the part that are rows of the basis."""
+    first: int = 0
+    """The row of the basis that is the first of them."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class CompressedGroup:
     name: str
     family: Family
     rank: int
-    basis: str
+    basis: str | None
+    """None: the parts are stored as they are."""
     parts: tuple[CompressedPart, ...]
 
 

@@ -1,4 +1,4 @@
-"""Weights and a moment -> a shared basis and a coefficient for each weight."""
+"""Weights and moments -> a shared basis and a coefficient for each weight, of every rank."""
 
 from __future__ import annotations
 
@@ -20,23 +20,69 @@ class ReadFactors:
     basis: Float64[Tensor, "rank d_in"]
     coefficients: tuple[Float64[Tensor, "_ rank"], ...]
     loss: float
-    """Σ_i ‖(W_i - Ŵ_i) S‖²_F, the expected squared error of the outputs a token."""
+    """Σ_i tr(G_i (W_i - Ŵ_i) C (W_i - Ŵ_i)ᵀ)."""
     energy: float
-    """Σ_i ‖W_i S‖²_F, what the loss would be at rank 0."""
+    """Σ_i tr(G_i W_i C W_iᵀ), what the loss would be at rank 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """Factors of every rank: those of rank k are the first k."""
+
+    basis: Float64[Tensor, "full d_in"]
+    coefficient: Float64[Tensor, "d_out full"]
+    """Of the weights stacked."""
+    energies: Float64[Tensor, " full"]
+    """What each direction saves of the loss, the largest first."""
+
+    @property
+    def full_rank(self) -> int:
+        return len(self.energies)
 
 
 def fit_read_basis(
-    weights: Sequence[Float[Tensor, "_ d_in"]], moment: Moment | None, rank: int
+    weights: Sequence[Float[Tensor, "_ d_in"]],
+    moment: Moment | None,
+    rank: int,
+    gradients: Sequence[Moment] | None = None,
 ) -> ReadFactors:
-    """Fit one basis on the input side to `weights`, optimal for inputs with this moment.
+    """Fit one basis of a rank on the input side; `decompose_reads`, truncated.
 
-    Minimises Σ_i ‖(W_i - A_i B) S‖²_F with S S = E[x xᵀ] by truncating the SVD of the
-    stacked W S; Eckart-Young makes that optimal among rank-`rank` fits. The singular
-    vectors come from the Gram matrix of the smaller side, in float64:
+    Raises:
+        RankError: `rank` is not in [1, min(Σ d_out_i, d_in)].
+        CalibrationError: a moment has another width, or no positive eigenvalue.
+    """
+    d_out, d_in = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    if not 1 <= rank <= min(d_out, d_in):
+        raise RankError(
+            f"rank {rank} is outside [1, {min(d_out, d_in)}]: "
+            f"{len(weights)} weights stacked to ({d_out}, {d_in})."
+        )
+    every = decompose_reads(weights, moment, gradients)
+    parts = torch.split(every.coefficient[:, :rank], [weight.shape[0] for weight in weights])
+    return ReadFactors(
+        basis=every.basis[:rank],
+        coefficients=tuple(parts),
+        loss=every.energies[rank:].sum().item(),
+        energy=every.energies.sum().item(),
+    )
 
-    - Σ d_out <= d_in: U of W E[x xᵀ] Wᵀ; A = U, B = Uᵀ W. Needs no root and no inverse of
-      the moment (Ŵ S = U Uᵀ W S is the truncated SVD), so a singular one is no special case.
-    - else: V of S WᵀW S; A = W S V, B = Vᵀ S⁻¹.
+
+def decompose_reads(
+    weights: Sequence[Float[Tensor, "_ d_in"]],
+    moment: Moment | None,
+    gradients: Sequence[Moment] | None = None,
+) -> Decomposition:
+    """Fit one basis on the input side to `weights`, optimal at every rank.
+
+    Minimises Σ_i tr(G_i (W_i - A_i B) C (W_i - A_i B)ᵀ) with C = E[x xᵀ] and G_i = E[g gᵀ] of
+    the gradients of what weight i puts out (the second-order loss of K-FAC), or G_i = I. The
+    directions are eigenvectors of a Gram matrix in float64, with S S = C and L L = G:
+
+    - a single weight with d_out <= d_in: U of L W C Wᵀ L; A = L⁻¹ U, B = Uᵀ L W. Likewise for
+      several whose d_out add up to no more than d_in, if G = I. Needs no root and no inverse
+      of C, so a singular one is no special case.
+    - else: V of S (Σ_i W_iᵀ G_i W_i) S; A_i = W_i S V, B = Vᵀ S⁻¹.
 
     The scale that A and B leave free is set so that each basis row is as long as its
     coefficient column, which is the safest for storage in low precision.
@@ -45,62 +91,78 @@ def fit_read_basis(
         weights: (d_out_i, d_in) each; at full rank they are reproduced.
         moment: of the one input that every weight reads (a pool of them for several
             layers); None stands for the identity, plain SVD.
-        rank: rows of the basis, in [1, min(Σ d_out_i, d_in)].
+        gradients: of the outputs of each weight; None stands for the identity.
 
     Raises:
-        RankError: `rank` is out of range.
-        CalibrationError: the moment has another width, or no positive eigenvalue.
+        CalibrationError: a moment has another width, or no positive eigenvalue.
 
-    Source: SVD-LLM, arXiv:2403.07378 (one weight); Basis Sharing, arXiv:2410.03765 (a group).
+    Source: SVD-LLM, arXiv:2403.07378 (one weight); Basis Sharing, arXiv:2410.03765 (a group);
+        K-FAC, Martens and Grosse 2015 (the loss of two sides).
     """
-    stacked = torch.cat([weight.to(torch.float64) for weight in weights])
+    originals = [weight.to(torch.float64) for weight in weights]
+    stacked = torch.cat(originals)
     d_out, d_in = stacked.shape
-    if not 1 <= rank <= min(d_out, d_in):
-        raise RankError(
-            f"rank {rank} is outside [1, {min(d_out, d_in)}]: "
-            f"{len(weights)} weights stacked to ({d_out}, {d_in})."
-        )
-    if moment is not None and moment.sum.shape[0] != d_in:
-        raise CalibrationError(
-            f"The moment of {moment.site} is {moment.sum.shape[0]} wide, but the weights read "
-            f"inputs of width {d_in}."
-        )
-    if moment is not None and not moment.total.trace() > 0:
-        raise CalibrationError(f"The moment of {moment.site} has no positive eigenvalue.")
-    fit = _from_outputs if d_out <= d_in else _from_inputs
-    coefficient, basis, eigenvalues = fit(stacked, moment, rank)
+    _check(moment, d_in, "read inputs of")
+    for weight, gradient in zip(originals, gradients or (), strict=False):
+        _check(gradient, weight.shape[0], "put out outputs of")
+    from_outputs = d_out <= d_in and (gradients is None or len(weights) == 1)
+    if from_outputs:
+        every = _from_outputs(stacked, moment, gradients[0] if gradients else None)
+    else:
+        every = _from_inputs(stacked, _gram(originals, gradients), moment)
+    coefficient, basis, energies = every
     scale = (basis.norm(dim=1) / coefficient.norm(dim=0)).sqrt()
     # A direction that carries nothing has length zero on one side; any scale serves it.
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    parts = torch.split(coefficient * scale, [weight.shape[0] for weight in weights])
-    return ReadFactors(
-        basis=basis / scale[:, None],
-        coefficients=tuple(parts),
-        loss=eigenvalues[:-rank].clamp_min(0).sum().item(),
-        energy=eigenvalues.clamp_min(0).sum().item(),
+    return Decomposition(
+        basis=(basis / scale[:, None]).flip(0),
+        coefficient=(coefficient * scale).flip(1),
+        energies=energies.clamp_min(0).flip(0),
     )
 
 
+def _check(moment: Moment | None, width: int, do: str) -> None:
+    if moment is None:
+        return
+    if moment.sum.shape[0] != width:
+        raise CalibrationError(
+            f"The moment of {moment.site} is {moment.sum.shape[0]} wide, but the weights {do} "
+            f"width {width}."
+        )
+    if not moment.total.trace() > 0:
+        raise CalibrationError(f"The moment of {moment.site} has no positive eigenvalue.")
+
+
+def _gram(weights: Sequence[Tensor], gradients: Sequence[Moment] | None) -> Tensor:
+    """Σ_i W_iᵀ G_i W_i."""
+    if gradients is None:
+        stacked = torch.cat(list(weights))
+        return stacked.T @ stacked
+    pairs = zip(weights, gradients, strict=True)
+    return torch.stack([weight.T @ gradient.second @ weight for weight, gradient in pairs]).sum(0)
+
+
 def _from_outputs(
-    stacked: Tensor, moment: Moment | None, rank: int
+    weight: Tensor, moment: Moment | None, gradient: Moment | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By the second moment of the outputs; (coefficient, basis, all eigenvalues ascending)."""
-    metric = stacked if moment is None else stacked @ moment.second
-    eigenvalues, vectors = torch.linalg.eigh(metric @ stacked.T)
-    coefficient = vectors[:, -rank:]
-    return coefficient, coefficient.T @ stacked, eigenvalues
+    """By the second moment of the outputs; (coefficient, basis, eigenvalues ascending)."""
+    root, inverse = whitening(gradient) if gradient is not None else (None, None)
+    scaled = weight if root is None else root @ weight
+    metric = scaled if moment is None else scaled @ moment.second
+    eigenvalues, vectors = torch.linalg.eigh(metric @ scaled.T)
+    coefficient = vectors if inverse is None else inverse @ vectors
+    return coefficient, vectors.T @ scaled, eigenvalues
 
 
 def _from_inputs(
-    stacked: Tensor, moment: Moment | None, rank: int
+    stacked: Tensor, gram: Tensor, moment: Moment | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By the whitened weights; (coefficient, basis, all eigenvalues ascending)."""
-    gram = stacked.T @ stacked
+    """By the whitened weights; (coefficient, basis, eigenvalues ascending)."""
     if moment is None:
         eigenvalues, vectors = torch.linalg.eigh(gram)
-        basis = vectors[:, -rank:].T
-        return stacked @ basis.T, basis, eigenvalues
+        return stacked @ vectors, vectors.T, eigenvalues
     root, inverse = whitening(moment)
     eigenvalues, vectors = torch.linalg.eigh(root @ gram @ root)
-    top = vectors[:, -rank:]
-    return stacked @ (root @ top), top.T @ inverse, eigenvalues
+    full = min(stacked.shape)
+    top = vectors[:, -full:]
+    return stacked @ (root @ top), top.T @ inverse, eigenvalues[-full:]

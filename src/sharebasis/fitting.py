@@ -1,34 +1,29 @@
-"""artifacts/weights and artifacts/moments -> artifacts/compressed, one group at a time."""
+"""artifacts/weights and artifacts/spectra -> artifacts/compressed, one group at a time."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from itertools import chain
-from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sharebasis import compressed_index, store
-from sharebasis.allocation import uniform_ranks
+from sharebasis.allocation import DENSE, allocate, curve_of, uniform_ranks
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
-from sharebasis.factorize import ReadFactors, fit_read_basis
-from sharebasis.grouping import Group, groups_of
+from sharebasis.decomposition import Spectra, read_part
+from sharebasis.grouping import Group
 from sharebasis.hub import MANIFEST
-from sharebasis.moment_store import MomentStore
-from sharebasis.moments import Moment
+from sharebasis.interpolative import interpolate
 from sharebasis.progress import progress
-from sharebasis.settings import FitSettings, Method
+from sharebasis.settings import FitSettings, Storage
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
-
-WHITENED: dict[Method, bool] = {"svd": False, "svd_llm": True, "basis_sharing": True}
-"""Whether a method minimises the error of the outputs (or that of the weights)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,54 +47,45 @@ class FittedModel:
 
 
 def fit(
-    weights: Path,
-    parts: Sequence[Part],
-    moments: MomentStore,
-    settings: FitSettings,
-    target: Path,
-    device: torch.device,
+    weights: Path, spectra: Path, settings: FitSettings, target: Path, device: torch.device
 ) -> FittedModel:
-    """Fit every group and write the compressed model; whole or not at all.
+    """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
-    Memory holds one group, its moments and one shard of the output.
+    Memory holds one group and one shard of the output.
 
     Args:
         weights: artifacts/weights.
-        parts: of its selected sublayers.
-        moments: of its inputs; not read by a method that does not whiten.
-        settings: method and budget.
+        spectra: artifacts/spectra, of the same weights.
+        settings: budget and storage.
         target: artifacts/compressed.
-        device: for the decompositions.
+        device: for the interpolative form.
 
     Raises:
         BudgetError: a group is too small for the budget.
-        WeightsError, CalibrationError, StoreError: what is read is not usable.
+        WeightsError, StoreError: what is read is not usable.
     """
-    twins = _twins(parts)
-    parts = [part for part in parts if part.sublayer.tied_to is None]
-    groups = groups_of(parts, settings.group_size, settings.shared, settings.share_experts)
-    # Groups of the same layers in turn: they read the same moments.
-    groups = sorted(groups, key=lambda group: group.parts[0].sublayer.layer)
-    ranks = uniform_ranks(groups, settings.removed)
-    dense, pool = DenseWeights(weights), _pooled(moments, twins, device)
+    source, dense = Spectra(spectra), DenseWeights(weights)
+    energies = [source.energies(i) for i in range(len(source.groups))]
+    ranks = _ranks(source.groups, energies, settings)
     fitted, index = [], []
     with store.writing(target) as out:
         writer = store.TensorWriter(out, "sharebasis", settings.shard_bytes)
-        fitted_names = {*(part.sublayer.name for part in parts), *chain(*twins.values())}
-        for name, tensor in dense.stream(without={f"{name}.weight" for name in fitted_names}):
+        for name, tensor in dense.stream(without=_fitted_names(source)):
             writer.add(name, tensor)
         n_others = writer.n_numbers
-        with progress("fit", len(groups), "groups") as advance:
-            for group, rank in zip(groups, ranks, strict=True):
-                originals = [_read(dense, part).to(device) for part in group.parts]
-                moment = pool(group) if WHITENED[settings.method] else None
-                if moment is not None and moment.n_tokens == 0:
-                    moment = None  # experts that no token went to
-                factors = fit_read_basis(originals, moment, rank)
+        with progress("fit", len(ranks), "groups") as advance:
+            for i, (group, rank) in enumerate(zip(source.groups, ranks, strict=True)):
                 before = writer.n_numbers
-                index.append(_write(writer, group, factors, originals[0].dtype, twins))
-                n_stored = writer.n_numbers - before
-                fitted.append(FittedGroup(group, rank, n_stored, factors.loss, factors.energy))
+                if rank == DENSE:
+                    tensors = [read_part(dense, part) for part in group.parts]
+                    index.append(_write_dense(writer, group, tensors, source.twins))
+                else:
+                    dtype = dense.dtype(f"{group.parts[0].sublayer.name}.weight")
+                    factors = _factors(source.factors(i, rank), group, settings.storage, device)
+                    index.append(_write(writer, group, factors, dtype, source.twins))
+                loss = 0.0 if rank == DENSE else float(energies[i][rank:].sum())
+                n_stored, energy = writer.n_numbers - before, float(energies[i].sum())
+                fitted.append(FittedGroup(group, index[-1].rank, n_stored, loss, energy))
                 advance()
         writer.flush()
         _copy_companions(weights, out)
@@ -107,57 +93,93 @@ def fit(
     return FittedModel(tuple(fitted), n_others)
 
 
-def _twins(parts: Iterable[Part]) -> Mapping[str, Sequence[str]]:
-    """Sublayer -> those that use its weight, too."""
-    twins: dict[str, list[str]] = {}
-    for part in parts:
-        own = twins.setdefault(part.sublayer.tied_to or part.sublayer.name, [])
-        if part.sublayer.tied_to and part.sublayer.name not in own:
-            own.append(part.sublayer.name)
-    return twins
+def _ranks(
+    groups: Sequence[Group], energies: Sequence[NDArray[np.float64]], settings: FitSettings
+) -> Sequence[int]:
+    if settings.allocation == "uniform":
+        return uniform_ranks(groups, settings.removed, settings.storage)
+    pairs = zip(groups, energies, strict=True)
+    curves = [curve_of(group, own, settings.storage) for group, own in pairs]
+    entries = allocate(curves, settings.removed)
+    return [curve.rank(entry) for curve, entry in zip(curves, entries, strict=True)]
 
 
-def _read(dense: DenseWeights, part: Part) -> Tensor:
-    name, conv1d = part.sublayer.name, part.sublayer.type == "Conv1D"
-    return dense.read(f"{name}.weight", part.rows, transposed=conv1d)
+def _fitted_names(spectra: Spectra) -> set[str]:
+    names = {part.sublayer.name for group in spectra.groups for part in group.parts}
+    return {f"{name}.weight" for own in names for name in (own, *spectra.twins[own])}
 
 
-def _pooled(
-    moments: MomentStore, twins: Mapping[str, Sequence[str]], device: torch.device
-) -> Callable[[Group], Moment]:
-    """The moment of all that a group reads; that of the group before is kept at hand."""
+@dataclass(frozen=True, slots=True)
+class _PartFactors:
+    """What a part stores beside the basis."""
 
-    @lru_cache(maxsize=1)
-    def pool(sites: tuple[str, ...]) -> Moment:
-        return reduce(add, (moments.read(site) for site in sites)).to(device)
+    coefficient: Tensor
+    pivots: Tensor | None = None
+    first: int = 0
 
-    def sites(group: Group) -> Iterator[str]:
-        for part in group.parts:
-            for name in (part.sublayer.name, *twins[part.sublayer.name]):
-                yield moments.site(name)
 
-    return lambda group: pool(tuple(dict.fromkeys(sites(group))))
+def _factors(
+    factors: tuple[Tensor, Tensor], group: Group, storage: Storage, device: torch.device
+) -> tuple[Tensor, Sequence[_PartFactors]]:
+    """The basis, and what each part stores, in a form."""
+    basis, coefficient = (factor.to(device) for factor in factors)
+    lengths = [part.shape[0] for part in group.parts]
+    if storage == "plain":
+        return basis, [_PartFactors(own) for own in coefficient.split(lengths)]
+    form = interpolate(coefficient, basis)
+    parts, start, first, row = [], 0, 0, 0
+    for length in lengths:
+        inside = (form.pivots >= start) & (form.pivots < start + length)
+        n_pivots = int(inside.sum())
+        n_rest = length - n_pivots
+        own = form.coefficient[row : row + n_rest]
+        parts.append(_PartFactors(own, form.pivots[inside] - start, first))
+        start, first, row = start + length, first + n_pivots, row + n_rest
+    return form.basis, parts
 
 
 def _write(
     writer: store.TensorWriter,
     group: Group,
-    factors: ReadFactors,
+    factors: tuple[Tensor, Sequence[_PartFactors]],
     dtype: torch.dtype,
     twins: Mapping[str, Sequence[str]],
 ) -> CompressedGroup:
-    """Store a basis once and the coefficient of every part, in the dtype of the original."""
-    basis = f"{group.name}.basis"
-    writer.add(basis, factors.basis.to("cpu", dtype))
+    """Store a basis once and what every part adds, in the dtype of the original."""
+    basis, of_parts = factors
+    name = f"{group.name}.basis"
+    writer.add(name, basis.to("cpu", dtype))
+    parts: list[CompressedPart] = []
+    for part, own in zip(group.parts, of_parts, strict=True):
+        stem = _stem(part)
+        writer.add(f"{stem}.coefficient", own.coefficient.to("cpu", dtype))
+        if own.pivots is not None:
+            writer.add(f"{stem}.pivots", own.pivots.to("cpu", torch.int32))
+        for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
+            pivots = None if own.pivots is None else f"{stem}.pivots"
+            coefficient = f"{stem}.coefficient"
+            parts.append(CompressedPart(sublayer, part.rows, coefficient, pivots, own.first))
+    return CompressedGroup(group.name, group.family, len(basis), name, tuple(parts))
+
+
+def _write_dense(
+    writer: store.TensorWriter,
+    group: Group,
+    weights: Sequence[Tensor],
+    twins: Mapping[str, Sequence[str]],
+) -> CompressedGroup:
+    """Store the parts of a group as they were."""
     parts = []
-    for part, coefficient in zip(group.parts, factors.coefficients, strict=True):
-        label = f".{part.label}" if part.label else ""
-        name = f"{part.sublayer.name}{label}.coefficient"
-        writer.add(name, coefficient.to("cpu", dtype))
+    for part, weight in zip(group.parts, weights, strict=True):
+        name = f"{_stem(part)}.dense"
+        writer.add(name, weight)
         for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
             parts.append(CompressedPart(sublayer, part.rows, name))
-    rank = factors.basis.shape[0]
-    return CompressedGroup(group.name, group.family, rank, basis, tuple(parts))
+    return CompressedGroup(group.name, group.family, group.full_rank, None, tuple(parts))
+
+
+def _stem(part: Part) -> str:
+    return part.sublayer.name + (f".{part.label}" if part.label else "")
 
 
 def _copy_companions(weights: Path, out: Path) -> None:

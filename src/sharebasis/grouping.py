@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sharebasis.settings import Family
+from sharebasis.settings import Family, Storage
 from sharebasis.splitting import Part
 from sharebasis.sublayer import expert_slot
 
@@ -44,9 +44,15 @@ class Group:
         """Numbers in the original weights."""
         return self.d_out * self.d_in
 
-    def n_stored(self, rank: int) -> int:
-        """Numbers in one basis and a coefficient for each part."""
-        return rank * (self.d_in + self.d_out)
+    @property
+    def full_rank(self) -> int:
+        return min(self.d_in, self.d_out)
+
+    def n_stored(self, rank: int, storage: Storage = "plain") -> int:
+        """Numbers in one basis and a coefficient for each part; the index of a pivot is one."""
+        if storage == "plain":
+            return rank * (self.d_in + self.d_out)
+        return rank * (self.d_in + self.d_out - rank) + rank
 
 
 def groups_of(

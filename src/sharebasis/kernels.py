@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,15 +20,44 @@ def linear(
     asks what the processor can do, and is twice as fast on some (benchmarks/costs.py).
     Equal to `functional.linear` up to float32 rounding.
     """
-    if _ONEDNN is None or not _plain_float32(x, weight):
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return functional.linear(x, weight) if gradients else _product(x, weight)
+
+
+def observed_linear(
+    x: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    observe: Callable[[Tensor], None],
+) -> Float[Tensor, "*batch d_out"]:
+    """x Wᵀ, whose gradient is shown to `observe` when it comes, as rows of width d_out.
+
+    A hook on the output would not do: a model that goes on to change the output in place
+    leaves the hook behind. The weight gets no gradient.
+    """
+    # As rows, so that the output is no view, which a model may not change in place.
+    y: Tensor = _ObservedLinear.apply(x.flatten(0, -2), weight, observe)
+    return y.unflatten(0, x.shape[:-1])
+
+
+class _ObservedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, observe: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.observe = observe
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        ctx.observe(gradient)
+        return _product(gradient, weight.T), None, None
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    if _ONEDNN is None or not (on_cpu and x.dtype == weight.dtype == torch.float32):
         return functional.linear(x, weight)
     return _ONEDNN(x, weight, None, "none", [], "")
-
-
-def _plain_float32(x: Tensor, weight: Tensor) -> bool:
-    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    on_cpu = x.device.type == weight.device.type == "cpu"
-    return on_cpu and x.dtype == weight.dtype == torch.float32 and not gradients
 
 
 def _find_onednn() -> torch._ops.OpOverloadPacket | None:

@@ -69,6 +69,11 @@ def read_moment(reader: store.TensorReader, site: str, n_tokens: int) -> Moment:
     return Moment(total, total_sum, n_tokens, site)
 
 
+def gradient_site(sublayer: str) -> str:
+    """Name of the moment of the gradients of what a sublayer puts out."""
+    return f"{sublayer}.gradient"
+
+
 class MomentStore:
     """The moments of artifacts/moments, by the sublayers that read them.
 
@@ -91,6 +96,24 @@ class MomentStore:
         if sublayer not in self._site:
             raise CalibrationError(f"There is no moment for {sublayer}; run calibrate again.")
         return self._site[sublayer]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the calibration text: what the busiest input has seen."""
+        return max(self._n_tokens.values())
+
+    def gradient(self, sublayer: str) -> Moment:
+        """Of the gradients of what a sublayer puts out.
+
+        Raises:
+            CalibrationError: calibration did not track gradients.
+        """
+        if gradient_site(sublayer) not in self._n_tokens:
+            raise CalibrationError(
+                f"There is no gradient moment for {sublayer}. Set calibrate.gradients=text (or "
+                "model), or fit.two_sided=false."
+            )
+        return self.read(gradient_site(sublayer))
 
     def read(self, site: str) -> Moment:
         return read_moment(self._reader, site, self._n_tokens[site])

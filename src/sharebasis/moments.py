@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -36,6 +36,12 @@ class Moment:
             self.n_tokens + other.n_tokens,
             self.site if self.site == other.site else f"{self.site} + {other.site}",
         )
+
+    def damped(self, fraction: float) -> Moment:
+        """With `fraction` of the mean diagonal added to the diagonal."""
+        extra = fraction * self.total.diagonal().mean()
+        eye = torch.eye(len(self.sum), dtype=torch.float64, device=self.total.device)
+        return replace(self, total=self.total + extra * eye)
 
     def to(self, device: torch.device | str) -> Moment:
         return Moment(self.total.to(device), self.sum.to(device), self.n_tokens, self.site)

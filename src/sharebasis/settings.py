@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 
 SplitStrategy = Literal["none", "qkv", "heads"]
 Family = Literal["q", "k", "v", "o", "gate", "up", "down", "fused", "other"]
 DType = Literal["float32", "bfloat16", "float16"]
-Method = Literal["svd", "svd_llm", "basis_sharing"]
+Method = Literal["svd", "svd_llm", "basis_sharing", "auto"]
+Storage = Literal["plain", "interpolative"]
+Labels = Literal["text", "model"]
 PositiveInt = Annotated[int, Gt(0)]
 
 
@@ -104,6 +106,9 @@ class CalibrateSettings:
 
     checkpoint_seconds: Annotated[float, Gt(0)]
     """Longest time between two checkpoints; what a kill can cost."""
+    gradients: Labels | None
+    """Whether the gradients of outputs are tracked, too, by a backward pass: of the loss on
+    the next token of the text, or on one that the model itself would have drawn."""
 
 
 @dataclass(frozen=True)
@@ -116,19 +121,32 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Which factorization, and how much it may keep."""
+    """Which factorization, and how much it may keep.
+
+    Down to `damping_gradients` they belong to the stage `decompose`, the others to `fit`.
+    """
 
     method: Method
-    """svd: of the weights; svd_llm and basis_sharing: of the whitened weights."""
-    removed: Annotated[float, Gt(0), Lt(1)]
-    """Fraction of the selected sublayers' numbers to remove."""
+    """svd: of the weights; the others: of the weights in the metric of the moments."""
     group_size: PositiveInt
-    """Adjacent layers that share a basis (basis_sharing; otherwise 1)."""
+    """Adjacent layers that share a basis."""
     shared: tuple[Family, ...]
     """Families that share; the others keep a basis for each part."""
     share_experts: bool
     """Whether the same matrix of all experts of a layer shares one basis, instead of that of
     the same expert of adjacent layers."""
+    two_sided: bool
+    """Whether the loss weighs outputs by the moment of their gradients (calibrate.gradients)."""
+    damping_inputs: Annotated[float, Ge(0)]
+    """Of the mean diagonal of an input moment, added to its diagonal."""
+    damping_gradients: Annotated[float, Ge(0)]
+    """The same of a gradient moment."""
+    removed: Annotated[float, Gt(0), Lt(1)]
+    """Fraction of the selected sublayers' numbers to remove."""
+    allocation: Literal["uniform", "global"]
+    """uniform: as much of every group; global: where it costs the least loss."""
+    storage: Storage
+    """plain: basis and coefficients; interpolative: rank² numbers fewer, the same product."""
     shard_bytes: Annotated[int, Gt(0)]
     """Size at which a shard of the compressed model is closed, in bytes."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,6 +41,8 @@ class ShareLinear(nn.Module):
     weight: nn.Parameter | None
     basis: nn.Parameter | None
     coefficient: nn.Parameter | None
+    order: Tensor | None
+    """Interpolative form: where each output lies, pivots before the others."""
 
     def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         super().__init__()
@@ -48,21 +50,28 @@ class ShareLinear(nn.Module):
         self.register_parameter("weight", _frozen(weight))
         self.register_parameter("basis", None)
         self.register_parameter("coefficient", None)
+        self.register_buffer("order", None, persistent=False)
+        self._own = slice(0, 0)
         self._state = State.ORIGINAL
         self._tracker: Tracker | None = None
+        self._gradient_tracker: Tracker | None = None
 
     @property
     def state(self) -> State:
         return self._state
 
-    def calibrate(self, tracker: Tracker) -> None:
+    def calibrate(self, tracker: Tracker, gradient_tracker: Tracker | None = None) -> None:
         """Send every input to `tracker` from now on.
+
+        Args:
+            tracker: is given every input.
+            gradient_tracker: is given the gradient of every output, in a backward pass.
 
         Raises:
             StateError: not in state ORIGINAL.
         """
         self._leave(State.ORIGINAL, to=State.CALIBRATING)
-        self._tracker = tracker
+        self._tracker, self._gradient_tracker = tracker, gradient_tracker
 
     def stop_calibrating(self) -> None:
         """Go back to ORIGINAL.
@@ -71,24 +80,32 @@ class ShareLinear(nn.Module):
             StateError: not in state CALIBRATING.
         """
         self._leave(State.CALIBRATING, to=State.ORIGINAL)
-        self._tracker = None
+        self._tracker = self._gradient_tracker = None
 
     def compress(
         self,
         basis: Float[Tensor, "rank d_in"] | nn.Parameter,
-        coefficient: Float[Tensor, "d_out rank"] | nn.Parameter,
+        coefficient: Float[Tensor, "_ rank"] | nn.Parameter,
+        pivots: Int[Tensor, " n"] | None = None,
+        first: int = 0,
     ) -> None:
         """Replace the weight by `coefficient @ basis` and release it.
 
+        In interpolative form (`sharebasis.interpolative`) some rows of the weight are rows of
+        the basis, and the coefficient is of the other rows only.
+
         Args:
             basis: pass the same Parameter to every part that shares it.
-            coefficient: of this part; likewise for sublayers that share their weight.
+            coefficient: of this part, (d_out, rank), or (d_out - n, rank) with `pivots`;
+                likewise for sublayers that share their weight.
+            pivots: rows of the weight that are rows `first`, `first` + 1, ... of the basis.
+            first: see `pivots`.
 
         Raises:
             StateError: already compressed, or the shapes do not fit the weight.
         """
-        rank = basis.shape[0]
-        wanted = (rank, self.in_features), (self.out_features, rank)
+        rank, n_pivots = basis.shape[0], 0 if pivots is None else len(pivots)
+        wanted = (rank, self.in_features), (self.out_features - n_pivots, rank)
         given = tuple(basis.shape), tuple(coefficient.shape)
         if given != wanted:
             raise StateError(
@@ -96,22 +113,34 @@ class ShareLinear(nn.Module):
                 f"coefficient of shapes {wanted[0]} and {wanted[1]}, not {given[0]} and {given[1]}."
             )
         self._leave(State.ORIGINAL, State.CALIBRATING, to=State.COMPRESSED)
-        self.weight = self._tracker = None
+        self.weight = self._tracker = self._gradient_tracker = None
         self.basis, self.coefficient = _frozen(basis), _frozen(coefficient)
+        if pivots is not None:
+            self._own = slice(first, first + n_pivots)
+            self.order = _order(pivots.long(), self.out_features)
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
-        """The weight: the original one, or the product of the factors."""
-        if self.basis is not None and self.coefficient is not None:
-            return self.coefficient @ self.basis
-        assert self.weight is not None
-        return self.weight
+        """The weight: the original one, or what the factors stand for."""
+        if self.basis is None or self.coefficient is None:
+            assert self.weight is not None
+            return self.weight
+        rows = self.coefficient @ self.basis
+        if self.order is None:
+            return rows
+        return torch.cat([self.basis[self._own], rows]).index_select(0, self.order)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if self.basis is not None and self.coefficient is not None:
-            return kernels.linear(kernels.linear(x, self.basis), self.coefficient)
+            z = kernels.linear(x, self.basis)
+            y = kernels.linear(z, self.coefficient)
+            if self.order is None:
+                return y
+            return torch.cat([z[..., self._own], y], dim=-1).index_select(-1, self.order)
         assert self.weight is not None
         if self._tracker is not None:
             self._tracker(x)
+            if self._gradient_tracker is not None and x.requires_grad:
+                return kernels.observed_linear(x, self.weight, self._gradient_tracker)
             return kernels.linear(x, self.weight)
         return functional.linear(x, self.weight)
 
@@ -180,6 +209,13 @@ class SplitLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, state={self.state}"
         )
+
+
+def _order(pivots: Tensor, d_out: int) -> Tensor:
+    """Where each row lies when the pivots come first and the others follow in their order."""
+    others = torch.ones(d_out, dtype=torch.bool, device=pivots.device)
+    others[pivots] = False
+    return torch.cat([pivots, others.nonzero().flatten()]).argsort()
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -17,6 +17,7 @@ WEIGHTS = Path("artifacts/weights")
 SUBLAYERS = Path("artifacts/sublayers.json")
 MOMENTS = Path("artifacts/moments")
 CHECKPOINT = Path("artifacts/checkpoints/calibrate")
+SPECTRA = Path("artifacts/spectra")
 COMPRESSED = Path("artifacts/compressed")
 METRICS = Path("metrics")
 

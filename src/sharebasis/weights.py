@@ -103,6 +103,14 @@ class DenseWeights:
         tensor = tensor.T if transposed else tensor
         return tensor if rows is None else rows.take(tensor)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored; of what transformers makes of several, that of the first."""
+        stack = self._slices[name].stack if name in self._slices else name
+        key = self._direct.get(stack)
+        if key is None:
+            key = next(iter(self._conversions[stack].sources.values()))[0]
+        return self._reader.read(key, slice(0, 1)).dtype
+
     def stream(self, without: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor but some, one at a time."""
         for name in self.names:

@@ -1,0 +1,23 @@
+"""Stage `decompose`: weights and moments -> factors of every rank."""
+
+from sharebasis import store
+from sharebasis.config import load_settings
+from sharebasis.decomposition import decompose
+from sharebasis.moment_store import MomentStore
+from sharebasis.resources import pick_device
+from sharebasis.splitting import split_selected
+from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    classification = store.load_record(SUBLAYERS, Classification)
+    parts = split_selected(classification, settings.split.strategy)
+    device = pick_device(settings.device)
+    decompose(WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA, device)
+
+
+if __name__ == "__main__":
+    main()

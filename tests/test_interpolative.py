@@ -1,0 +1,84 @@
+"""interpolative: the same product in fewer numbers, with bounded coefficients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharebasis import interpolative
+from sharebasis.interpolative import BOUND, interpolate
+from sharebasis.share_linear import ShareLinear, SplitLinear
+
+SHAPES = {
+    "tall": (40, 24, 10),
+    "wide": (24, 40, 10),
+    "every row": (10, 24, 10),
+    "rank 1": (9, 7, 1),
+}
+
+
+def _factors(d_out: int, d_in: int, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """With singular values over four orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    coefficient, basis = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((d_out, rank), (rank, d_in))
+    )
+    return coefficient * torch.logspace(0, -4, rank, dtype=torch.float64), basis
+
+
+def _others(d_out: int, pivots: Tensor) -> Tensor:
+    return torch.tensor([row for row in range(d_out) if row not in pivots])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_is_the_same_product(shape: tuple[int, int, int]) -> None:
+    coefficient, basis = _factors(*shape)
+    product = coefficient @ basis
+    form = interpolate(coefficient, basis)
+    assert form.basis.shape == (shape[2], shape[1])
+    assert form.coefficient.shape == (shape[0] - shape[2], shape[2])
+    tolerance = 1e-13 * product.abs().max().item()
+    torch.testing.assert_close(form.basis, product[form.pivots], rtol=0, atol=tolerance)
+    if shape[0] > shape[2]:
+        rest = product[_others(shape[0], form.pivots)]
+        torch.testing.assert_close(form.coefficient @ form.basis, rest, rtol=0, atol=tolerance)
+    assert form.pivots.tolist() == sorted(set(form.pivots.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_coefficient_exceeds_the_bound_however_bad_the_first_choice(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coefficient, basis = _factors(60, 30, 12, seed)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(seed)).numpy()
+    monkeypatch.setattr(interpolative, "qr", lambda *_, **__: (None, order))
+    form = interpolate(coefficient, basis)
+    assert form.coefficient.abs().max() <= BOUND
+    rest = (coefficient @ basis)[_others(60, form.pivots)]
+    torch.testing.assert_close(form.coefficient @ form.basis, rest, rtol=0, atol=1e-11)
+    monkeypatch.setattr(interpolative, "BOUND", float("inf"))  # the choice was bad indeed
+    assert interpolate(coefficient, basis).coefficient.abs().max() > BOUND
+
+
+@pytest.mark.parametrize("lengths", [(20,), (12, 8), (3, 17)])
+def test_a_module_in_interpolative_form_computes_the_product(lengths: tuple[int, ...]) -> None:
+    coefficient, basis = (factor.float() for factor in _factors(sum(lengths), 16, 6))
+    form = interpolate(coefficient.double(), basis.double())
+    shared = torch.nn.Parameter(form.basis.float(), requires_grad=False)
+    linears, start, first, row = [], 0, 0, 0
+    for length in lengths:
+        inside = (form.pivots >= start) & (form.pivots < start + length)
+        n = int(inside.sum())
+        linear = ShareLinear(torch.zeros(length, 16))
+        rest = form.coefficient[row : row + length - n].float()
+        linear.compress(shared, rest, form.pivots[inside] - start, first)
+        linears.append(linear)
+        start, first, row = start + length, first + n, row + length - n
+    module, product = SplitLinear(linears), coefficient @ basis
+    x = torch.randn(3, 5, 16)
+    torch.testing.assert_close(module(x), x @ product.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(module.weight, product, rtol=0, atol=1e-4)
+    numbers = sum(p.numel() for p in module.parameters())
+    assert numbers == 6 * (16 + sum(lengths)) - 36
