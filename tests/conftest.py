@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -69,16 +70,20 @@ def tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def random_model(model_type: str, d_vocab: int, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model with weights large enough to matter, biases and norms included."""
-    sizes = {"model_type": model_type, **SIZES[model_type], **changes}
-    config = AutoConfig.for_model(
-        **sizes,
+def small_config(model_type: str, d_vocab: int = 288, **changes: Any) -> PretrainedConfig:
+    """The config of a family of SIZES, or (`changes` is then all there is) of any other."""
+    return AutoConfig.for_model(
+        **{"model_type": model_type, **SIZES.get(model_type, {}), **changes},
         vocab_size=d_vocab,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
+
+
+def random_model(model_type: str, d_vocab: int, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model with weights large enough to matter, biases and norms included."""
+    config = small_config(model_type, d_vocab, **changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

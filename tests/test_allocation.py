@@ -8,6 +8,7 @@ from sharebasis.allocation import uniform_ranks
 from sharebasis.architecture import Architecture
 from sharebasis.errors import BudgetError
 from sharebasis.grouping import Group
+from sharebasis.rows import Rows
 from sharebasis.settings import WeightTypeSettings
 from sharebasis.splitting import Part
 from sharebasis.sublayer import LinearModule, classify
@@ -20,7 +21,7 @@ def group(d_out, d_in, n_parts=1):
     ]
     architecture = Architecture(r"layers\.(\d+)\.", {"up": WeightTypeSettings(pattern=".*")})
     sublayers = classify(modules, architecture, d_in)
-    return Group(tuple(Part(sublayer, "", "up", 0, d_out) for sublayer in sublayers))
+    return Group(tuple(Part(sublayer, "", "up", Rows(0, d_out)) for sublayer in sublayers))
 
 
 def largest_rank(one, permille):

@@ -3,7 +3,7 @@
 import pytest
 
 from sharebasis.architecture import Architecture, Dims
-from sharebasis.grouping import adjacent_groups
+from sharebasis.grouping import adjacent_groups, expert_groups, groups_of
 from sharebasis.settings import WeightTypeSettings
 from sharebasis.splitting import split_selected
 from sharebasis.sublayer import Classification, LinearModule, classify
@@ -119,3 +119,124 @@ def test_a_group_stores_one_basis_and_a_coefficient_for_each_part():
     assert group.n_weights == 3 * D_MLP * D
     basis, coefficient = 7 * D, D_MLP * 7
     assert group.n_stored(7) == basis + 3 * coefficient
+
+
+# Experts
+
+
+N_EXPERTS = 3
+MOE = {
+    "self_attn.q_proj": (D, D),
+    **{f"mlp.experts.gate_up_proj.{i}": (2 * D_MLP, D) for i in range(N_EXPERTS)},
+    **{f"mlp.experts.down_proj.{i}": (D, D_MLP) for i in range(N_EXPERTS)},
+    "mlp.shared_experts.up_proj": (D_MLP, D),
+}
+"""(d_out, d_in)"""
+BY_NUMBER = {f"mlp.experts.{i}.{x}_proj": (D, D) for i in range(N_EXPERTS) for x in ("up", "gate")}
+"""Another habit of naming them."""
+ALONE = {
+    "mlp.experts.gate_up_proj.5": (2 * D_MLP, D),
+    "mlp.experts.down_proj.5": (D, D_MLP),
+}
+"""One expert alone."""
+
+
+def moe_parts(strategy="none", layers=range(3), shapes=MOE):
+    modules = [
+        LinearModule(f"model.layers.{layer}.{name}", "Linear", shape, bias=False)
+        for layer in layers
+        for name, shape in shapes.items()
+    ]
+    types = {
+        "gate_up": WeightTypeSettings(pattern=r".*gate_up_proj\.\d+", gate_up_order="gate_up"),
+        "rest": WeightTypeSettings(pattern=r".*(_proj|(?<!gate_)(up|down)_proj\.\d+)"),
+    }
+    if shapes is BY_NUMBER:
+        types = {"all": WeightTypeSettings(pattern=".*")}
+    architecture = Architecture(r"layers\.(\d+)\.", types)
+    dims = Dims(d_model=D, n_layers=3, n_heads=4, n_kv_heads=4, d_head=6)
+    model = Classification("mine", dims, architecture, classify(modules, architecture, D))
+    return split_selected(model, strategy)
+
+
+def of_experts(parts):
+    return [part for part in parts if part.sublayer.expert is not None]
+
+
+def members(groups):
+    """Name -> (layer, expert) of each part, in order."""
+    return {
+        group.name: [(part.sublayer.layer, part.sublayer.expert) for part in group.parts]
+        for group in groups
+    }
+
+
+def test_the_same_matrix_of_all_experts_of_a_layer_shares():
+    assert members(expert_groups(of_experts(moe_parts()))) == {
+        f"model.layers.{layer}.mlp.experts.{name}.0-2": [(layer, i) for i in range(3)]
+        for layer in range(3)
+        for name in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_a_part_of_an_experts_matrix_shares_with_that_part_of_the_others():
+    groups = expert_groups(of_experts(moe_parts("qkv")))
+    for group in groups:
+        assert len({(part.label, part.family) for part in group.parts}) == 1
+    assert members(groups) == {
+        f"model.layers.{layer}.mlp.experts.{name}": [(layer, i) for i in range(3)]
+        for layer in range(3)
+        for name in ("gate_up_proj.0-2.gate", "gate_up_proj.0-2.up", "down_proj.0-2")
+    }
+
+
+def test_the_number_of_an_expert_may_come_before_the_matrix():
+    assert members(expert_groups(moe_parts(shapes=BY_NUMBER, layers=[4]))) == {
+        f"model.layers.4.mlp.experts.0-2.{x}_proj": [(4, 0), (4, 1), (4, 2)] for x in ("up", "gate")
+    }
+
+
+def test_experts_that_read_inputs_of_another_width_share_among_themselves():
+    shapes = {f"mlp.experts.up_proj.{i}": (D, D if i < 2 else D_MLP) for i in range(4)}
+    groups = members(expert_groups(moe_parts(shapes=shapes | ALONE, layers=[1])))
+    assert groups == {
+        "model.layers.1.mlp.experts.up_proj.0-1": [(1, 0), (1, 1)],
+        "model.layers.1.mlp.experts.up_proj.2-3": [(1, 2), (1, 3)],
+        "model.layers.1.mlp.experts.gate_up_proj.5": [(1, 5)],
+        "model.layers.1.mlp.experts.down_proj.5": [(1, 5)],
+    }
+
+
+def test_groups_are_by_layer_unless_experts_share():
+    parts = moe_parts("qkv")
+    shared = {"gate", "up", "q"}
+    assert groups_of(parts, 2, shared, False) == adjacent_groups(parts, 2, shared)
+    by_layer = members(groups_of(parts, 2, shared, False))
+    assert by_layer["model.layers.0-1.mlp.experts.gate_up_proj.1.gate"] == [(0, 1), (1, 1)]
+    assert by_layer["model.layers.2.mlp.experts.gate_up_proj.1.gate"] == [(2, 1)]
+    assert by_layer["model.layers.0.mlp.experts.down_proj.2"] == [(0, 2)]
+
+
+def test_experts_share_within_a_layer_and_all_others_by_layers():
+    parts = moe_parts("qkv")
+    groups = groups_of(parts, 2, {"q", "up"}, True)
+    assert members(groups) == {
+        "model.layers.0-1.self_attn.q_proj": [(0, None), (1, None)],
+        "model.layers.2.self_attn.q_proj": [(2, None)],
+        "model.layers.0-1.mlp.shared_experts.up_proj": [(0, None), (1, None)],
+        "model.layers.2.mlp.shared_experts.up_proj": [(2, None)],
+        **members(expert_groups(of_experts(parts))),
+    }
+
+
+@pytest.mark.parametrize("share_experts", [False, True])
+@pytest.mark.parametrize("strategy", ["none", "qkv", "heads"])
+def test_every_part_of_a_model_with_experts_is_in_one_group_of_its_own_name(
+    strategy, share_experts
+):
+    given = moe_parts(strategy)
+    groups = groups_of(given, 2, {"gate", "down"}, share_experts)
+    assert sorted(part.name for group in groups for part in group.parts) == sorted(
+        part.name for part in given
+    )
+    assert len(members(groups)) == len(groups)

@@ -123,12 +123,16 @@ def test_inputs_of_another_width_are_refused_and_leave_the_sums_alone():
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-def test_a_moment_of_no_tokens_is_refused(batches):
+@pytest.mark.parametrize("use", [lambda moment: moment.second, whitening])
+def test_a_moment_of_no_tokens_can_be_kept_and_pooled_but_not_used(batches, use):
     accumulator = MomentAccumulator("layers.0.q_proj", 4)
     for _ in range(batches):
         accumulator.update(torch.zeros(0, 4))
+    moment, other = accumulator.moment(), gathered(tokens(5, 4))
+    assert (moment.n_tokens, moment.total.count_nonzero(), moment.sum.count_nonzero()) == (0, 0, 0)
+    assert torch.equal((moment + other).second, other.second)
     with pytest.raises(CalibrationError, match=r"^layers\.0\.q_proj has seen no tokens"):
-        accumulator.moment()
+        use(moment)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

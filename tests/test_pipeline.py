@@ -1,4 +1,4 @@
-"""From a model in hub format to a smaller one that runs, for every family of the table."""
+"""From a model in hub format to a smaller one that runs; every family is in test_families."""
 
 from __future__ import annotations
 
@@ -24,20 +24,27 @@ from conftest import (
     MakeSettings,
     RunPython,
     contents,
+    small_config,
     with_changes,
 )
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis import compressed_index, load_compressed, store
+from sharebasis import compressed_index, load_compressed, store, surgery
 from sharebasis.architecture import ARCHITECTURES
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
+from sharebasis.experts import unstack
 from sharebasis.factorize import fit_read_basis
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.hub import MANIFEST, load_config, load_model, meta_model
@@ -74,8 +81,14 @@ CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "gptj-none-svd_llm": ("gptj", "none", SVD_LLM),
     "opt-heads-share": ("opt", "heads", SHARE),
     "phi-none-svd_llm": ("phi", "none", SVD_LLM),
+    "gpt_neox-heads-share": ("gpt_neox", "heads", SHARE),  # heads of q, k and v in turn
+    "mixtral-qkv-layers": ("mixtral", "qkv", SHARE),
+    "mixtral-none-experts": ("mixtral", "none", {**SHARE, "fit.share_experts": True}),
 }
-"""Family, split, and settings of `fit`: every family, and every method with heads and without."""
+"""Family, split, and settings of `fit`: every method with heads and without."""
+
+MIXTRAL = {f"self_attn_{x}_proj" for x in "qkvo"} | {"mlp_experts_gate_up_proj"}
+MIXTRAL |= {"mlp_experts_down_proj"}
 
 
 @dataclass
@@ -114,7 +127,9 @@ class Run:
         return coefficients | {group.basis for group in self.index.groups}
 
     def dense(self) -> PreTrainedModel:
-        return load_model(self.weights, "float32", CPU)
+        model = load_model(self.weights, "float32", CPU)
+        unstack(model)
+        return model
 
     def dense_rows(self, model: PreTrainedModel, sublayer: str, rows: Rows) -> Tensor:
         """A view of rows of the (d_out, d_in) weight, whatever way round it is stored."""
@@ -198,18 +213,24 @@ def test_the_wrap_alone_changes_nothing(run: Run) -> None:
     assert not any(isinstance(module, ShareLinear) for module in model.modules())
 
 
-def test_a_wrap_that_loses_something_is_noticed(run: Run) -> None:
-    rows = rows_by_sublayer(run.parts)
-    name = run.parts[-1].sublayer.name
-    stop = run.parts[-1].stop
-    swapped = {**rows, name: [(stop // 2, stop), (0, stop // 2)]}
+def test_a_wrap_that_loses_something_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, d_out = run.parts[-1].sublayer.name, run.parts[-1].sublayer.shape[0]
+    half = d_out // 2
+    swapped = {**rows_by_sublayer(run.parts), name: [Rows(half, d_out - half), Rows(0, half)]}
+    assert lossless_difference(run.dense(), swapped, TOKENS) <= 2e-5
+    monkeypatch.setattr(surgery, "inverse_order", lambda rows: None)  # the halves stay swapped
     assert lossless_difference(run.dense(), swapped, TOKENS) > 1e-2
 
 
 def test_all_that_the_family_promises_is_selected(run: Run) -> None:
-    n_types = len(ARCHITECTURES[run.classification.model_type].weight_types)
+    found = run.classification.architecture.weight_types
+    promised = ARCHITECTURES[run.classification.model_type].weight_types
+    if run.classification.model_type == "mixtral":  # has experts in every layer
+        promised = {name: own for name, own in promised.items() if name in MIXTRAL}
+    assert found == promised
     selected = run.classification.selected
-    assert len(selected) == n_types * run.classification.dims.n_layers
+    n_in_layer = sum(4 if "experts" in name else 1 for name in promised)
+    assert len(selected) == n_in_layer * run.classification.dims.n_layers
     assert all(sublayer.family != "other" for sublayer in selected)
 
 
@@ -286,15 +307,21 @@ def test_every_basis_is_on_disk_once_and_in_memory_once(run: Run) -> None:
 
 def test_only_shared_families_share_and_only_with_their_neighbours(run: Run) -> None:
     for group in run.index.groups:
-        layers = [int(_layer(part.sublayer)) for part in group.parts]
+        numbers = [_numbers(part.sublayer) for part in group.parts]
+        if run.settings.share_experts and len(numbers[0]) == 2:
+            assert numbers == [(numbers[0][0], expert) for expert in range(4)]
+            continue
+        layers = [layer for layer, *_ in numbers]
         assert layers == list(range(layers[0], layers[0] + len(layers)))
+        assert len({tuple(expert) for _, *expert in numbers}) == 1
         assert len(layers) == 1 or group.family in run.settings.shared
     if run.settings.method == "basis_sharing":
         assert any(len(group.parts) == run.settings.group_size for group in run.index.groups)
 
 
-def _layer(name: str) -> str:
-    return next(step for step in name.split(".") if step.isdigit())
+def _numbers(name: str) -> tuple[int, ...]:
+    """Of the layer, and of the expert if it is one."""
+    return tuple(int(step) for step in name.split(".") if step.isdigit())
 
 
 # What it computes
@@ -323,7 +350,9 @@ def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(r
     loss = energy = 0.0
     for group in run.index.groups:
         weights = [run.dense_rows(model, p.sublayer, p.rows) for p in group.parts]
-        pooled = sum(moments[part.sublayer].second for part in group.parts) / len(group.parts)
+        # Experts have seen tokens of their own, and not as many as each other.
+        own = {part.sublayer: moments[part.sublayer] for part in group.parts}.values()
+        pooled = sum(one.total for one in own) / sum(one.n_tokens for one in own)
         moment = Moment(pooled, torch.zeros(len(pooled)).double(), 1, "pooled")
         factors = fit_read_basis(weights, moment if whitened else None, group.rank)
         expected = torch.cat(factors.coefficients) @ factors.basis
@@ -532,7 +561,7 @@ def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
     del tensors["model.layers.1.mlp.up_proj.weight"]
     store.save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     moments = MomentStore(llama_run.moments)
-    with pytest.raises(WeightsError, match=r"no weight for model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(WeightsError, match=r"holds no tensor for model.*1\.mlp\.up_proj\.w"):
         fit(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed, CPU)
     assert contents(llama_run.compressed) == earlier
 
@@ -619,3 +648,60 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
     runpy.run_module("sharebasis.summary", run_name="__main__")
     assert "lossless wrap of 21 modules" in capsys.readouterr().out
+
+
+def _classify(directory: Path, params: Mapping[str, Any], config: PretrainedConfig) -> Any:
+    """Run the stage in an empty directory, which needs a config and no weights."""
+    config.save_pretrained(directory / "artifacts" / "weights")
+    (directory / "params.yaml").write_text(yaml.safe_dump(dict(params)))
+    runpy.run_path(str(REPOSITORY / "stages" / "classify.py"), run_name="__main__")
+    return json.loads((directory / "metrics" / "classify.json").read_text())
+
+
+def test_a_name_that_what_was_seen_contradicts_is_told_and_counted(
+    params: Mapping[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    metrics = _classify(tmp_path, params, small_config("rwkv", **sizes))
+    told = [record.getMessage() for record in caplog.records if record.name == "__main__"]
+    assert told == [
+        f"rwkv.blocks.{layer}.feed_forward.value: trace: write, shape: write, name: read; it is "
+        "write."
+        for layer in (0, 1)
+    ]
+    assert metrics["n_disagreements"] == 2
+    assert metrics["evidence"] == {"trace": 14}
+    assert metrics["role"] == {"read": 10, "write": 4}
+
+
+def test_the_metrics_of_classify_count_every_sublayer(
+    params: Mapping[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = _classify(tmp_path, params, small_config("qwen2_moe"))
+    assert not [record for record in caplog.records if record.name == "__main__"]
+    n_layer = {"attention": 4, "experts": 2 * 4, "shared expert": 3}
+    gates = 3
+    assert metrics == {
+        "n_sublayers": 3 * sum(n_layer.values()) + gates,
+        "n_selected": 3 * sum(n_layer.values()),
+        "role": {"read": 3 * (3 + 4 + 2) + gates, "write": 3 * (1 + 4 + 1)},
+        "evidence": {"trace": 3 * 15 + gates},
+        "category": {
+            "ambiguous_read": 3,
+            "read": 3 * (2 + 4 + 2) + gates,
+            "ambiguous_write": 3,
+            "write": 3 * (4 + 1),
+        },
+        "n_disagreements": 0,
+        "n_tied": 0,
+        "family": {"q": 3, "k": 3, "v": 3, "o": 3, "fused": 12, "down": 15, "gate": 3, "up": 3}
+        | {"other": gates},
+    }

@@ -9,7 +9,7 @@ Norms are not folded in, nothing is centred, and grouped keys and values are not
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ from sharebasis.classification import classify_model
 from sharebasis.errors import SelectionError, SplitError
 from sharebasis.experts import slices
 from sharebasis.rows import Rows
-from sharebasis.settings import Family
-from sharebasis.share_linear import ShareLinear, SplitLinear
+from sharebasis.settings import Family, WeightTypeSettings
+from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Role, Sublayer
 
@@ -38,6 +38,8 @@ _SIDE: Mapping[Family, Role] = {
 }
 """Which end of a family's weight the residual stream is at."""
 _MLP = ("gate", "up", "down")
+_BY_NAME = WeightTypeSettings(".*")
+"""Of a sublayer that no weight type selects: not fused, and what its name says."""
 
 
 def head_views(
@@ -48,12 +50,13 @@ def head_views(
     Each is looked up when it is asked for, and is a view: it shares the memory of the model's
     parameter, so that a change of one is a change of the other. Copied are
 
-    - W_Q and b_Q of a fused weight that is interleaved by key-value head, where there are
-      several of those and each serves several query heads (Falcon's newer layout);
-    - what is taken from a fused weight whose blocks take turns in any other way, by more than
-      a row and less than a head;
-    - a wrapped sublayer of several parts, which are put together;
-    - a compressed one, whose factors are multiplied.
+    - what a fused weight has in several places with several heads in each: W_Q and b_Q of
+      Falcon's newer layout, where every key-value head serves several query heads, and all of
+      q, k and v of CodeGen, whose heads take turns in four groups;
+    - what it has in several places that are more than a row and less than a head (none of the
+      families of the table);
+    - a wrapped sublayer, whose parts are put together, and a compressed one, whose factors are
+      multiplied, at every access.
 
     Args:
         model: dense, wrapped or compressed, on any device. Ask anew after modules were put in
@@ -65,13 +68,13 @@ def head_views(
     """
     found = classify_model(_without_memory(model)) if found is None else found
     tensors = _Tensors(model)
-    sources: list[list[_Source]] = [[] for _ in range(found.dims.n_layers)]
-    for sublayer in found.selected:
-        assert sublayer.weight_type is not None
-        settings = found.architecture.weight_types[sublayer.weight_type]
+    sources: dict[int, list[_Source]] = {i: [] for i in range(found.dims.n_layers)}
+    for sublayer in found.sublayers:
+        settings = found.architecture.weight_types.get(sublayer.weight_type or "", _BY_NAME)
         for block in blocks_of(sublayer, settings, found.dims):
-            sources[sublayer.layer].append(_Source(sublayer, block, tensors))
-    return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in enumerate(sources))
+            own = sources.setdefault(sublayer.layer, [])
+            own.append(_Source(sublayer, block, tensors))
+    return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in sources.items())
 
 
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
@@ -101,7 +104,7 @@ class MlpViews:
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
-        return self._one("gate").weight.T if self._has("gate") else None
+        return self._one("gate").weight.T if self._of("gate") else None
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
@@ -113,14 +116,14 @@ class MlpViews:
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"] | None:
-        return self._one("gate").bias if self._has("gate") else None
+        return self._one("gate").bias if self._of("gate") else None
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"] | None:
         return self._one("down").bias
 
-    def _has(self, family: Family) -> bool:
-        return any(source.block.family == family for source in self._sources)
+    def _of(self, family: Family) -> Sequence[_Source]:
+        return [source for source in self._sources if source.block.family == family]
 
     def _one(self, family: Family) -> _Source:
         """The one source of a family that touches the residual stream where it has to.
@@ -129,17 +132,13 @@ class MlpViews:
             SelectionError: there is none, or there are several.
         """
         roles = (_SIDE[family], "ambiguous_unknown")
-        right = [
-            source
-            for source in self._sources
-            if source.block.family == family and source.sublayer.role in roles
-        ]
+        right = [source for source in self._of(family) if source.sublayer.role in roles]
         if len(right) == 1:
             return right[0]
-        count = f"{len(right)} sublayers are" if right else "no sublayer is"
+        does = "reads" if _SIDE[family] == "read" else "writes to"
         raise SelectionError(
-            f"{self._place}: {count} a {family} that {_SIDE[family]}s the residual stream, so "
-            f"there are no views of it. What there is: {self._contents()}."
+            f"A view needs one sublayer of family {family!r} that {does} the residual stream, and "
+            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
         )
 
     def _contents(self) -> str:
@@ -170,7 +169,7 @@ class LayerViews(MlpViews):
         """
         place = f"layer {layer}"
         by_expert: dict[int, list[_Source]] = {}
-        rest = []
+        rest: list[_Source] = []
         for source in sources:
             expert = source.sublayer.expert
             (rest if expert is None else by_expert.setdefault(expert, [])).append(source)
@@ -179,7 +178,9 @@ class LayerViews(MlpViews):
         self.experts = tuple(
             MlpViews(f"expert {i} of {place}", own) for i, own in sorted(by_expert.items())
         )
-        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if shared else None
+        # A gate alone is a router.
+        whole = any(source.block.family == "down" for source in shared)
+        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if whole else None
         queries = (source.block.n_heads for source in rest if source.block.family == "q")
         self._n_heads = next(queries, n_heads)
 
@@ -217,17 +218,14 @@ class LayerViews(MlpViews):
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         return self._one("o").bias
 
-    def _has(self, family: Family) -> bool:
-        return super()._has(family) or bool(self.experts)  # what they have, `_one` says
-
-    def _one(self, family: Family) -> _Source:
+    def _of(self, family: Family) -> Sequence[_Source]:
         if self.experts and family in _MLP:
             beside = " and .shared_experts" if self.shared_experts else ""
             raise SelectionError(
                 f"{self._place} has {len(self.experts)} experts and no {family} of its own; ask "
                 f"its .experts[i]{beside} for W_in, W_gate, W_out and their biases."
             )
-        return super()._one(family)
+        return super()._of(family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +288,7 @@ class _Tensors:
         if own := self._slices.get(f"{name}.weight"):
             return own.of(self._model.get_parameter(own.stack))
         module = self._model.get_submodule(name)
-        if isinstance(module, SplitLinear):
-            return _dense(module)
-        assert isinstance(module, nn.Linear | Conv1D)
+        assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
         # By type: the shape of a square one does not tell.
         return module.weight.T if isinstance(module, Conv1D) else module.weight
 
@@ -304,17 +300,3 @@ class _Tensors:
         module = self._model.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
         return module.bias
-
-
-def _dense(split: SplitLinear) -> Float[Tensor, "d_out d_in"]:
-    weights = [_dense_part(part) for part in split.parts]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return weight if split.order is None else weight[split.order]
-
-
-def _dense_part(part: ShareLinear) -> Float[Tensor, "d_out d_in"]:
-    if part.weight is not None:
-        return part.weight
-    assert part.coefficient is not None
-    assert part.basis is not None
-    return part.coefficient @ part.basis

@@ -1,0 +1,260 @@
+"""Roles that are seen when a block runs, whatever its sublayers are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sharebasis.trace import trace_roles
+
+D, D_MLP, D_LATENT = 8, 12, 3
+Step = Callable[[Any, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """Linear sublayers by name, a norm, and what to do with them."""
+
+    def __init__(self, linears: Mapping[str, tuple[int, int]], step: Step) -> None:
+        super().__init__()
+        self.norm, self.step = nn.LayerNorm(D), step
+        for name, (d_out, d_in) in linears.items():
+            self.add_module(name, nn.Linear(d_in, d_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self, x)
+
+
+@dataclass(frozen=True)
+class Case:
+    step: Step
+    linears: Mapping[str, tuple[int, int]]
+    roles: Mapping[str, str]
+
+
+ATTENTION = {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D)}
+MLP = {"up": (D_MLP, D), "down": (D, D_MLP)}
+SQUARE_MLP = {"up": (D, D), "down": (D, D)}
+ROLES = {"q": "read", "k": "read", "v": "read", "o": "write", "up": "read", "down": "write"}
+
+
+def attention(b: Any, x: Tensor) -> Tensor:
+    heads = (f(x).view(*x.shape[:-1], 2, D // 2).transpose(1, 2) for f in (b.q, b.k, b.v))
+    y = functional.scaled_dot_product_attention(*heads)
+    return b.o(y.transpose(1, 2).reshape(x.shape))
+
+
+def mlp(b: Any, x: Tensor) -> Tensor:
+    return b.down(functional.gelu(b.up(x)))
+
+
+def in_place(b: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    x += attention(b, b.norm(x))
+    return x.add_(mlp(b, b.norm(x)))
+
+
+def gated(b: Any, x: Tensor) -> Tensor:
+    return x + torch.sigmoid(b.gate(x)) * mlp(b, x)
+
+
+def routed(b: Any, x: Tensor) -> Tensor:
+    flat = x.view(-1, D)
+    weight, tokens = b.router(flat).softmax(-1)[:, :1], torch.arange(len(flat), device=x.device)
+    total = torch.zeros_like(flat).index_add_(0, tokens, mlp(b, flat[tokens]) * weight)
+    return x + total.view(x.shape)
+
+
+def latent(b: Any, x: Tensor) -> Tensor:
+    return x + b.o(b.expand(functional.normalize(b.contract(x), dim=-1)))
+
+
+def rotary(b: Any, x: Tensor) -> Tensor:
+    """Sums of the stream's width that are not sums with the stream."""
+    q = b.q(x)
+    q = q * 0.3 + torch.cat([-q[..., D // 2 :], q[..., : D // 2]], -1) * 0.7
+    return x + b.o(q + b.k(x))
+
+
+def own_norm(b: Any, x: Tensor) -> Tensor:
+    """A norm that is written out: differences of the stream with itself."""
+    centred = x.float() - x.float().mean(-1, keepdim=True).expand(x.shape)
+    return x + mlp(b, centred * (centred.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt())
+
+
+def flattened(b: Any, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    return (flat + mlp(b, b.norm(flat))).view(x.shape)
+
+
+def asks(b: Any, x: Tensor) -> Tensor:
+    """Looks at its numbers, which are not there on the meta device."""
+    if (x != x).any() or x.sum().item() == 1e9:
+        raise ValueError
+    return x + mlp(b, x)
+
+
+def of_numbers(b: Any, x: Tensor) -> Tensor:
+    return x + mlp(b, x) * (b.norm.weight.sum() + b.norm.bias.sum())
+
+
+WHOLE = {**ATTENTION, **MLP}
+CASES = {
+    "norm before": Case(
+        lambda b, x: (y := x + attention(b, b.norm(x))) + mlp(b, b.norm(y)), WHOLE, ROLES
+    ),
+    "norm after the sum": Case(
+        lambda b, x: b.norm((y := b.norm(x + attention(b, x))) + mlp(b, y)), WHOLE, ROLES
+    ),
+    "norm after the sublayer": Case(
+        lambda b, x: (y := x + b.norm(attention(b, x))) + b.norm(mlp(b, y)), WHOLE, ROLES
+    ),
+    "side by side": Case(lambda b, x: attention(b, y := b.norm(x)) + mlp(b, y) + x, WHOLE, ROLES),
+    "side by side, one after the other": Case(
+        lambda b, x: x + attention(b, y := b.norm(x)) + mlp(b, y), WHOLE, ROLES
+    ),
+    "all of them square": Case(
+        lambda b, x: (y := x + attention(b, b.norm(x))) + mlp(b, b.norm(y)),
+        {**ATTENTION, **SQUARE_MLP},
+        ROLES,
+    ),
+    "in place": Case(in_place, WHOLE, ROLES),
+    "a residual multiplier": Case(lambda b, x: x + 0.25 * mlp(b, x), MLP, ROLES),
+    "a multiplier within the sum": Case(
+        lambda b, x: torch.add(x, mlp(b, x), alpha=0.25), SQUARE_MLP, ROLES
+    ),
+    "a multiplier of the stream": Case(lambda b, x: 0.5 * x + mlp(b, x), SQUARE_MLP, ROLES),
+    "a difference": Case(lambda b, x: x - mlp(b, x), SQUARE_MLP, ROLES),
+    "the stream in float32": Case(
+        lambda b, x: (x.float() + mlp(b, x).float()).to(x.dtype), SQUARE_MLP, ROLES
+    ),
+    "tokens in one row": Case(flattened, SQUARE_MLP, ROLES),
+    "a norm written out": Case(own_norm, SQUARE_MLP, ROLES),
+    "sums before the stream's": Case(rotary, ATTENTION, {"q": "read", "k": "read", "o": "write"}),
+    "a gate of what is written": Case(
+        gated, {**SQUARE_MLP, "gate": (1, D)}, {**ROLES, "gate": "read"}
+    ),
+    "a router": Case(routed, {**MLP, "router": (2, D)}, {**ROLES, "router": "read"}),
+    "a question about the numbers": Case(asks, SQUARE_MLP, ROLES),
+    "a latent": Case(
+        latent,
+        {"contract": (D_LATENT, D), "expand": (D, D_LATENT), "o": (D, D)},
+        {"contract": "read", "expand": "neither", "o": "write"},
+    ),
+    "three in a row": Case(
+        lambda b, x: x + b.o(b.k(b.q(x))), ATTENTION, {"q": "read", "k": "neither", "o": "write"}
+    ),
+    "both ends at the stream": Case(lambda b, x: x + b.q(x), ATTENTION, {"q": "ambiguous_unknown"}),
+    "an output that goes nowhere": Case(
+        lambda b, x: x + 0 * b.q(x).sum(), ATTENTION, {"q": "read"}
+    ),
+}
+
+
+def trace(case: Case, device: str) -> Mapping[str, str]:
+    """Of two blocks, one after the other."""
+    with torch.device(device):
+        blocks = [Block(case.linears, case.step) for _ in range(2)]
+        x = torch.randn(2, 5, D)
+    sublayers = {
+        f"{i}.{name}": getattr(block, name)
+        for i, block in enumerate(blocks)
+        for name in case.linears
+    }
+    named = {str(i): block for i, block in enumerate(blocks)}
+    return trace_roles(named, sublayers, D, lambda: blocks[1](blocks[0](x)))
+
+
+def expected(case: Case) -> Mapping[str, str]:
+    ran = case.roles.keys() & case.linears.keys()
+    return {f"{i}.{name}": case.roles[name] for i in range(2) for name in ran}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_sublayer_does_is_seen(name: str, device: str) -> None:
+    assert trace(CASES[name], device) == expected(CASES[name])
+
+
+@pytest.mark.xfail(reason="the last dimension of a number without dimensions", strict=True)
+def test_a_sum_of_two_numbers_is_not_the_stream() -> None:
+    case = Case(of_numbers, SQUARE_MLP, ROLES)
+    assert trace(case, "cpu") == expected(case)
+
+
+def test_what_does_not_run_has_no_role() -> None:
+    found = trace(Case(lambda b, x: x + mlp(b, x), {**MLP, "idle": (D, D)}, {}), "cpu")
+    assert found.keys() == {"0.up", "0.down", "1.up", "1.down"}
+
+
+def test_what_reads_something_else_than_the_stream_does_not_read_it() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.o = (nn.Linear(D, D) for _ in range(3))
+
+        def forward(self, x: Tensor, *, memory: Tensor) -> Tensor:
+            return x + self.o(self.q(x) @ self.k(memory).mT @ memory)
+
+    block = Crossed()
+    sublayers = {name: getattr(block, name) for name in "qko"}
+    found = trace_roles(
+        {"": block}, sublayers, D, lambda: block(torch.ones(4, D), memory=torch.ones(4, D))
+    )
+    assert found == {"q": "read", "k": "neither", "o": "write"}
+
+
+def test_the_stream_is_a_blocks_first_input_of_numbers_however_it_is_given() -> None:
+    class Late(Block):
+        def forward(self, ids: Tensor, flag: object = None, *, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.step(self, x)
+
+    block = Late(SQUARE_MLP, lambda b, x: x + mlp(b, b.norm(x)))
+    sublayers = {name: getattr(block, name) for name in SQUARE_MLP}
+    ids = torch.zeros(4, dtype=torch.long)
+    found = trace_roles({"": block}, sublayers, D, lambda: block(ids, x=torch.ones(4, D)))
+    assert found == {"up": "read", "down": "write"}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_sublayer_that_reads_the_stream_only_once_of_twice_does_not_read_it(first: bool) -> None:
+    def twice(b: Any, x: Tensor) -> Tensor:
+        y = b.up(x) if first else b.up(b.down(x))
+        return x + b.down(y if not first else b.up(y)) + b.down(b.up(x))
+
+    found = trace(Case(twice, SQUARE_MLP, {}), "cpu")
+    assert found == {"0.up": "neither", "0.down": "write", "1.up": "neither", "1.down": "write"}
+
+
+def test_another_width_is_not_the_stream() -> None:
+    case = CASES["norm before"]
+    blocks = {"0": Block(case.linears, case.step)}
+    sublayers = {name: getattr(blocks["0"], name) for name in case.linears}
+    found = trace_roles(blocks, sublayers, D + 1, lambda: blocks["0"](torch.ones(1, 4, D)))
+    assert "write" not in found.values()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(fails: bool) -> None:
+    def step(b: Any, x: Tensor) -> Tensor:
+        if fails:
+            raise ValueError("in the middle")
+        return x + mlp(b, x)
+
+    block = Block(MLP, step)
+    sublayers = {name: getattr(block, name) for name in MLP}
+    before = torch.ones(1, 4, D) + 1
+    try:
+        trace_roles({"": block}, sublayers, D, lambda: block(before))
+    except ValueError:
+        assert fails
+    for module in block.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert torch.is_grad_enabled()
+    assert torch.equal(before, torch.full((1, 4, D), 2.0))
