@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,11 @@ from transformers import (
 )
 
 from sharebasis.config import compose_params, parse_settings
-from sharebasis.settings import Settings
+from sharebasis.decomposition import decompose
+from sharebasis.fitting import FittedModel, fit
+from sharebasis.moment_store import MomentStore
+from sharebasis.settings import FitSettings, Settings
+from sharebasis.splitting import Part
 
 torch.set_num_threads(1)  # the models are far too small for more to pay
 
@@ -93,6 +97,19 @@ def random_model(model_type: str, d_vocab: int, seed: int = 0, **changes: Any) -
             else:
                 parameter.normal_(std=0.2)
     return model
+
+
+def fit_at_once(
+    weights: Path,
+    parts: Sequence[Part],
+    moments: MomentStore,
+    settings: FitSettings,
+    target: Path,
+) -> FittedModel:
+    """The stages decompose and fit; the spectra go beside the target."""
+    cpu, spectra = torch.device("cpu"), target.parent / "spectra"
+    decompose(weights, parts, moments, settings, spectra, cpu)
+    return fit(weights, spectra, settings, target, cpu)
 
 
 MakeDirectory = Callable[..., Path]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings, RunPython, contents
+from conftest import MakeDirectory, MakeSettings, RunPython, contents, fit_at_once
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.errors import CalibrationError
 from sharebasis.experts import unstack
 from sharebasis.factorize import fit_read_basis
-from sharebasis.fitting import fit, fit_metrics
+from sharebasis.fitting import fit_metrics
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import Accumulators, MomentStore, write_moments
 from sharebasis.moments import Moment, Site
@@ -348,7 +348,9 @@ def experts(make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFact
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
-        record.getMessage() for record in caplog.records if record.name.startswith("sharebasis")
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("sharebasis") and record.levelname == "WARNING"
     ]
 
 
@@ -424,7 +426,7 @@ def test_an_expert_that_no_token_went_to_is_fitted(
     changes = {"fit.method": "svd_llm", "fit.group_size": 1, "fit.shared": []}
     settings = make_settings({**changes, "fit.share_experts": share_experts}).fit
     parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "moments")
-    fitted = fit(experts, parts, moments, settings, tmp_path / "small", CPU)
+    fitted = fit_at_once(experts, parts, moments, settings, tmp_path / "small")
     assert 0 < fit_metrics(fitted, settings)["relative_loss"] < 1
     small, dense = load_compressed(tmp_path / "small"), _load(experts)
     unstack(dense)

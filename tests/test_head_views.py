@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, MakeDirectory, MakeSettings, random_model, small_config
+from conftest import SIZES, MakeDirectory, MakeSettings, fit_at_once, random_model, small_config
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -20,7 +20,6 @@ from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.errors import SelectionError, SplitError
 from sharebasis.experts import unstack
-from sharebasis.fitting import fit
 from sharebasis.head_views import LayerViews, MlpViews, head_views
 from sharebasis.hub import load_model
 from sharebasis.moment_store import MomentStore, write_moments
@@ -544,7 +543,7 @@ def test_a_compressed_model_from_disk_has_views(
     settings = make_settings({"fit.method": "svd", "fit.group_size": 1, "fit.shared": []}).fit
     write_moments(tmp_path / "moments", (), {})
     moments = MomentStore(tmp_path / "moments")
-    fit(tmp_path / "weights", parts, moments, settings, tmp_path / "small", torch.device("cpu"))
+    fit_at_once(tmp_path / "weights", parts, moments, settings, tmp_path / "small")
     small = load_compressed(tmp_path / "small")
     views = everything(small)
     assert_same(views, everything(with_products(dense, small)), tolerance=2e-5)

@@ -24,6 +24,7 @@ from conftest import (
     MakeSettings,
     RunPython,
     contents,
+    fit_at_once,
     small_config,
     with_changes,
 )
@@ -158,7 +159,7 @@ def compress(
     write_moments(target / "moments", sites, sums)
     parts = split_selected(classification, strategy)  # type: ignore[arg-type]
     moments = MomentStore(target / "moments")
-    fitted = fit(weights, parts, moments, settings, target / "compressed", CPU)
+    fitted = fit_at_once(weights, parts, moments, settings, target / "compressed")
     return Run(
         weights,
         target / "compressed",
@@ -562,7 +563,7 @@ def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
     store.save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     moments = MomentStore(llama_run.moments)
     with pytest.raises(WeightsError, match=r"holds no tensor for model.*1\.mlp\.up_proj\.w"):
-        fit(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed, CPU)
+        fit_at_once(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed)
     assert contents(llama_run.compressed) == earlier
 
 
@@ -571,13 +572,9 @@ FIT_AND_DIE = """
     from pathlib import Path
     from sharebasis import store
     from sharebasis.fitting import fit
-    from sharebasis.moment_store import MomentStore
     from sharebasis.settings import FitSettings
-    from sharebasis.splitting import split_selected
-    from sharebasis.sublayer import Classification
 
     target = Path(sys.argv[1])
-    parts = split_selected(store.load_record(target / "s.json", Classification), "none")
     settings = store.load_record(target / "fit.json", FitSettings)
     flush, left = store.TensorWriter.flush, 3
 
@@ -589,8 +586,8 @@ FIT_AND_DIE = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     store.TensorWriter.flush = die
-    moments = MomentStore(target / "moments")
-    fit(target / "weights", parts, moments, settings, target / "compressed", torch.device("cpu"))
+    device = torch.device("cpu")
+    fit(target / "weights", target / "spectra", settings, target / "compressed", device)
 """
 
 
@@ -598,15 +595,13 @@ def test_a_kill_in_the_middle_of_fit_leaves_the_earlier_result(
     llama_run: Run, tmp_path: Path, run_python: RunPython
 ) -> None:
     earlier = contents(llama_run.compressed)
-    store.save_record(tmp_path / "s.json", llama_run.classification)
     store.save_record(tmp_path / "fit.json", llama_run.settings)
     killed = run_python(FIT_AND_DIE, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / ".compressed.partial").iterdir())) == 3
     assert contents(llama_run.compressed) == earlier
-    moments = MomentStore(llama_run.moments)
     target = llama_run.compressed
-    fit(llama_run.weights, llama_run.parts, moments, llama_run.settings, target, CPU)
+    fit(llama_run.weights, target.parent / "spectra", llama_run.settings, target, CPU)
     assert contents(target) == earlier  # nothing in the fit is random
     assert not (tmp_path / ".compressed.partial").exists()
 
@@ -636,7 +631,7 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
     monkeypatch.chdir(tmp_path)
-    for stage in ("extract", "classify", "calibrate", "fit", "verify"):
+    for stage in ("extract", "classify", "calibrate", "decompose", "fit", "verify"):
         runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
     metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
     assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21

@@ -34,6 +34,8 @@ class SpectraIndex:
     groups: tuple[Group, ...]
     twins: Mapping[str, tuple[str, ...]]
     """Sublayer -> those that use its weight, too."""
+    unseen: tuple[int, ...]
+    """Groups whose inputs calibration never saw; their energies are in units of their own."""
     files: Mapping[str, str]
     """Tensor name -> file name."""
 
@@ -50,9 +52,22 @@ class Spectra:
         self._reader = store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
 
-    def energies(self, i: int) -> NDArray[np.float64]:
-        """What each direction of group `i` saves of the loss, the largest first."""
-        return self._reader.read(f"{i}.energies").numpy()
+    def energies(self) -> Sequence[NDArray[np.float64]]:
+        """What each direction of every group saves of the loss, the largest first.
+
+        A group that calibration never saw is taken to matter as much as the average one of
+        its family.
+        """
+        found = [self._reader.read(f"{i}.energies").numpy() for i in range(len(self.groups))]
+        for i in self._index.unseen:
+            peers = [
+                own.sum()
+                for j, own in enumerate(found)
+                if j not in self._index.unseen and self.groups[j].family == self.groups[i].family
+            ]
+            if peers:
+                found[i] = found[i] * (np.mean(peers) / found[i].sum())
+        return found
 
     def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """(basis, coefficient) of group `i` and a rank, in float64."""
@@ -91,16 +106,19 @@ def decompose(
     groups = sorted(groups, key=lambda group: group.parts[0].sublayer.layer)
     dense, metric = DenseWeights(weights), _Metric(moments, twins, settings, device)
     with store.writing(target) as out, progress("decompose", len(groups), "groups") as advance:
-        writer = store.TensorWriter(out, "spectra", SHARD_BYTES)
+        writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
         for i, group in enumerate(groups):
             originals = [read_part(dense, part).to(device) for part in group.parts]
-            every = metric.decompose(group, originals)
+            every, seen = metric.decompose(group, originals)
+            if not seen:
+                unseen.append(i)
             writer.add(f"{i}.energies", every.energies.cpu())
             writer.add(f"{i}.basis", every.basis.to("cpu", torch.float32))
             writer.add(f"{i}.coefficient", every.coefficient.to("cpu", torch.float32))
             advance()
         writer.flush()
-        store.save_record(out / INDEX, SpectraIndex(tuple(groups), twins, writer.files))
+        index = SpectraIndex(tuple(groups), twins, tuple(unseen), writer.files)
+        store.save_record(out / INDEX, index)
 
 
 def read_part(dense: DenseWeights, part: Part) -> Tensor:
@@ -136,11 +154,13 @@ class _Metric:
         self._moments = None if settings.method == "svd" else moments
         self._pool = lru_cache(maxsize=1)(self._read_pool)
 
-    def decompose(self, group: Group, originals: Sequence[Tensor]) -> Decomposition:
+    def decompose(self, group: Group, originals: Sequence[Tensor]) -> tuple[Decomposition, bool]:
+        """The factors, and whether calibration has seen what the group reads."""
         moment, gradients = self._inputs(group), None
         if moment is not None and self._settings.two_sided:
             gradients = [self._gradient(part) for part in group.parts]
-        return decompose_reads(originals, moment, gradients)
+        seen = moment is not None or self._moments is None
+        return decompose_reads(originals, moment, gradients), seen
 
     def _inputs(self, group: Group) -> Moment | None:
         """Of all that a group reads; None where it is not looked at, or there was nothing."""

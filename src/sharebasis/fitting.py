@@ -65,7 +65,7 @@ def fit(
         WeightsError, StoreError: what is read is not usable.
     """
     source, dense = Spectra(spectra), DenseWeights(weights)
-    energies = [source.energies(i) for i in range(len(source.groups))]
+    energies = source.energies()
     ranks = _ranks(source.groups, energies, settings)
     fitted, index = [], []
     with store.writing(target) as out:
