@@ -35,6 +35,8 @@ class FittedGroup:
     n_stored: int
     loss: float
     energy: float
+    dense: bool
+    """Whether its weights are stored as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ def fit(
                     index.append(_write(writer, group, factors, dtype, source.twins))
                 loss = 0.0 if rank == DENSE else float(energies[i][rank:].sum())
                 n_stored, energy = writer.n_numbers - before, float(energies[i].sum())
-                fitted.append(FittedGroup(group, index[-1].rank, n_stored, loss, energy))
+                one = FittedGroup(group, index[-1].rank, n_stored, loss, energy, rank == DENSE)
+                fitted.append(one)
                 advance()
         writer.flush()
         _copy_companions(weights, out)
@@ -216,6 +219,7 @@ def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
     return {
         **_removed(original, stored),
         "n_groups": len(fitted),
+        "n_dense": sum(one.dense for one in fitted),
         "min_rank": min(one.rank for one in fitted),
         "max_rank": max(one.rank for one in fitted),
         "relative_loss": sum(one.loss for one in fitted) / energy if energy else 0.0,

@@ -22,7 +22,16 @@ def main() -> None:
 
 def _storage(fit: dict[str, Any]) -> Table:
     table = Table(title=f"Stored numbers, method {fit['method']}")
-    for column in ("family", "original", "stored", "removed", "groups", "ranks", "relative loss"):
+    for column in (
+        "family",
+        "original",
+        "stored",
+        "removed",
+        "groups",
+        "dense",
+        "ranks",
+        "relative loss",
+    ):
         table.add_column(column, justify="left" if column == "family" else "right")
     rows = [*fit["families"].items(), ("all", fit)]
     for name, row in rows:
@@ -32,6 +41,7 @@ def _storage(fit: dict[str, Any]) -> Table:
             f"{row['stored_numbers']:,}",
             f"{row['removed_fraction']:.4f}",
             str(row["n_groups"]),
+            str(row["n_dense"]),
             f"{row['min_rank']}-{row['max_rank']}",
             f"{row['relative_loss']:.4f}",
             end_section=name == rows[-2][0],
