@@ -196,8 +196,8 @@ def test_a_family_that_is_not_in_the_table_is_explored(
     found = classify_model(meta_model(small_config(family, **changes)))
     assert found.architecture.block_pattern == block_pattern
     seen: dict[str, set[str]] = {}
-    for sublayer in found.selected:
-        assert sublayer.evidence == "trace"
+    for sublayer in found.sublayers:
+        assert (sublayer.evidence, sublayer.selected) == ("trace", True)
         seen.setdefault(str(sublayer.weight_type), set()).add(sublayer.role)
     assert seen == {weight_type: {role} for weight_type, role in roles.items()}
     assert found.architecture.weight_types.keys() == roles.keys()
@@ -314,6 +314,15 @@ def test_what_is_too_narrow_to_be_a_projection_is_not_selected() -> None:
     ] * 2
     at_the_limit = classify_model(Tiny(TinyConfig(16)))
     assert all(one.selected for one in at_the_limit.sublayers)
+
+
+def test_what_does_not_run_is_recorded_and_not_selected() -> None:
+    model = Tiny(TinyConfig())
+    model.body[1].add_module("idle_proj", nn.Linear(32, 48))
+    found = classify_model(model)
+    (idle,) = (one for one in found.sublayers if one.evidence != "trace")
+    assert (idle.name, idle.role, idle.selected) == ("body.1.idle_proj", "read", False)
+    assert found.architecture.weight_types.keys() == {"o_proj", "q_proj"}
 
 
 def test_a_model_that_cannot_be_run_is_classified_by_shape_and_name_with_one_warning(

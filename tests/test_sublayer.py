@@ -1,5 +1,6 @@
 """Which sublayers a model has, what they do, and every way a selection can go wrong."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -381,6 +382,15 @@ def test_a_slot_gives_the_pattern_of_its_modules_and_a_path_the_name_of_its_type
     found = classify([module(f"model.layers.{x}") for x in names], Architecture(BLOCKS, types), D)
     selected = [one.name.removeprefix("model.layers.") for one in found if one.selected]
     assert selected == names[:2]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_list_that_only_ends_like_the_blocks_is_not_theirs(model_type):
+    pattern = ARCHITECTURES[model_type].block_pattern
+    blocks = re.fullmatch(r"\(\?:\^\|\\\.\)(\w+)\\\..*", pattern)[1]
+    assert re.search(pattern, f"model.{blocks}.12.x")[1] == "12"
+    assert re.search(pattern, f"{blocks}.12.x")[1] == "12"
+    assert not re.search(pattern, f"model.my_{blocks}.12.x")
 
 
 def test_head_counts_that_a_config_leaves_out_follow_from_the_others():

@@ -12,8 +12,9 @@ from conftest import SIZES, random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
-from sharebasis import store
+from sharebasis import store, weights
 from sharebasis.errors import SourceError, WeightsError
 from sharebasis.experts import unstack
 from sharebasis.hub import load_model
@@ -107,6 +108,16 @@ def test_embeddings_that_are_tied_are_listed_once(family: str, tmp_path: Path) -
     embedding = next(name for name in files if name.endswith(("embed_tokens.weight", "wte.weight")))
     save_file({**files, "lm_head.weight": files[embedding].clone()}, tmp_path / "model.safetensors")
     assert DenseWeights(tmp_path).names == dense.names
+
+
+def test_a_renaming_that_leads_nowhere_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(random_model("llama", 288), tmp_path)
+    expected = unstacked_state(tmp_path)
+    meant_for_others = [WeightRenaming("mlp.up_proj", "mlp.wi"), WeightRenaming("norm", "ln")]
+    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda model: meant_for_others)
+    assert_reads_all(tmp_path, expected)
 
 
 def test_some_tensors_are_left_out_of_the_stream(tmp_path: Path) -> None:
