@@ -16,6 +16,8 @@ def main() -> None:
     fit = store.read_json(METRICS / "fit.json")
     verify = store.read_json(METRICS / "verify.json")
     console = Console()
+    if not console.is_terminal:  # a log has no width of its own
+        console = Console(width=100)
     console.print(_storage(fit))
     console.print(_fidelity(verify))
 
