@@ -117,7 +117,7 @@ def test_it_is_compressed_and_loads(
         atol=2e-4,
     )
     metrics = fit_metrics(fitted, settings)
-    assert 0.2 <= metrics["removed_fraction"] < 0.25
+    assert 0.2 - 1e-12 <= metrics["removed_fraction"] < 0.25  # 1 - 0.8 is not 0.2 in binary
     files = (tmp_path / "small").glob("*.safetensors")
     stored = sum(tensor.numel() for file in files for tensor in load_file(file).values())
     assert metrics["whole_model"]["stored_numbers"] == stored

@@ -297,7 +297,6 @@ def test_turns_that_do_not_divide_the_blocks_are_refused(interleave):
         assert said in str(error.value)
 
 
-@pytest.mark.xfail(reason="a ValueError of Rows.part comes through", strict=True, raises=ValueError)
 def test_turns_that_cut_a_head_in_two_are_refused():
     with pytest.raises(SplitError, match=r"h\.3\.attn\.c_attn.*interleave of weight type mine"):
         split("heads", qkv_order="qkv", interleave=3)

@@ -181,7 +181,6 @@ def test_what_a_sublayer_does_is_seen(name: str, device: str) -> None:
     assert trace(CASES[name], device) == expected(CASES[name])
 
 
-@pytest.mark.xfail(reason="takes a number's last dimension", strict=True, raises=IndexError)
 def test_a_sum_of_two_numbers_is_not_the_stream() -> None:
     case = Case(of_numbers, SQUARE_MLP, ROLES)
     assert trace(case, "cpu") == expected(case)

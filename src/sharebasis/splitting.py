@@ -187,6 +187,11 @@ def _heads(block: Block, sublayer: Sublayer) -> Sequence[Block]:
             "weight type."
         )
     d_head, dot = len(block.rows) // block.n_heads, "." if block.label else ""
+    if block.rows.runs > 1 and block.rows.length % d_head:
+        raise SplitError(
+            f"The groups of {sublayer.name} have {block.rows.length} rows of {block.label}, which "
+            f"cuts heads of {d_head} in two; correct interleave of weight type {sublayer.weight_type}."
+        )
     return [
         Block(f"{block.label}{dot}head{i}", block.family, block.rows.part(i * d_head, d_head))
         for i in range(block.n_heads)

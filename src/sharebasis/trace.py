@@ -134,7 +134,7 @@ class _Labels(TorchDispatchMode):
 
     def _is_stream_sum(self, operands: list[Tensor]) -> bool:
         a, b = operands
-        same = a.shape == b.shape and a.shape[-1] == self.d_model
+        same = a.shape == b.shape and a.shape[-1:] == (self.d_model,)
         return same and {STREAM} in (self._get(a), self._get(b))
 
     def _get(self, x: Tensor) -> Label:

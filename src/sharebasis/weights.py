@@ -136,7 +136,14 @@ class DenseWeights:
         if name not in self._conversions:
             raise WeightsError(f"{self._reader.directory} holds no tensor for {name}.")
         if name not in self._converted:  # the last one: a stack is asked for expert by expert
-            self._converted = self._convert(self._conversions[name])
+            made = self._convert(self._conversions[name])
+            wanted = self._model.state_dict()[name].shape
+            if made[name].shape != wanted:  # experts are missing, and the others moved up
+                raise WeightsError(
+                    f"{self._reader.directory} gives {name} the shape {list(made[name].shape)}, "
+                    f"but the model has {list(wanted)}; it lacks some tensors of it."
+                )
+            self._converted = made
         return self._converted[name]
 
     def _targets(self, conversion: Conversion) -> Iterable[str]:
