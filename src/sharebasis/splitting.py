@@ -190,7 +190,8 @@ def _heads(block: Block, sublayer: Sublayer) -> Sequence[Block]:
     if block.rows.runs > 1 and block.rows.length % d_head:
         raise SplitError(
             f"The groups of {sublayer.name} have {block.rows.length} rows of {block.label}, which "
-            f"cuts heads of {d_head} in two; correct interleave of weight type {sublayer.weight_type}."
+            f"cuts heads of {d_head} in two; correct interleave of weight type "
+            f"{sublayer.weight_type}."
         )
     return [
         Block(f"{block.label}{dot}head{i}", block.family, block.rows.part(i * d_head, d_head))
