@@ -187,7 +187,7 @@ def _heads(block: Block, sublayer: Sublayer) -> Sequence[Block]:
             "weight type."
         )
     d_head, dot = len(block.rows) // block.n_heads, "." if block.label else ""
-    if block.rows.runs > 1 and block.rows.length % d_head:
+    if block.rows.runs > 1 and block.rows.length % d_head and d_head % block.rows.length:
         raise SplitError(
             f"The groups of {sublayer.name} have {block.rows.length} rows of {block.label}, which "
             f"cuts heads of {d_head} in two; correct interleave of weight type "
