@@ -17,7 +17,13 @@ from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.experts import unstack
 from sharebasis.hub import MANIFEST
-from sharebasis.moment_store import Accumulators, gradient_site
+from sharebasis.moment_store import (
+    Accumulators,
+    gradient_site,
+    packed,
+    read_moment,
+    tokens_of,
+)
 from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
@@ -58,7 +64,7 @@ def calibrate(
     windows = windows.to(model.device)
     probe = windows[:1, :PROBE_TOKENS]
     sites, accumulators = start_calibrating(model, sublayers, probe, gradients is not None)
-    done = checkpoint.resume(accumulators)
+    done = _resume(checkpoint, accumulators)
     tokens = windows.shape[1]
     with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
         for start in range(done, len(windows), batch):
@@ -68,7 +74,9 @@ def calibrate(
             else:
                 run_backward(model, chunk, gradients, seed=start)
             advance(chunk.numel())
-            checkpoint.save_if_due(accumulators, start + len(chunk))
+            if checkpoint.due:
+                record = {"windows": start + len(chunk), "n_tokens": tokens_of(accumulators)}
+                checkpoint.save(record, packed(accumulators))
     unseen = [site.name for site in sites if accumulators[site.name].n_tokens == 0]
     if unseen:
         log.warning(
@@ -79,6 +87,17 @@ def calibrate(
             unseen[0],
         )
     return sites, accumulators
+
+
+def _resume(checkpoint: Checkpoint, accumulators: Accumulators) -> int:
+    """Load the sums of a killed run; return how many windows they hold, 0 if there is none."""
+    if (found := checkpoint.resume()) is None:
+        return 0
+    record, reader = found
+    for name, accumulator in accumulators.items():
+        accumulator.load(read_moment(reader, name, record["n_tokens"][name]))
+    log.info("Going on from window %d, the last checkpoint.", record["windows"])
+    return int(record["windows"])
 
 
 def run_identity(

@@ -1,4 +1,4 @@
-"""What a killed calibration leaves behind, and how the next run goes on from it."""
+"""What a killed run leaves behind, and how the next one goes on from it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from sharebasis import store
-from sharebasis.moment_store import Accumulators, read_moment, write_sums
 
 log = logging.getLogger(__name__)
 
 _PROGRESS = "progress.json"
+SHARD_BYTES = 64 * 2**20
+"""Of its files; what writing a checkpoint adds to the memory in use."""
 
 
 @dataclass
 class Checkpoint:
-    """Sums so far and how many windows they hold, so that a killed run can go on.
+    """Tensors and a record of how far a run was, so that a killed one can go on.
 
     Args:
         directory: of the checkpoint.
-        identity: all that the moments depend on; a checkpoint of another one is ignored.
+        identity: all that the result depends on; a checkpoint of another one is ignored.
         seconds: longest time between two checkpoints.
     """
 
@@ -41,29 +45,35 @@ class Checkpoint:
         """Digest of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def resume(self, accumulators: Accumulators) -> int:
-        """Load the sums of a killed run; return how many windows they hold, 0 if there is none."""
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough for another one."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def resume(self) -> tuple[Mapping[str, Any], store.TensorReader] | None:
+        """The record and the tensors of a killed run; None if there is none."""
         store.recover(self.directory)
         if not (self.directory / _PROGRESS).exists():
-            return 0
+            return None
         state = store.read_json(self.directory / _PROGRESS)
         if state["key"] != self.key:
             log.info("The checkpoint in %s is of another run; starting anew.", self.directory)
-            return 0
-        reader = store.TensorReader(self.directory, state["files"])
-        for name, accumulator in accumulators.items():
-            moment = read_moment(reader, name, state["n_tokens"][name])
-            accumulator.load(moment)
-        log.info("Going on from window %d, the last checkpoint.", state["windows"])
-        return int(state["windows"])
+            return None
+        return state["record"], store.TensorReader(self.directory, state["files"])
 
-    def save_if_due(self, accumulators: Accumulators, windows: int) -> None:
-        """Write the sums if the last checkpoint is old enough."""
-        if time.monotonic() - self._last < self.seconds:
-            return
+    def save(self, record: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the place of the last checkpoint; whole or not at all.
+
+        Args:
+            record: JSON.
+            tensors: by name, read one at a time.
+        """
         with store.writing(self.directory) as out:
-            n_tokens, files = write_sums(out, accumulators)
-            state = {"key": self.key, "windows": windows, "files": files, "n_tokens": n_tokens}
+            writer = store.TensorWriter(out, "state", SHARD_BYTES)
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.flush()
+            state = {"key": self.key, "record": record, "files": writer.files}
             store.write_json(out / _PROGRESS, state)
         self._last = time.monotonic()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sharebasis import store
 from sharebasis.errors import CalibrationError
@@ -40,22 +41,26 @@ def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulator
     """
     with store.writing(target) as out:
         store.require_disk(out, sum(4 * site.d * (site.d + 1) for site in sites))
-        store.save_record(out / INDEX, MomentIndex(tuple(sites), *write_sums(out, accumulators)))
+        writer = store.TensorWriter(out, "moments", SHARD_BYTES)
+        for name, tensor in packed(accumulators):
+            writer.add(name, tensor)
+        writer.flush()
+        index = MomentIndex(tuple(sites), tokens_of(accumulators), writer.files)
+        store.save_record(out / INDEX, index)
 
 
-def write_sums(
-    directory: Path, accumulators: Accumulators
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Write the moment of every site; return tokens by site, and tensor name -> file name."""
-    writer = store.TensorWriter(directory, "moments", SHARD_BYTES)
+def packed(accumulators: Accumulators) -> Iterator[tuple[str, Tensor]]:
+    """The moment of every site as tensors for a file, one at a time."""
     for name, accumulator in accumulators.items():
         moment = accumulator.moment()
         rows, columns = torch.triu_indices(*moment.total.shape)
-        writer.add(f"{name}.total", moment.total[rows, columns].cpu())
-        writer.add(f"{name}.sum", moment.sum.cpu())
-    writer.flush()
-    n_tokens = {name: own.n_tokens for name, own in accumulators.items()}
-    return n_tokens, writer.files
+        yield f"{name}.total", moment.total[rows, columns].cpu()
+        yield f"{name}.sum", moment.sum.cpu()
+
+
+def tokens_of(accumulators: Accumulators) -> dict[str, int]:
+    """Tokens seen, by site name."""
+    return {name: own.n_tokens for name, own in accumulators.items()}
 
 
 def read_moment(reader: store.TensorReader, site: str, n_tokens: int) -> Moment:
