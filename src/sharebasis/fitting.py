@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharebasis import compressed_index, store
+from sharebasis import store
 from sharebasis.allocation import DENSE, allocate, curve_of, uniform_ranks
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed_index import CompressedGroup, CompressedPart
+from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.decomposition import Spectra, read_part
 from sharebasis.grouping import Group
-from sharebasis.hub import MANIFEST
-from sharebasis.interpolative import interpolate
 from sharebasis.progress import progress
 from sharebasis.settings import FitSettings, Storage
 from sharebasis.splitting import Part
@@ -69,30 +67,29 @@ def fit(
     source, dense = Spectra(spectra), DenseWeights(weights)
     energies = source.energies()
     ranks = _ranks(source.groups, energies, settings)
-    fitted, index = [], []
+    fitted = []
     with store.writing(target) as out:
-        writer = store.TensorWriter(out, "sharebasis", settings.shard_bytes)
+        writer = CompressedWriter(out, settings.shard_bytes)
         for name, tensor in dense.stream(without=_fitted_names(source)):
             writer.add(name, tensor)
         n_others = writer.n_numbers
         with progress("fit", len(ranks), "groups") as advance:
             for i, (group, rank) in enumerate(zip(source.groups, ranks, strict=True)):
-                before = writer.n_numbers
+                before, own = writer.n_numbers, energies[i]
+                entry = _entry(group, rank, source.twins, settings.storage)
                 if rank == DENSE:
-                    tensors = [read_part(dense, part) for part in group.parts]
-                    index.append(_write_dense(writer, group, tensors, source.twins))
+                    originals = (read_part(dense, part) for part in group.parts)
+                    names = (f"{_stem(part)}.dense" for part in group.parts)
+                    writer.add_dense(entry, dict(zip(names, originals, strict=True)))
                 else:
                     dtype = dense.dtype(f"{group.parts[0].sublayer.name}.weight")
-                    factors = _factors(source.factors(i, rank), group, settings.storage, device)
-                    index.append(_write(writer, group, factors, dtype, source.twins))
-                loss = 0.0 if rank == DENSE else float(energies[i][rank:].sum())
-                n_stored, energy = writer.n_numbers - before, float(energies[i].sum())
-                one = FittedGroup(group, index[-1].rank, n_stored, loss, energy, rank == DENSE)
-                fitted.append(one)
+                    basis, stacked = (one.to(device) for one in source.factors(i, rank))
+                    writer.add_factors(entry, basis, _by_part(group, stacked), dtype)
+                loss = 0.0 if rank == DENSE else float(own[rank:].sum())
+                n_stored, energy = writer.n_numbers - before, float(own.sum())
+                fitted.append(FittedGroup(group, entry.rank, n_stored, loss, energy, rank == DENSE))
                 advance()
-        writer.flush()
-        _copy_companions(weights, out)
-        store.save_record(out / compressed_index.FILE, CompressedIndex(tuple(index), writer.files))
+        writer.finish(companions=weights)
     return FittedModel(tuple(fitted), n_others)
 
 
@@ -112,84 +109,31 @@ def _fitted_names(spectra: Spectra) -> set[str]:
     return {f"{name}.weight" for own in names for name in (own, *spectra.twins[own])}
 
 
-@dataclass(frozen=True, slots=True)
-class _PartFactors:
-    """What a part stores beside the basis."""
-
-    coefficient: Tensor
-    pivots: Tensor | None = None
-    first: int = 0
-
-
-def _factors(
-    factors: tuple[Tensor, Tensor], group: Group, storage: Storage, device: torch.device
-) -> tuple[Tensor, Sequence[_PartFactors]]:
-    """The basis, and what each part stores, in a form."""
-    basis, coefficient = (factor.to(device) for factor in factors)
-    lengths = [part.shape[0] for part in group.parts]
-    if storage == "plain":
-        return basis, [_PartFactors(own) for own in coefficient.split(lengths)]
-    form = interpolate(coefficient, basis)
-    parts, start, first, row = [], 0, 0, 0
-    for length in lengths:
-        inside = (form.pivots >= start) & (form.pivots < start + length)
-        n_pivots = int(inside.sum())
-        n_rest = length - n_pivots
-        own = form.coefficient[row : row + n_rest]
-        parts.append(_PartFactors(own, form.pivots[inside] - start, first))
-        start, first, row = start + length, first + n_pivots, row + n_rest
-    return form.basis, parts
-
-
-def _write(
-    writer: store.TensorWriter,
-    group: Group,
-    factors: tuple[Tensor, Sequence[_PartFactors]],
-    dtype: torch.dtype,
-    twins: Mapping[str, Sequence[str]],
+def _entry(
+    group: Group, rank: int, twins: Mapping[str, Sequence[str]], storage: Storage
 ) -> CompressedGroup:
-    """Store a basis once and what every part adds, in the dtype of the original."""
-    basis, of_parts = factors
-    name = f"{group.name}.basis"
-    writer.add(name, basis.to("cpu", dtype))
-    parts: list[CompressedPart] = []
-    for part, own in zip(group.parts, of_parts, strict=True):
-        stem = _stem(part)
-        writer.add(f"{stem}.coefficient", own.coefficient.to("cpu", dtype))
-        if own.pivots is not None:
-            writer.add(f"{stem}.pivots", own.pivots.to("cpu", torch.int32))
-        for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
-            pivots = None if own.pivots is None else f"{stem}.pivots"
-            coefficient = f"{stem}.coefficient"
-            parts.append(CompressedPart(sublayer, part.rows, coefficient, pivots, own.first))
-    return CompressedGroup(group.name, group.family, len(basis), name, tuple(parts))
-
-
-def _write_dense(
-    writer: store.TensorWriter,
-    group: Group,
-    weights: Sequence[Tensor],
-    twins: Mapping[str, Sequence[str]],
-) -> CompressedGroup:
-    """Store the parts of a group as they were."""
+    """What a group's tensors are called, each part under all the names of its sublayer."""
     parts = []
-    for part, weight in zip(group.parts, weights, strict=True):
-        name = f"{_stem(part)}.dense"
-        writer.add(name, weight)
+    for part in group.parts:
+        stem = _stem(part)
+        tensor = f"{stem}.dense" if rank == DENSE else f"{stem}.coefficient"
+        pivots = f"{stem}.pivots" if rank != DENSE and storage == "interpolative" else None
         for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
-            parts.append(CompressedPart(sublayer, part.rows, name))
-    return CompressedGroup(group.name, group.family, group.full_rank, None, tuple(parts))
+            parts.append(CompressedPart(sublayer, part.rows, tensor, pivots))
+    basis = None if rank == DENSE else f"{group.name}.basis"
+    rank = group.full_rank if rank == DENSE else rank
+    return CompressedGroup(group.name, group.family, rank, basis, tuple(parts))
+
+
+def _by_part(group: Group, stacked: Tensor) -> dict[str, Tensor]:
+    """The coefficients of each part, by the name of their tensor."""
+    parts = stacked.split([part.shape[0] for part in group.parts])
+    names = (f"{_stem(part)}.coefficient" for part in group.parts)
+    return dict(zip(names, parts, strict=True))
 
 
 def _stem(part: Part) -> str:
     return part.sublayer.name + (f".{part.label}" if part.label else "")
-
-
-def _copy_companions(weights: Path, out: Path) -> None:
-    """Config, tokenizer and the like; whatever is not weights."""
-    for path in weights.iterdir():
-        if ".safetensors" not in path.name and path.name != MANIFEST:
-            shutil.copyfile(path, out / path.name)
 
 
 def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:

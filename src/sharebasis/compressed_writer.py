@@ -1,0 +1,117 @@
+"""Factors -> the files of artifacts/compressed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from sharebasis import compressed_index, store
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex
+from sharebasis.hub import MANIFEST
+from sharebasis.interpolative import Interpolative, interpolate
+
+
+class CompressedWriter:
+    """Writes a compressed model, holding one group and one shard in memory.
+
+    Args:
+        directory: to write into, from `store.writing`.
+        shard_bytes: size at which a shard is closed.
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self._directory = directory
+        self._writer = store.TensorWriter(directory, "sharebasis", shard_bytes)
+        self._groups: list[CompressedGroup] = []
+
+    @property
+    def n_numbers(self) -> int:
+        """Numbers written so far."""
+        return self._writer.n_numbers
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the model that is as it was."""
+        self._writer.add(name, tensor)
+
+    def add_dense(self, group: CompressedGroup, weights: Mapping[str, Tensor]) -> None:
+        """A group without a basis.
+
+        Args:
+            group: what to call its tensors.
+            weights: the rows of its parts, by those names.
+        """
+        for name, weight in weights.items():
+            self._writer.add(name, weight)
+        self._groups.append(group)
+
+    def add_factors(
+        self,
+        group: CompressedGroup,
+        basis: Float64[Tensor, "rank d_in"],
+        coefficients: Mapping[str, Float64[Tensor, "_ rank"]],
+        dtype: torch.dtype,
+    ) -> None:
+        """A group with a basis, in interpolative form where its parts have pivots.
+
+        Args:
+            group: what to call its tensors.
+            basis: that its parts share.
+            coefficients: of its parts in their order, by the names of their tensors; a part
+                that has several names is there once.
+            dtype: of what is stored.
+        """
+        parts = {part.coefficient: part for part in group.parts}
+        pivots = {name: part.pivots for name, part in parts.items() if part.pivots}
+        first = dict.fromkeys(coefficients, 0)
+        if pivots:
+            form = interpolate(torch.cat(list(coefficients.values())), basis)
+            lengths = {name: len(own) for name, own in coefficients.items()}
+            basis, coefficients, own_pivots, first = _cut(form, lengths)
+            for name, own in own_pivots.items():
+                self._writer.add(pivots[name], own.to("cpu", torch.int32))
+        assert group.basis is not None
+        self._writer.add(group.basis, basis.to("cpu", dtype))
+        for name, coefficient in coefficients.items():
+            self._writer.add(name, coefficient.to("cpu", dtype))
+        placed = tuple(replace(part, first=first[part.coefficient]) for part in group.parts)
+        self._groups.append(replace(group, rank=len(basis), parts=placed))
+
+    def finish(self, companions: Path) -> None:
+        """Write the index, and what else a directory in hub format holds.
+
+        Args:
+            companions: a directory whose files go along, but for those of weights.
+        """
+        self._writer.flush()
+        for path in companions.iterdir():
+            ours = path.name in (MANIFEST, compressed_index.FILE)
+            if ".safetensors" not in path.name and not ours:
+                shutil.copyfile(path, self._directory / path.name)
+        index = CompressedIndex(tuple(self._groups), self._writer.files)
+        store.save_record(self._directory / compressed_index.FILE, index)
+
+
+Named = dict[str, Tensor]
+
+
+def _cut(
+    form: Interpolative, lengths: Mapping[str, int]
+) -> tuple[Tensor, Named, Named, dict[str, int]]:
+    """(basis, and by part: coefficients of its other rows, its pivots, the first one's row)."""
+    coefficients: Named = {}
+    pivots: Named = {}
+    firsts: dict[str, int] = {}
+    start = first = row = 0
+    for name, length in lengths.items():
+        own = form.pivots[(form.pivots >= start) & (form.pivots < start + length)] - start
+        n_rest = length - len(own)
+        coefficients[name], pivots[name] = form.coefficient[row : row + n_rest], own
+        firsts[name] = first
+        start, first, row = start + length, first + len(own), row + n_rest
+    return form.basis, coefficients, pivots, firsts
