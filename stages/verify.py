@@ -1,12 +1,12 @@
 """Stage `verify`: the compressed directory against the original, on text not calibrated on."""
 
-from sharebasis import store
+from sharebasis import compressed_index, store
 from sharebasis.compressed import load_compressed
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import COMPRESSED, METRICS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import COMPRESSED, METRICS, RECOVERED, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.texts import read_windows, require_positions
 from sharebasis.verification import (
@@ -30,11 +30,13 @@ def main() -> None:
     rows = rows_by_sublayer(split_selected(classification, settings.split.strategy))
     first = windows[: verify.lossless_windows]
     lossless = lossless_difference(original, rows, first)
-    compressed = load_compressed(COMPRESSED, DTYPES[dtype], device)
-    models = {"original": original, "compressed": compressed}
-    fidelity = compare(original, {"compressed": compressed}, windows, settings.data.batch)
-    metrics = verify_metrics(fidelity["compressed"], lossless, len(rows), len(first))
+    compressed = {"compressed": load_compressed(COMPRESSED, DTYPES[dtype], device)}
+    if (RECOVERED / compressed_index.FILE).exists():
+        compressed["recovered"] = load_compressed(RECOVERED, DTYPES[dtype], device)
+    fidelity = compare(original, compressed, windows, settings.data.batch)
+    metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
     store.write_json(METRICS / "verify.json", metrics)
+    models = {"original": original, **compressed}
     texts = continuations(models, tokenizer, verify.prompt, verify.new_tokens)
     side_by_side(verify.prompt, texts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from sharebasis.capture import find_sites
-from sharebasis.checkpoint import Checkpoint
+from sharebasis.checkpoint import Checkpoint, digest_of
 from sharebasis.experts import unstack
 from sharebasis.hub import MANIFEST
 from sharebasis.moment_store import (
@@ -115,9 +114,9 @@ def run_identity(
         settings: whatever else changes the numbers.
     """
     return {
-        "weights": hashlib.sha256((weights / MANIFEST).read_bytes()).hexdigest(),
+        "weights": digest_of(weights / MANIFEST),
         "sublayers": [sublayer.name for sublayer in sublayers],
-        "windows": [*windows.shape, hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
+        "windows": digest_of(windows),
         **settings,
     }
 

@@ -23,6 +23,18 @@ SHARD_BYTES = 64 * 2**20
 """Of its files; what writing a checkpoint adds to the memory in use."""
 
 
+def digest_of(content: Tensor | Path) -> str:
+    """SHA-256 of a tensor's shape and numbers, of a file, or of all files of a directory."""
+    if isinstance(content, Tensor):
+        raw = content.contiguous().cpu().numpy().tobytes()
+        return hashlib.sha256(f"{tuple(content.shape)}".encode() + raw).hexdigest()
+    if content.is_file():
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = {path.name: digest_of(path) for path in sorted(content.iterdir())}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
 @dataclass
 class Checkpoint:
     """Tensors and a record of how far a run was, so that a killed one can go on.

@@ -15,7 +15,7 @@ from sharebasis.compressed_index import CompressedGroup, CompressedIndex, Compre
 from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.resources import require_memory
-from sharebasis.share_linear import ShareLinear, State
+from sharebasis.share_linear import ShareLinear, SplitLinear, State
 from sharebasis.surgery import Modules, wrap
 
 
@@ -71,6 +71,26 @@ def load_compressed(
             _fill(linear, part, basis_of[part.coefficient], found)
     _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
+
+
+def shared_factors(
+    model: PreTrainedModel, index: CompressedIndex
+) -> Iterator[tuple[CompressedGroup, Mapping[str, ShareLinear]]]:
+    """Every group that has a basis, and its parts by the tensors of their coefficients.
+
+    Args:
+        model: from `load_compressed`.
+        index: of the directory that it was loaded from.
+    """
+    linears: dict[str, ShareLinear] = {}
+    for name, own in _parts_by_sublayer(index).items():
+        module = model.get_submodule(name)
+        assert isinstance(module, SplitLinear)
+        for part, linear in zip(own, module.parts, strict=True):
+            linears.setdefault(part.coefficient, linear)
+    for group in index.groups:
+        if group.basis is not None:
+            yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
 
 
 def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:

@@ -45,6 +45,10 @@ class BudgetError(ShareBasisError):
     """No rank meets the removed fraction that was asked for."""
 
 
+class RecoveryError(ShareBasisError):
+    """There is nothing to train, or training went astray."""
+
+
 class StateError(ShareBasisError):
     """A ShareLinear was asked for a transition that its state does not allow."""
 

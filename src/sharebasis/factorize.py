@@ -121,6 +121,20 @@ def decompose_reads(
     )
 
 
+def balance(
+    coefficient: Float64[Tensor, "d_out rank"], basis: Float64[Tensor, "rank d_in"]
+) -> tuple[Float64[Tensor, "d_out rank"], Float64[Tensor, "rank d_in"]]:
+    """Other factors of the same product: U √Σ and √Σ Vᵀ of its SVD.
+
+    No choice of factors has a smaller ‖A‖² + ‖B‖², and a step of gradient descent moves both
+    by as much.
+    """
+    left, right = torch.linalg.qr(coefficient), torch.linalg.qr(basis.T)
+    u, values, vt = torch.linalg.svd(left.R @ right.R.T)
+    root = values.sqrt()
+    return left.Q @ (u * root), (root[:, None] * vt) @ right.Q.T
+
+
 def _check(moment: Moment | None, width: int, do: str) -> None:
     if moment is None:
         return

@@ -21,7 +21,9 @@ def linear(
     Equal to `functional.linear` up to float32 rounding.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return functional.linear(x, weight) if gradients else _product(x, weight)
+    if gradients or torch.is_autocast_enabled(x.device.type):
+        return functional.linear(x, weight)
+    return _product(x, weight)
 
 
 def observed_linear(

@@ -152,6 +152,36 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class RecoverSettings:
+    """A short distillation of the compressed model against the original."""
+
+    steps: Annotated[int, Ge(0)]
+    """Steps of the optimizer; 0 leaves the stage out."""
+    batch: PositiveInt
+    """Windows a step."""
+    window: Annotated[int, Gt(1)]
+    """Tokens a window."""
+    windows: PositiveInt
+    """Windows of the calibration text to train on, in another order every time round."""
+    held_out: PositiveInt
+    """Windows of the calibration text after those, to see by when to stop."""
+    look_every: PositiveInt
+    """Steps between two looks at the held-out windows."""
+    patience: PositiveInt
+    """Looks in a row without a lower divergence that end the training."""
+    learning_rate: Annotated[float, Gt(0)]
+    """Of AdamW at its highest; a cosine takes it to zero at the last step."""
+    warmup: Annotated[float, Ge(0), Lt(1)]
+    """Fraction of the steps in which it rises to that."""
+    hidden: Annotated[float, Ge(0)]
+    """What the distance of the hidden states counts beside the divergence of the logits."""
+    dtype: DType
+    """Arithmetic of the passes; factors and the optimizer's state are in float32."""
+    checkpoint_seconds: Annotated[float, Gt(0)]
+    """Longest time between two checkpoints; what a kill can cost."""
+
+
+@dataclass(frozen=True)
 class VerifySettings:
     """What is compared."""
 
@@ -172,6 +202,7 @@ class Settings:
     calibrate: CalibrateSettings
     split: SplitSettings
     fit: FitSettings
+    recover: RecoverSettings
     verify: VerifySettings
     device: str
     """torch device, or auto: a GPU where there is one."""

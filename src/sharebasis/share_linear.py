@@ -119,6 +119,31 @@ class ShareLinear(nn.Module):
             self._own = slice(first, first + n_pivots)
             self.order = _order(pivots.long(), self.out_features)
 
+    def factors(self) -> tuple[nn.Parameter, Float[Tensor, "d_out rank"]]:
+        """The basis and the coefficient of every row, those of pivots included.
+
+        Raises:
+            StateError: not in state COMPRESSED.
+        """
+        if self.basis is None or self.coefficient is None:
+            raise StateError(f"ShareLinear({self.extra_repr()}) has no factors.")
+        if self.order is None:
+            return self.basis, self.coefficient
+        unit = torch.eye(len(self.basis), dtype=self.basis.dtype, device=self.basis.device)
+        rows = torch.cat([unit[self._own], self.coefficient])
+        return self.basis, rows.index_select(0, self.order)
+
+    def refactor(
+        self, basis: Float[Tensor, "rank d_in"], coefficient: Float[Tensor, "d_out rank"]
+    ) -> None:
+        """Take other factors, in plain form.
+
+        Raises:
+            StateError: not in state COMPRESSED.
+        """
+        self._leave(State.COMPRESSED, to=State.COMPRESSED)
+        self.basis, self.coefficient, self.order = _frozen(basis), _frozen(coefficient), None
+
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """The weight: the original one, or what the factors stand for."""
         if self.basis is None or self.coefficient is None:

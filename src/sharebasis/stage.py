@@ -19,6 +19,8 @@ MOMENTS = Path("artifacts/moments")
 CHECKPOINT = Path("artifacts/checkpoints/calibrate")
 SPECTRA = Path("artifacts/spectra")
 COMPRESSED = Path("artifacts/compressed")
+RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
+RECOVERED = Path("artifacts/recovered")
 METRICS = Path("metrics")
 
 

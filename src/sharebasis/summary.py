@@ -57,15 +57,20 @@ def _storage(fit: dict[str, Any]) -> Table:
 
 
 def _fidelity(verify: dict[str, Any]) -> Table:
-    lossless, dense, compressed = verify["lossless"], verify["dense"], verify["compressed"]
+    lossless = verify["lossless"]
+    models = {name: verify[name] for name in ("compressed", "recovered") if name in verify}
     table = Table(title=f"Fidelity over {verify['n_predictions']:,} predictions")
-    for column in ("", "original", "compressed"):
+    for column in ("", "original", *models):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("perplexity", f"{dense['perplexity']:.2f}", f"{compressed['perplexity']:.2f}")
-    table.add_row("KL per token, mean", "", f"{compressed['kl_mean']:.4f} nats")
-    table.add_row("KL per token, p99", "", f"{compressed['kl_p99']:.4f} nats")
-    table.add_row("top-1 agreement", "", f"{compressed['top1_agreement']:.1%}")
-    table.add_row("largest logit difference", "", f"{compressed['max_abs_logit_diff']:.2f}")
+
+    def add(name: str, key: str, shown: str, original: str = "") -> None:
+        table.add_row(name, original, *(shown.format(model[key]) for model in models.values()))
+
+    add("perplexity", "perplexity", "{:.2f}", f"{verify['dense']['perplexity']:.2f}")
+    add("KL per token, mean", "kl_mean", "{:.4f} nats")
+    add("KL per token, p99", "kl_p99", "{:.4f} nats")
+    add("top-1 agreement", "top1_agreement", "{:.1%}")
+    add("largest logit difference", "max_abs_logit_diff", "{:.2f}")
     table.add_row(
         f"lossless wrap of {lossless['n_modules']} modules",
         "",

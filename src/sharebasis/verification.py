@@ -104,24 +104,29 @@ def side_by_side(prompt: str, texts: Mapping[str, str]) -> None:
 
 
 def verify_metrics(
-    fidelity: Fidelity, lossless: float, n_modules: int, lossless_windows: int
+    fidelity: Mapping[str, Fidelity], lossless: float, n_modules: int, lossless_windows: int
 ) -> dict[str, Any]:
-    """metrics/verify.json."""
+    """metrics/verify.json: a section for each model of `fidelity`."""
+    first = next(iter(fidelity.values()))
     return {
         "lossless": {
             "max_abs_logit_diff": lossless,
             "n_modules": n_modules,
             "windows": lossless_windows,
         },
-        "dense": {"perplexity": fidelity.dense_perplexity},
-        "compressed": {
-            "perplexity": fidelity.compressed_perplexity,
-            "kl_mean": fidelity.kl_mean,
-            "kl_p99": fidelity.kl_p99,
-            "top1_agreement": fidelity.top1_agreement,
-            "max_abs_logit_diff": fidelity.max_abs_logit_diff,
-        },
-        "n_predictions": fidelity.n_predictions,
+        "dense": {"perplexity": first.dense_perplexity},
+        **{name: _section(one) for name, one in fidelity.items()},
+        "n_predictions": first.n_predictions,
+    }
+
+
+def _section(fidelity: Fidelity) -> dict[str, Any]:
+    return {
+        "perplexity": fidelity.compressed_perplexity,
+        "kl_mean": fidelity.kl_mean,
+        "kl_p99": fidelity.kl_p99,
+        "top1_agreement": fidelity.top1_agreement,
+        "max_abs_logit_diff": fidelity.max_abs_logit_diff,
     }
 
 

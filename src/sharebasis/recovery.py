@@ -1,0 +1,356 @@
+"""artifacts/compressed and text -> artifacts/recovered: the factors, distilled for a while."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sharebasis import store
+from sharebasis.checkpoint import Checkpoint, digest_of
+from sharebasis.compressed import shared_factors
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex
+from sharebasis.compressed_writer import CompressedWriter
+from sharebasis.distillation import divergence, hidden_distance
+from sharebasis.errors import RecoveryError
+from sharebasis.factorize import balance
+from sharebasis.hub import DTYPES, MANIFEST
+from sharebasis.progress import progress
+from sharebasis.settings import RecoverSettings
+
+log = logging.getLogger(__name__)
+
+INDEX = "recovery.json"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the held-out windows said."""
+
+    step: int
+    """Steps taken before it."""
+    divergence: float
+    """Mean KL(original || compressed) over their positions, in nats."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a training went. Without a step, nothing but this lies in its directory."""
+
+    steps: int
+    """Taken, until the end or the stop."""
+    best: int
+    """The step whose factors were kept."""
+    tokens: int
+    """Trained on, repeats included."""
+    looks: tuple[Look, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableGroup:
+    """Factors of a group as parameters, in plain form while they are trained."""
+
+    group: CompressedGroup
+    basis: nn.Parameter
+    coefficients: Mapping[str, nn.Parameter]
+    """By the names of their tensors."""
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self.group.basis is not None
+        yield self.group.basis, self.basis
+        yield from self.coefficients.items()
+
+
+def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[TrainableGroup]:
+    """Make parameters of the factors of a compressed model, balanced and in float32.
+
+    Args:
+        model: from `load_compressed`; nothing else of it is trained.
+        index: of its directory.
+
+    Raises:
+        RecoveryError: it has no factors.
+    """
+    model.requires_grad_(False)
+    groups = []
+    for group, linears in shared_factors(model, index):
+        own = {name: linear.factors() for name, linear in linears.items()}
+        stacked = torch.cat([coefficient for _, coefficient in own.values()]).double()
+        basis = next(iter(own.values()))[0].double()
+        lengths = [len(coefficient) for _, coefficient in own.values()]
+        stacked, basis = balance(stacked, basis)
+        shared = nn.Parameter(basis.float().contiguous())
+        coefficients = {}
+        for name, rows in zip(own, stacked.split(lengths), strict=True):
+            coefficients[name] = nn.Parameter(rows.float().contiguous())
+            linears[name].refactor(shared, coefficients[name])
+        groups.append(TrainableGroup(group, shared, coefficients))
+    if not groups:
+        raise RecoveryError(
+            "The compressed model has no factors to train: every sublayer is stored as it was. "
+            "Raise fit.removed, or set recover=none."
+        )
+    return groups
+
+
+def recovery_identity(
+    weights: Path, compressed: Path, windows: Tensor, settings: RecoverSettings, **others: object
+) -> dict[str, object]:
+    """All that the trained factors depend on, for `Checkpoint`.
+
+    Args:
+        weights: artifacts/weights, which its manifest stands for.
+        compressed: artifacts/compressed.
+        windows: token ids.
+        settings: of the training.
+        others: whatever else changes the numbers.
+    """
+    own = asdict(settings).items()
+    return {
+        "weights": digest_of(weights / MANIFEST),
+        "compressed": digest_of(compressed),
+        "windows": digest_of(windows),
+        "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
+        **others,
+    }
+
+
+def recover(
+    original: PreTrainedModel,
+    compressed: PreTrainedModel,
+    groups: Sequence[TrainableGroup],
+    windows: Int64[Tensor, "windows window"],
+    settings: RecoverSettings,
+    seed: int,
+    checkpoint: Checkpoint,
+) -> Recovery:
+    """Train the factors to say what the original says; they hold the best ones afterwards.
+
+    Bases stay shared and ranks stay as they are, so the model stores as many numbers as
+    before. Stops when the held-out windows no longer gain.
+
+    Args:
+        original: dense, in eval mode, on the device of `compressed`.
+        compressed: whose factors are `groups`.
+        groups: from `trainable`.
+        windows: `settings.windows` to train on and then `settings.held_out`.
+        settings: of the training.
+        seed: of the order of the windows.
+        checkpoint: where a run that was killed goes on from.
+
+    Raises:
+        RecoveryError: the loss is not finite.
+    """
+    training = _Training(original, compressed, groups, windows, settings, seed)
+    training.resume(checkpoint)
+    with progress("recover", settings.steps, "steps", training.step) as advance:
+        training.look_if_due()
+        while training.step < settings.steps and not training.stalled:
+            training.take_step()
+            advance()
+            training.look_if_due()
+            if checkpoint.due:
+                checkpoint.save(*training.state())
+    training.restore_best()
+    return training.result()
+
+
+class _Training:
+    """The state of a training, which a checkpoint holds."""
+
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        compressed: PreTrainedModel,
+        groups: Sequence[TrainableGroup],
+        windows: Tensor,
+        settings: RecoverSettings,
+        seed: int,
+    ) -> None:
+        self._original, self._compressed = original, compressed
+        self._settings, self._seed = settings, seed
+        windows = windows.to(compressed.device)
+        self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
+        self._factors = {name: own for group in groups for name, own in group.named()}
+        self._best = {name: own.detach().clone() for name, own in self._factors.items()}
+        self._optimizer = torch.optim.AdamW(self._factors.values(), weight_decay=0.0)
+        self._looks: list[Look] = []
+        self.step = 0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `patience` looks have found nothing better."""
+        recent = self._looks[-self._settings.patience :]
+        return len(self._looks) > len(recent) and self._best_look not in recent
+
+    @property
+    def _best_look(self) -> Look:
+        return min(self._looks, key=lambda look: look.divergence)
+
+    def take_step(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self._settings)
+        loss = self._loss(self._batch())
+        if not loss.isfinite():
+            raise RecoveryError(
+                f"The loss of step {self.step + 1} is {loss.item()}. Lower "
+                f"recover.learning_rate ({self._settings.learning_rate}), or set "
+                "recover.dtype=float32."
+            )
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _batch(self) -> Tensor:
+        """The windows of a step: every time round the text in another order."""
+        n, size = len(self._windows), self._settings.batch
+        chosen = []
+        for i in range(self.step * size, (self.step + 1) * size):
+            generator = torch.Generator().manual_seed(self._seed + i // n)
+            chosen.append(int(torch.randperm(n, generator=generator)[i % n]))
+        return self._windows[chosen]
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        hidden = self._settings.hidden
+        with torch.no_grad(), self._arithmetic():
+            theirs = _run(self._original, windows, hidden > 0)
+        with self._arithmetic():
+            ours = _run(self._compressed, windows, hidden > 0)
+        loss = divergence(theirs.logits, ours.logits)
+        if hidden:
+            loss = loss + hidden * hidden_distance(theirs.hidden_states, ours.hidden_states)
+        return loss
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        dtype = DTYPES[self._settings.dtype]
+        return torch.autocast(self._compressed.device.type, dtype, enabled=dtype != torch.float32)
+
+    def look_if_due(self) -> None:
+        """Look at the held-out windows, unless this step's look was taken before a kill."""
+        settings = self._settings
+        due = self.step % settings.look_every == 0 or self.step == settings.steps
+        if not due or any(look.step == self.step for look in self._looks):
+            return
+        with torch.no_grad(), self._arithmetic():
+            found = [
+                divergence(
+                    _run(self._original, chunk).logits, _run(self._compressed, chunk).logits
+                ).item()
+                * len(chunk)
+                for chunk in self._held_out.split(settings.batch)
+            ]
+        look = Look(self.step, sum(found) / len(self._held_out))
+        log.info("recover: step %d, held-out divergence %.4f nats", look.step, look.divergence)
+        self._looks.append(look)
+        if self._best_look is look:
+            for name, own in self._factors.items():
+                self._best[name].copy_(own.detach())
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for name, own in self._factors.items():
+                own.copy_(self._best[name])
+
+    def result(self) -> Recovery:
+        tokens = self.step * self._settings.batch * self._windows.shape[1]
+        return Recovery(self.step, self._best_look.step, tokens, tuple(self._looks))
+
+    def state(self) -> tuple[Mapping[str, Any], Iterator[tuple[str, Tensor]]]:
+        """For a checkpoint."""
+        record = {"step": self.step, "looks": [asdict(look) for look in self._looks]}
+        return record, self._tensors()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, own in self._factors.items():
+            yield f"{name}.factor", own.detach()
+            yield f"{name}.best", self._best[name]
+            for key, value in self._optimizer.state[own].items():
+                yield f"{name}.{key}", value
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        if (found := checkpoint.resume()) is None:
+            return
+        record, reader = found
+        self.step = record["step"]
+        self._looks = [Look(**look) for look in record["looks"]]
+        for name, own in self._factors.items():
+            own.data.copy_(reader.read(f"{name}.factor"))
+            self._best[name].copy_(reader.read(f"{name}.best"))
+            self._optimizer.state[own] = {
+                key: reader.read(f"{name}.{key}").to("cpu" if key == "step" else own.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        log.info("Going on from step %d, the last checkpoint.", self.step)
+
+
+def learning_rate(step: int, settings: RecoverSettings) -> float:
+    """A linear rise over the warm-up, then half a cosine to zero at the last step."""
+    rise = settings.warmup * settings.steps
+    if step < rise:
+        return settings.learning_rate * (step + 1) / (rise + 1)
+    done = (step - rise) / (settings.steps - rise)
+    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def _run(model: PreTrainedModel, windows: Tensor, hidden: bool = False) -> Any:
+    return model(input_ids=windows, use_cache=False, output_hidden_states=hidden)
+
+
+def write_recovered(
+    target: Path,
+    source: Path,
+    index: CompressedIndex,
+    groups: Sequence[TrainableGroup],
+    recovery: Recovery,
+    shard_bytes: int,
+) -> None:
+    """Write a compressed directory with trained factors in the place of others.
+
+    Args:
+        target: artifacts/recovered.
+        source: artifacts/compressed, whose other tensors go along.
+        index: of `source`.
+        groups: trained.
+        recovery: how that went.
+        shard_bytes: size at which a shard is closed.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    reader = store.TensorReader(source, index.files)
+    dense = [group for group in index.groups if group.basis is None]
+    of_dense = {part.coefficient for group in dense for part in group.parts}
+    replaced = {name for group in groups for name, _ in group.named()} | {
+        part.pivots for group in groups for part in group.group.parts if part.pivots
+    }
+    with store.writing(target) as out:
+        writer = CompressedWriter(out, shard_bytes)
+        for name, tensor in reader.stream():
+            if name not in replaced and name not in of_dense:
+                writer.add(name, tensor)
+        for group in dense:
+            names = {part.coefficient for part in group.parts}
+            writer.add_dense(group, {name: reader.read(name) for name in sorted(names)})
+        for one in groups:
+            assert one.group.basis is not None
+            dtype = reader.read(one.group.basis).dtype
+            coefficients = {name: own.detach().double() for name, own in one.coefficients.items()}
+            writer.add_factors(one.group, one.basis.detach().double(), coefficients, dtype)
+        writer.finish(companions=source)
+        store.save_record(out / INDEX, recovery)
+
+
+def write_unrecovered(target: Path) -> None:
+    """Write that no step was taken."""
+    with store.writing(target) as out:
+        store.save_record(out / INDEX, Recovery(0, 0, 0, ()))

@@ -1,0 +1,287 @@
+"""Recovery trains factors alone, keeps the budget, goes on after a kill, and keeps the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeSettings, fit_at_once
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharebasis import compressed_index, recovery, store
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import CompressedIndex
+from sharebasis.errors import RecoveryError
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.recovery import (
+    Look,
+    Recovery,
+    TrainableGroup,
+    learning_rate,
+    recover,
+    recovery_identity,
+    trainable,
+    write_recovered,
+    write_unrecovered,
+)
+from sharebasis.settings import RecoverSettings, Storage
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import split_selected
+
+WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+SETTINGS = RecoverSettings(
+    steps=24,
+    batch=2,
+    window=16,
+    windows=16,
+    held_out=4,
+    look_every=8,
+    patience=2,
+    learning_rate=0.002,
+    warmup=0.1,
+    hidden=0.0,
+    dtype="float32",
+    checkpoint_seconds=1.0,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model, compressed."""
+
+    weights: Path
+    compressed: Path
+
+    @property
+    def index(self) -> CompressedIndex:
+        return store.load_record(self.compressed / compressed_index.FILE, CompressedIndex)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedModel, Sequence[TrainableGroup]]:
+        """(original, compressed, its factors)."""
+        model = load_compressed(self.compressed, torch.float32)
+        groups = trainable(model, self.index)
+        return load_model(self.weights, "float32", CPU), model, groups
+
+
+MakeCase = Callable[..., Case]
+
+
+@pytest.fixture(scope="module")
+def make_case(
+    tmp_path_factory: pytest.TempPathFactory, llama_directory: Path, make_settings: MakeSettings
+) -> MakeCase:
+    """`make_case(storage, {"fit.removed": ...})`: small Llama, compressed as told."""
+
+    def make(storage: Storage, changes: Mapping[str, object] = {}) -> Case:
+        work = tmp_path_factory.mktemp("case")
+        extract(find_source(str(llama_directory)), work / "weights")
+        model = classify_model(meta_model(load_config(work / "weights")))
+        dense = load_model(work / "weights", "float32", CPU)
+        never = Checkpoint(work / "checkpoint", {}, math.inf)
+        write_moments(work / "moments", *calibrate(dense, model.selected, WINDOWS, 4, never))
+        settings = make_settings({"fit.storage": storage, "fit.removed": 0.4, **changes}).fit
+        parts, moments = split_selected(model, "none"), MomentStore(work / "moments")
+        fit_at_once(work / "weights", parts, moments, settings, work / "compressed")
+        return Case(work / "weights", work / "compressed")
+
+    return make
+
+
+@pytest.fixture(scope="module", params=["plain", "interpolative"])
+def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
+    return make_case(request.param)
+
+
+def _train(
+    case: Case, checkpoint: Checkpoint, settings: RecoverSettings = SETTINGS
+) -> tuple[Recovery, PreTrainedModel, Sequence[TrainableGroup]]:
+    original, model, groups = case.load()
+    found = recover(original, model, groups, WINDOWS, settings, 0, checkpoint)
+    return found, model, groups
+
+
+def _never(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(tmp_path / "checkpoint", {}, math.inf)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=WINDOWS).logits
+
+
+def test_factors_as_parameters_say_the_same(case: Case) -> None:
+    before = _logits(load_compressed(case.compressed))
+    _, model, _ = case.load()
+    torch.testing.assert_close(_logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_alone_are_trained_and_a_basis_is_one_parameter(case: Case) -> None:
+    _, model, groups = case.load()
+    ours = {id(parameter) for group in groups for _, parameter in group.named()}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == ours
+    assert any(len(group.coefficients) > 1 for group in groups)
+
+
+def test_training_lowers_the_divergence_on_held_out_text(case: Case, tmp_path: Path) -> None:
+    found, _model, _ = _train(case, _never(tmp_path))
+    assert [look.step for look in found.looks] == [0, 8, 16, 24]
+    first, best = found.looks[0], min(look.divergence for look in found.looks)
+    assert best < 0.97 * first.divergence
+    assert found.tokens == 24 * 2 * 16
+
+
+def test_what_is_written_is_what_was_trained_in_as_many_numbers(case: Case, tmp_path: Path) -> None:
+    found, model, groups = _train(case, _never(tmp_path))
+    target = tmp_path / "recovered"
+    write_recovered(target, case.compressed, case.index, groups, found, 10_000)
+    again = load_compressed(target)
+    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=2e-4)
+    assert _n_numbers(target) == _n_numbers(case.compressed)
+    assert store.load_record(target / "recovery.json", Recovery) == found
+    names = {path.name for path in target.iterdir()}
+    assert {"config.json", "tokenizer.json", "sharebasis.json"} <= names
+
+
+def _n_numbers(directory: Path) -> int:
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    return sum(tensor.numel() for _, tensor in store.TensorReader(directory, index.files).stream())
+
+
+def test_a_killed_training_ends_where_one_at_a_stretch_does(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train(case, _never(tmp_path))[2]
+    often = Checkpoint(tmp_path / "often", {}, 1e-9)
+    save = Checkpoint.save
+
+    def die(self: Checkpoint, record: Mapping[str, object], tensors: object) -> None:
+        save(self, record, tensors)  # type: ignore[arg-type]
+        if record["step"] == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        _train(case, often)
+    monkeypatch.undo()
+    steps: list[int] = []
+    take = recovery._Training.take_step
+    monkeypatch.setattr(
+        recovery._Training, "take_step", lambda self: (steps.append(self.step), take(self))[1]
+    )
+    found, _, resumed = _train(case, Checkpoint(tmp_path / "often", {}, math.inf))
+    assert steps == list(range(6, 24))
+    assert [look.step for look in found.looks] == [0, 8, 16, 24]
+    for ours, theirs in zip(resumed, whole, strict=True):
+        for (_, a), (_, b) in zip(ours.named(), theirs.named(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_training_that_gains_nothing_stops_and_keeps_what_was_best(
+    case: Case, tmp_path: Path
+) -> None:
+    wild = replace(SETTINGS, steps=100, look_every=1, learning_rate=0.5, warmup=0.0)
+    found, model, _ = _train(case, _never(tmp_path), wild)
+    assert found.steps == 2
+    assert found.best == 0
+    torch.testing.assert_close(
+        _logits(model), _logits(load_compressed(case.compressed)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_hidden_states_come_nearer_when_they_count(case: Case, tmp_path: Path) -> None:
+    def distance(hidden: float) -> float:
+        settings = replace(SETTINGS, hidden=hidden, patience=99)
+        _, model, _ = _train(case, _never(tmp_path), settings)
+        original = load_model(case.weights, "float32", CPU)
+        with torch.no_grad():
+            states = [
+                one(input_ids=WINDOWS[16:], output_hidden_states=True).hidden_states
+                for one in (original, model)
+            ]
+        return recovery.hidden_distance(*states).item()
+
+    assert distance(100.0) < distance(0.0)
+
+
+def test_bfloat16_arithmetic_trains_float32_factors(case: Case, tmp_path: Path) -> None:
+    found, _, groups = _train(case, _never(tmp_path), replace(SETTINGS, dtype="bfloat16"))
+    assert all(own.dtype == torch.float32 for group in groups for _, own in group.named())
+    assert min(look.divergence for look in found.looks) < 0.97 * found.looks[0].divergence
+
+
+def test_a_loss_that_is_no_number_is_one_error(case: Case, tmp_path: Path) -> None:
+    original, model, groups = case.load()
+    with torch.no_grad():
+        groups[0].basis.fill_(math.nan)
+    with pytest.raises(RecoveryError, match=r"step 1 is nan. Lower recover.learning_rate"):
+        recover(original, model, groups, WINDOWS, SETTINGS, 0, _never(tmp_path))
+
+
+def test_nothing_to_train_is_one_error(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case("plain")
+    monkeypatch.setattr(recovery, "shared_factors", lambda *_: iter(()))
+    with pytest.raises(RecoveryError, match="no factors to train"):
+        trainable(load_compressed(case.compressed), case.index)
+
+
+def test_the_rate_rises_and_falls_to_nothing() -> None:
+    rates = [learning_rate(step, replace(SETTINGS, steps=100)) for step in range(101)]
+    assert max(rates) == pytest.approx(SETTINGS.learning_rate)
+    assert rates.index(max(rates)) == 10
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < rates[5]
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_every_window_is_seen_once_each_time_round(case: Case) -> None:
+    original, model, groups = case.load()
+    training = recovery._Training(original, model, groups, WINDOWS, SETTINGS, seed=3)
+    rounds = []
+    for _ in range(2):
+        rounds.append(torch.cat([_next(training) for _ in range(8)]))
+    expected = WINDOWS[:16].unique(dim=0)
+    assert all(torch.equal(one.unique(dim=0), expected) for one in rounds)
+    assert not torch.equal(*rounds)
+
+
+def _next(training: recovery._Training) -> Tensor:
+    batch = training._batch()
+    training.step += 1
+    return batch
+
+
+def test_another_start_is_another_identity(case: Case, tmp_path: Path) -> None:
+    def key(settings: RecoverSettings = SETTINGS, windows: Tensor = WINDOWS, seed: int = 0) -> str:
+        identity = recovery_identity(case.weights, case.compressed, windows, settings, seed=seed)
+        return Checkpoint(tmp_path, identity, 1.0).key
+
+    keys = [
+        key(),
+        key(replace(SETTINGS, learning_rate=0.1)),
+        key(windows=WINDOWS + 1),
+        key(seed=1),
+    ]
+    assert len(set(keys)) == 4
+    assert key(replace(SETTINGS, checkpoint_seconds=9.0)) == keys[0]
+
+
+def test_without_a_step_there_is_only_the_word_of_it(tmp_path: Path) -> None:
+    write_unrecovered(tmp_path / "recovered")
+    assert [path.name for path in (tmp_path / "recovered").iterdir()] == ["recovery.json"]
+    found = store.load_record(tmp_path / "recovered" / "recovery.json", Recovery)
+    assert found == Recovery(0, 0, 0, ())
+    assert Look(0, 1.0) not in found.looks
