@@ -94,6 +94,16 @@ def test_a_part_is_a_piece_of_the_rows_or_is_refused(rows: Rows, data: st.DataOb
             rows.part(start, length)
 
 
+@pytest.mark.parametrize("case", ROWS)
+def test_a_part_that_is_not_all_there_is_refused(case: str) -> None:
+    rows, expected = ROWS[case]
+    n = len(expected)
+    for start, length in ((0, n + 1), (n - 1, 2), (n, 1), (n + 3, 1), (-1, 1), (0, 0), (1, -1)):
+        said = rf"^{length} rows from {start} on are not among the {n} of Rows\(start={rows.start}"
+        with pytest.raises(ValueError, match=said):
+            rows.part(start, length)
+
+
 def test_a_part_within_one_run_is_a_block_like_any_other() -> None:
     assert Rows(2, 3, 4, 10).part(3, 3) == Rows(12, 3)
     assert Rows(2, 3, 4, 10).part(7, 2) == Rows(23, 2)

@@ -45,8 +45,13 @@ class Rows:
         """`length` of these rows from the `start`-th on, as Rows.
 
         Raises:
-            ValueError: they would begin in one run and end in another without filling them.
+            ValueError: they are not all there, or they would begin in one run and end in another
+                without filling them.
         """
+        if not 0 <= start < start + length <= len(self):
+            raise ValueError(
+                f"{length} rows from {start} on are not among the {len(self)} of {self}"
+            )
         _run, offset = divmod(start, self.length)
         if offset + length <= self.length:
             return Rows(self[start], length)
