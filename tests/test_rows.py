@@ -47,6 +47,7 @@ def test_rows_are_a_sequence_of_row_numbers(case: str) -> None:
     assert [rows[i] for i in range(len(rows))] == expected
     assert [rows[i] for i in range(-len(rows), 0)] == expected
     assert rows.stop == expected[-1] + 1
+    assert rows.numbers.tolist() == expected
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -123,6 +124,18 @@ def test_rows_that_were_stacked_come_back_in_the_weights_order(order: list[int])
     inverse = inverse_order(parts)
     assert (inverse is None) == (order == list(range(12)))
     assert torch.equal(stacked if inverse is None else stacked[inverse], weight(12))
+
+
+def test_no_row_is_looked_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of many experts has millions of them."""
+    parts = [Rows(0, 2, 30, 4), Rows(2, 2, 30, 4)]
+    stop = max(rows.stop for rows in parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "__getitem__", lambda *_: pytest.fail("a row was looked up"))
+        inverse = inverse_order(parts)
+        stacked = torch.cat([rows.take(weight(stop)) for rows in parts])
+    assert inverse is not None
+    assert torch.equal(stacked[inverse], weight(stop))
 
 
 @pytest.mark.parametrize(

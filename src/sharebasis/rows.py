@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
+from jaxtyping import Int64
 from torch import Tensor
 
 
@@ -59,21 +59,26 @@ class Rows:
             raise ValueError(f"{length} rows from {start} on are not whole runs of {self}")
         return Rows(self[start], self.length, length // self.length, self.stride)
 
+    @property
+    def numbers(self) -> Int64[Tensor, " n"]:
+        """Of all these rows, as an index."""
+        runs, offsets = torch.arange(self.runs), torch.arange(self.length)
+        return (self.start + self.stride * runs[:, None] + offsets).flatten()
+
     def take(self, weight: Tensor) -> Tensor:
         """These rows of `weight`: a view where they are one run or single rows, else a copy."""
         if self.runs == 1:
             return weight[self.start : self.start + self.length]
         if self.length == 1:
             return weight[self.start : self.stop : self.stride]
-        return weight[list(self)]
+        return weight[self.numbers]
 
 
-def inverse_order(rows: Sequence[Rows]) -> Tensor | None:
+def inverse_order(rows: Sequence[Rows]) -> Int64[Tensor, " d_out"] | None:
     """Where each row of the weight lies once the parts are stacked; None if just there.
 
     Args:
         rows: of parts that cover a weight, each row once.
     """
-    order = torch.tensor(list(chain.from_iterable(rows)))
-    inverse = order.argsort()
-    return None if torch.equal(order, inverse) and bool((order.diff() == 1).all()) else inverse
+    order = torch.cat([own.numbers for own in rows])
+    return None if torch.equal(order, torch.arange(len(order))) else order.argsort()
