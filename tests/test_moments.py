@@ -123,7 +123,9 @@ def test_inputs_of_another_width_are_refused_and_leave_the_sums_alone():
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-@pytest.mark.parametrize("use", [lambda moment: moment.second, whitening])
+@pytest.mark.parametrize(
+    "use", [lambda moment: moment.mean, lambda moment: moment.second, whitening]
+)
 def test_a_moment_of_no_tokens_can_be_kept_and_pooled_but_not_used(batches, use):
     accumulator = MomentAccumulator("layers.0.q_proj", 4)
     for _ in range(batches):

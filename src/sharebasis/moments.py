@@ -48,8 +48,12 @@ class Moment:
 
     @property
     def mean(self) -> Float64[Tensor, " d"]:
-        """E[x]."""
-        return self.sum / self.n_tokens
+        """E[x].
+
+        Raises:
+            CalibrationError: there were no tokens.
+        """
+        return self.sum / self._some_tokens()
 
     @property
     def second(self) -> Float64[Tensor, "d d"]:
@@ -58,9 +62,12 @@ class Moment:
         Raises:
             CalibrationError: there were no tokens.
         """
+        return self.total / self._some_tokens()
+
+    def _some_tokens(self) -> int:
         if self.n_tokens == 0:
             raise CalibrationError(f"{self.site} has seen no tokens; its moment is empty.")
-        return self.total / self.n_tokens
+        return self.n_tokens
 
 
 @dataclass(frozen=True, slots=True)
