@@ -645,23 +645,29 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert "lossless wrap of 21 modules" in capsys.readouterr().out
 
 
-def _classify(directory: Path, params: Mapping[str, Any], config: PretrainedConfig) -> Any:
-    """Run the stage in an empty directory, which needs a config and no weights."""
-    config.save_pretrained(directory / "artifacts" / "weights")
-    (directory / "params.yaml").write_text(yaml.safe_dump(dict(params)))
-    runpy.run_path(str(REPOSITORY / "stages" / "classify.py"), run_name="__main__")
-    return json.loads((directory / "metrics" / "classify.json").read_text())
-
-
-def test_a_name_that_what_was_seen_contradicts_is_told_and_counted(
+@pytest.fixture
+def classify_metrics(
     params: Mapping[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+) -> Callable[[PretrainedConfig], Any]:
+    """Runs the stage in an empty directory, which needs a config and no weights."""
+
+    def run(config: PretrainedConfig) -> Any:
+        monkeypatch.chdir(tmp_path)
+        config.save_pretrained(tmp_path / "artifacts" / "weights")
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(params)))
+        runpy.run_path(str(REPOSITORY / "stages" / "classify.py"), run_name="__main__")
+        return json.loads((tmp_path / "metrics" / "classify.json").read_text())
+
+    return run
+
+
+def test_a_name_that_what_was_seen_contradicts_is_told_and_counted(
+    classify_metrics: Callable[[PretrainedConfig], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
-    metrics = _classify(tmp_path, params, small_config("rwkv", **sizes))
+    metrics = classify_metrics(small_config("rwkv", **sizes))
     told = [record.getMessage() for record in caplog.records if record.name == "__main__"]
     assert told == [
         f"rwkv.blocks.{layer}.feed_forward.value: trace: write, shape: write, name: read; it is "
@@ -674,13 +680,9 @@ def test_a_name_that_what_was_seen_contradicts_is_told_and_counted(
 
 
 def test_the_metrics_of_classify_count_every_sublayer(
-    params: Mapping[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    classify_metrics: Callable[[PretrainedConfig], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    metrics = _classify(tmp_path, params, small_config("qwen2_moe"))
+    metrics = classify_metrics(small_config("qwen2_moe"))
     assert not [record for record in caplog.records if record.name == "__main__"]
     n_layer = {"attention": 4, "experts": 2 * 4, "shared expert": 3}
     gates = 3

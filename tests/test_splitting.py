@@ -218,12 +218,18 @@ LAYOUTS = {
 """Query heads, key-value heads, settings, and label -> (head, row of it) -> row of the weight."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_blocks_that_take_turns_are_where_the_familys_own_reshape_puts_them(layout):
-    n_heads, n_kv, settings, expected = LAYOUTS[layout]
+def laid_out(layout, strategy):
+    """The parts of a fused weight of a layout, and how many rows it has."""
+    n_heads, n_kv, settings, _ = LAYOUTS[layout]
     d_out = (n_heads + 2 * n_kv) * D_HEAD
     sizes = Dims(d_model=D, n_layers=1, n_heads=n_heads, n_kv_heads=n_kv, d_head=D_HEAD)
-    parts = split("qkv", sizes, rows=d_out, **settings)
+    return split(strategy, sizes, rows=d_out, **settings), d_out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_that_take_turns_are_where_the_familys_own_reshape_puts_them(layout):
+    _, _, settings, expected = LAYOUTS[layout]
+    parts, d_out = laid_out(layout, "qkv")
     assert [part.label for part in parts] == list(settings["qkv_order"])
     assert all(part.family == part.label for part in parts)
     assert all(part.shape == (expected[part.label].numel(), D) for part in parts)
@@ -232,10 +238,8 @@ def test_blocks_that_take_turns_are_where_the_familys_own_reshape_puts_them(layo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads_of_blocks_that_take_turns_are_where_the_familys_own_reshape_puts_them(layout):
-    n_heads, n_kv, settings, expected = LAYOUTS[layout]
-    d_out = (n_heads + 2 * n_kv) * D_HEAD
-    sizes = Dims(d_model=D, n_layers=1, n_heads=n_heads, n_kv_heads=n_kv, d_head=D_HEAD)
-    parts = split("heads", sizes, rows=d_out, **settings)
+    expected = LAYOUTS[layout][-1]
+    parts, d_out = laid_out(layout, "heads")
     assert taken(parts, d_out) == {
         label if len(index) == 1 else f"{label}.head{i}": flat(head)
         for label, index in expected.items()

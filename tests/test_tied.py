@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ from sharebasis.splitting import split_selected
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0))
 N_LAYERS = 3
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "tie_word_embeddings": True,
+}
 LINEARS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up")))
 
 
@@ -75,15 +84,7 @@ AutoModelForCausalLM.register(RepeatedConfig, Repeated)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = RepeatedConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=4,
-        vocab_size=64,
-        tie_word_embeddings=True,
-    )
-    model = Repeated(config)
+    model = Repeated(RepeatedConfig(**SIZES))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -167,16 +168,7 @@ def test_a_block_that_runs_several_times_is_one(
     tmp_path: Path, make_settings: MakeSettings
 ) -> None:
     torch.manual_seed(0)
-    model = SharedBlock(
-        SharedBlockConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            vocab_size=64,
-            tie_word_embeddings=True,
-        )
-    )
+    model = SharedBlock(SharedBlockConfig(**SIZES))
     model.save_pretrained(tmp_path / "source")
     extract(find_source(str(tmp_path / "source")), tmp_path / "weights")
     settings = _settings(make_settings)
