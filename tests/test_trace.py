@@ -103,6 +103,7 @@ def of_numbers(b: Any, x: Tensor) -> Tensor:
     return x + mlp(b, x) * (b.norm.weight.sum() + b.norm.bias.sum())
 
 
+BESIDE = {**ROLES, "q": "ambiguous_unknown"}
 WHOLE = {**ATTENTION, **MLP}
 CASES = {
     "norm before": Case(
@@ -150,6 +151,29 @@ CASES = {
         lambda b, x: x + b.o(b.k(b.q(x))), ATTENTION, {"q": "read", "k": "neither", "o": "write"}
     ),
     "both ends at the stream": Case(lambda b, x: x + b.q(x), ATTENTION, {"q": "ambiguous_unknown"}),
+    "a path beside an MLP": Case(
+        lambda b, x: x + (b.q(x) + mlp(b, x)), {**SQUARE_MLP, "q": (D, D)}, BESIDE
+    ),
+    "a path beside an MLP, laid out first": Case(
+        lambda b, x: x + torch.stack([b.q(x), mlp(b, x)]).sum(0),
+        {**SQUARE_MLP, "q": (D, D)},
+        BESIDE,
+    ),
+    "a path beside an MLP, gated": Case(
+        lambda b, x: x + torch.sigmoid(b.gate(x)) * (b.q(x) + mlp(b, x)),
+        {**SQUARE_MLP, "q": (D, D), "gate": (D, D)},
+        {**BESIDE, "gate": "read"},
+    ),
+    "a gate of an MLP, beside it as well": Case(
+        lambda b, x: x + ((y := b.gate(x)) + torch.sigmoid(y) * mlp(b, x)),
+        {**SQUARE_MLP, "gate": (D, D)},
+        {**ROLES, "gate": "ambiguous_unknown"},
+    ),
+    "a path that gates itself": Case(
+        lambda b, x: x + (y := b.q(x) + mlp(b, x)) * torch.sigmoid(y),
+        {**SQUARE_MLP, "q": (D, D)},
+        BESIDE,
+    ),
     "an output that goes nowhere": Case(
         lambda b, x: x + 0 * b.q(x).sum(), ATTENTION, {"q": "read"}
     ),

@@ -2,13 +2,18 @@
 
 Every storage is labelled with what reaches it without passing another linear sublayer: the
 residual stream, and outputs of sublayers. A sublayer reads the stream if the stream alone
-reaches its input; it writes to the stream if its output reaches a sum with it.
+reaches its input; it writes to the stream if its output reaches a sum with it. What only
+scales that which another sublayer writes, as a gate or a router, does not write. What does
+both, as a square path beside an MLP, is ambiguous_unknown here: its shape and name decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -21,8 +26,32 @@ from sharebasis.sublayer import Role
 STREAM = "<the residual stream>"
 """The label of the stream; no module has such a name."""
 
-Label = frozenset[str]
 _SUMS = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.sub_}
+_SIDE_BY_SIDE = _SUMS | {
+    torch.ops.aten.cat,
+    torch.ops.aten.stack,
+    torch.ops.aten.where,
+    torch.ops.aten.copy_,
+    torch.ops.aten.index_add,
+    torch.ops.aten.index_add_,
+    torch.ops.aten.index_put,
+    torch.ops.aten.index_put_,
+    torch.ops.aten.scatter_add,
+    torch.ops.aten.scatter_add_,
+}
+"""Operators that put numbers beside or on top of each other; any other may multiply them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What reaches a storage, by name."""
+
+    names: frozenset[str] = frozenset()
+    terms: frozenset[str] = frozenset()
+    """Those of `names` that reach it otherwise than as a factor of what another one writes."""
+
+    def __or__(self, other: Label) -> Label:
+        return Label(self.names | other.names, self.terms | other.terms)
 
 
 def trace_roles(
@@ -75,37 +104,29 @@ class _Labels(TorchDispatchMode):
         self._busy = False
 
     def role(self, name: str) -> Role:
-        reads, writes = self.reads(name), any(name in one for one in self.sums)
+        reads, writes = self.reads(name), any(name in one.names for one in self.sums)
         if not reads:
             return "write" if writes else "neither"
-        if writes and not self.only_scales(name):
-            return "ambiguous_unknown"
-        return "read"
+        return "ambiguous_unknown" if any(name in one.terms for one in self.sums) else "read"
 
     def reads(self, name: str) -> bool:
-        return self.inputs[name] == {STREAM}
-
-    def only_scales(self, name: str) -> bool:
-        """Whether what it adds to the stream always comes through a product with another
-        sublayer's output, which it is the gate or the router of."""
-        own = [one for one in self.sums if name in one]
-        return all(any(not self.reads(other) for other in one) for one in own)
+        return self.inputs[name].names == {STREAM}
 
     # Hooks
 
     def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = next(x for x in (*args, *kwargs.values()) if _is_float(x))
-        self._put(stream, frozenset({STREAM}))
+        self._put(stream, _alone(STREAM))
 
     def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs[name] = self.inputs.get(name, frozenset()) | self._get(args[0])
+            self.inputs[name] = self.inputs.get(name, Label()) | self._get(args[0])
 
         return hook
 
     def after(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._put(output, frozenset({name}))
+            self._put(output, _alone(name))
 
         return hook
 
@@ -128,22 +149,33 @@ class _Labels(TorchDispatchMode):
     def _result(self, func: Any, operands: list[Tensor]) -> Label:
         labels = [self._get(x) for x in operands]
         if func.overloadpacket in _SUMS and len(operands) == 2 and self._is_stream_sum(operands):
-            self.sums.update(label - {STREAM} for label in labels if label != {STREAM})
-            return frozenset({STREAM})
-        return frozenset().union(*labels)
+            self.sums.update(label for label in labels if label.names != {STREAM})
+            return _alone(STREAM)
+        if func.overloadpacket not in _SIDE_BY_SIDE:
+            labels = [self._scaled(label, labels) for label in labels]
+        return reduce(or_, labels, Label())
+
+    def _scaled(self, label: Label, labels: Iterable[Label]) -> Label:
+        """What becomes of one factor: of what another one writes, it is no term."""
+        others = frozenset().union(*(other.names for other in labels)) - label.names - {STREAM}
+        return label if all(map(self.reads, others)) else Label(label.names)
 
     def _is_stream_sum(self, operands: list[Tensor]) -> bool:
         a, b = operands
         same = a.shape == b.shape and a.shape[-1:] == (self.d_model,)
-        return same and {STREAM} in (self._get(a), self._get(b))
+        return same and {STREAM} in (self._get(a).names, self._get(b).names)
 
     def _get(self, x: Tensor) -> Label:
-        return self._labels.get(x.untyped_storage()._cdata, frozenset())
+        return self._labels.get(x.untyped_storage()._cdata, Label())
 
     def _put(self, x: Tensor, label: Label) -> None:
         storage = x.untyped_storage()
         self._alive.append(storage)
         self._labels[storage._cdata] = label
+
+
+def _alone(name: str) -> Label:
+    return Label(frozenset({name}), frozenset({name}))
 
 
 def _is_float(x: object) -> bool:
