@@ -99,6 +99,20 @@ def asks(b: Any, x: Tensor) -> Tensor:
     return x + mlp(b, x)
 
 
+def chosen(b: Any, x: Tensor) -> Tensor:
+    """Looks up which tokens to take, which nobody knows on the meta device."""
+    flat = x.reshape(-1, D)
+    (tokens,) = torch.nonzero(flat.sum(-1) < 1e9, as_tuple=True)
+    return x + torch.zeros_like(flat).index_add(0, tokens, mlp(b, flat[tokens])).view(x.shape)
+
+
+def mixed(b: Any, x: Tensor) -> Tensor:
+    """What a latent makes of the stream gates the stream before it is read; the router that
+    scales what is written is made of the same."""
+    y = torch.sigmoid(b.expand(b.contract(x))) * x
+    return x + mlp(b, y) * (y * b.norm.weight).sum(-1, keepdim=True).sigmoid()
+
+
 def of_numbers(b: Any, x: Tensor) -> Tensor:
     return x + mlp(b, x) * (b.norm.weight.sum() + b.norm.bias.sum())
 
@@ -174,6 +188,17 @@ CASES = {
         {**SQUARE_MLP, "q": (D, D)},
         BESIDE,
     ),
+    "a stream that begins anew": Case(
+        lambda b, x: (y := attention(b, b.norm(x))) + mlp(b, b.norm(torch.stack([x, y]).mean(0))),
+        {**ATTENTION, **SQUARE_MLP},
+        ROLES,
+    ),
+    "a choice of tokens": Case(chosen, SQUARE_MLP, ROLES),
+    "a gate of the stream": Case(
+        mixed,
+        {**SQUARE_MLP, "contract": (D_LATENT, D), "expand": (D, D_LATENT)},
+        {**ROLES, "contract": "read", "expand": "neither"},
+    ),
     "an output that goes nowhere": Case(
         lambda b, x: x + 0 * b.q(x).sum(), ATTENTION, {"q": "read"}
     ),
@@ -208,6 +233,47 @@ def test_what_a_sublayer_does_is_seen(name: str, device: str) -> None:
 def test_a_sum_of_two_numbers_is_not_the_stream() -> None:
     case = Case(of_numbers, SQUARE_MLP, ROLES)
     assert trace(case, "cpu") == expected(case)
+
+
+class SeveralStreams(Block):
+    """Hyper-connections: what is read is a mixture of the streams, what is written goes to all."""
+
+    def __init__(self, n: int, apart: bool) -> None:
+        mix = {"contract": (D_LATENT, n * D), "expand": (n * D, D_LATENT), "inject": (n, n * D)}
+        super().__init__({**WHOLE, **mix}, lambda b, x: x)
+        self.n, self.apart = n, apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = x if self.apart else x.unflatten(-1, (self.n, D))
+        for sublayers in (attention, mlp):
+            flat = streams.flatten(-2)
+            gate = torch.sigmoid(self.expand(self.contract(flat))).unflatten(-1, (self.n, D))
+            y = sublayers(self, self.norm((gate * streams).mean(-2)))
+            streams = streams + y[..., None, :] * torch.sigmoid(self.inject(flat))[..., None]
+            if not self.apart:
+                streams = (flat + (streams.flatten(-2) - flat)).unflatten(-1, (self.n, D))
+        return streams if self.apart else streams.flatten(-2)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_several_streams_are_read_through_gates_and_written_to_together(
+    apart: bool, device: str
+) -> None:
+    with torch.device(device):
+        blocks = [SeveralStreams(3, apart) for _ in range(2)]
+        x = torch.randn(2, 5, 3, D) if apart else torch.randn(2, 5, 3 * D)
+    names = (*WHOLE, "contract", "expand", "inject")
+    sublayers = {f"{i}.{name}": getattr(blocks[i], name) for i in range(2) for name in names}
+    found = trace_roles(dict(zip("01", blocks, strict=True)), sublayers, D, lambda: run(blocks, x))
+    roles = {**ROLES, "contract": "read", "expand": "neither", "inject": "read"}
+    assert found == {f"{i}.{name}": role for i in range(2) for name, role in roles.items()}
+
+
+def run(blocks: list[SeveralStreams], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 def test_what_does_not_run_has_no_role() -> None:

@@ -2,9 +2,14 @@
 
 Every storage is labelled with what reaches it without passing another linear sublayer: the
 residual stream, and outputs of sublayers. A sublayer reads the stream if the stream alone
-reaches its input; it writes to the stream if its output reaches a sum with it. What only
-scales that which another sublayer writes, as a gate or a router, does not write. What does
-both, as a square path beside an MLP, is ambiguous_unknown here: its shape and name decide.
+reaches its input; it writes to the stream if its output reaches a sum with it, or what a block
+returns. What only scales the stream or that which another sublayer writes, as a gate or a
+router, neither hides the stream nor writes to it. What does both, as a square path beside an
+MLP, is ambiguous_unknown here: its shape and name decide.
+
+Several streams (hyper-connections) are one to the trace, whether they lie beside each other in
+the last dimension or in one of their own. So are earlier states of the stream that a block is
+given again, and what one sublayer of a block has written when the next one reads it.
 """
 
 from __future__ import annotations
@@ -48,7 +53,13 @@ class Label:
 
     names: frozenset[str] = frozenset()
     terms: frozenset[str] = frozenset()
-    """Those of `names` that reach it otherwise than as a factor of what another one writes."""
+    """Those of `names` that reach it otherwise than as a factor of the stream, or of what a
+    sublayer gives that does not read it."""
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Whose numbers they are if they are added to the stream."""
+        return self.terms - {STREAM} or self.names
 
     def __or__(self, other: Label) -> Label:
         return Label(self.names | other.names, self.terms | other.terms)
@@ -76,8 +87,11 @@ def trace_roles(
     labels = _Labels(d_model)
     with ExitStack() as hooks, torch.no_grad():
         for block in blocks.values():
-            handle = block.register_forward_pre_hook(labels.enter_block, with_kwargs=True)
-            hooks.callback(handle.remove)
+            for handle in (
+                block.register_forward_pre_hook(labels.enter_block, with_kwargs=True),
+                block.register_forward_hook(labels.leave_block),
+            ):
+                hooks.callback(handle.remove)
         for name, module in sublayers.items():
             for handle in (
                 module.register_forward_pre_hook(labels.before(name)),
@@ -95,22 +109,26 @@ class _Labels(TorchDispatchMode):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.d_model = d_model
-        self.inputs: dict[str, Label] = {}
-        """Sublayer -> the label of what it was given."""
-        self.sums: set[Label] = set()
-        """What was added to the stream, each time."""
+        self.inputs: dict[str, set[Label]] = {}
+        """Sublayer -> the labels of what it was given."""
+        self.written: set[Label] = set()
+        """What was added to the stream or became it, each time."""
         self._labels: dict[int, Label] = {}
         self._alive: list[Any] = []  # storages, so that no address is used twice
         self._busy = False
 
     def role(self, name: str) -> Role:
-        reads, writes = self.reads(name), any(name in one.names for one in self.sums)
-        if not reads:
-            return "write" if writes else "neither"
-        return "ambiguous_unknown" if any(name in one.terms for one in self.sums) else "read"
+        writers = frozenset().union(*(one.written for one in self.written))
+        reads = self.reads(name, writers)
+        if name in writers:
+            return "ambiguous_unknown" if reads else "write"
+        return "read" if reads else "neither"
 
-    def reads(self, name: str) -> bool:
-        return self.inputs[name].names == {STREAM}
+    def reads(self, name: str, writers: frozenset[str] = frozenset()) -> bool:
+        """Whether it is given the stream, with what `writers` are about to add to it."""
+        return all(
+            STREAM in one.terms and one.terms - {STREAM} <= writers for one in self.inputs[name]
+        )
 
     # Hooks
 
@@ -118,9 +136,15 @@ class _Labels(TorchDispatchMode):
         stream = next(x for x in (*args, *kwargs.values()) if _is_float(x))
         self._put(stream, _alone(STREAM))
 
+    def leave_block(self, _: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        stream = next((x for x in tree_leaves(outputs) if _is_float(x)), None)
+        if stream is not None and self._has_its_width(stream):
+            self.written.add(self._get(stream))
+            self._put(stream, _alone(STREAM))
+
     def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs[name] = self.inputs.get(name, Label()) | self._get(args[0])
+            self.inputs.setdefault(name, set()).add(self._get(args[0]))
 
         return hook
 
@@ -139,6 +163,8 @@ class _Labels(TorchDispatchMode):
         operands = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:  # nobody knows; all of them
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.long)
         label = self._result(func, operands)
         outputs = func(*args, **kwargs)
         for output in tree_leaves(outputs):
@@ -147,23 +173,36 @@ class _Labels(TorchDispatchMode):
         return outputs
 
     def _result(self, func: Any, operands: list[Tensor]) -> Label:
-        labels = [self._get(x) for x in operands]
-        if func.overloadpacket in _SUMS and len(operands) == 2 and self._is_stream_sum(operands):
-            self.sums.update(label for label in labels if label.names != {STREAM})
-            return _alone(STREAM)
-        if func.overloadpacket not in _SIDE_BY_SIDE:
-            labels = [self._scaled(label, labels) for label in labels]
+        if func.overloadpacket in _SUMS and len(operands) == 2:
+            for stream, other in (operands, operands[::-1]):
+                if self._is_stream(stream):
+                    if other.shape[-1:] == stream.shape[-1:]:
+                        self.written.add(self._get(other))
+                    return _alone(STREAM)
+        additive = func.overloadpacket in _SIDE_BY_SIDE
+        labels = [self._get(x) if additive else self._factor(x, operands) for x in operands]
         return reduce(or_, labels, Label())
 
-    def _scaled(self, label: Label, labels: Iterable[Label]) -> Label:
-        """What becomes of one factor: of what another one writes, it is no term."""
-        others = frozenset().union(*(other.names for other in labels)) - label.names - {STREAM}
-        return label if all(map(self.reads, others)) else Label(label.names)
+    def _factor(self, x: Tensor, operands: Iterable[Tensor]) -> Label:
+        """What of one factor of a product is a term of it: the stream goes before all else, and
+        what does not read the stream before what does."""
+        own, mine = self._get(x), self._heavy(x)
+        others = frozenset().union(*map(self._heavy, operands)) - own.names
+        heavy = mine & {STREAM} if STREAM in others else mine
+        return Label(own.names, own.terms & heavy) if others else own
 
-    def _is_stream_sum(self, operands: list[Tensor]) -> bool:
-        a, b = operands
-        same = a.shape == b.shape and a.shape[-1:] == (self.d_model,)
-        return same and {STREAM} in (self._get(a).names, self._get(b).names)
+    def _heavy(self, x: Tensor) -> frozenset[str]:
+        """The stream in its width (else it is a router's), and sublayers that do not read it."""
+        names = self._get(x).names
+        stream = names & {STREAM} if self._has_its_width(x) else frozenset()
+        return stream | {name for name in names - {STREAM} if not self.reads(name)}
+
+    def _is_stream(self, x: Tensor) -> bool:
+        return self._get(x).names == {STREAM} and self._has_its_width(x)
+
+    def _has_its_width(self, x: Tensor) -> bool:
+        """Of one stream or of several side by side."""
+        return x.ndim > 0 and x.shape[-1] % self.d_model == 0
 
     def _get(self, x: Tensor) -> Label:
         return self._labels.get(x.untyped_storage()._cdata, Label())
