@@ -304,6 +304,12 @@ def test_weight_types_of_the_caller_are_searched_for_in_blocks_that_are_looked_f
     assert len(found.sublayers) == 18
 
 
+def test_no_weight_types_are_not_taken_for_weight_types_that_were_not_given() -> None:
+    model = meta_model(small_config("nemotron", **UNKNOWN["nemotron"][0]))
+    with pytest.raises(SelectionError, match=r"^weight_types is empty"):
+        classify_model(model, weight_types={})
+
+
 def test_blocks_of_the_caller_are_not_looked_for() -> None:
     model = meta_model(small_config("nemotron", **UNKNOWN["nemotron"][0]))
     model.config.num_hidden_layers = 7  # there is no such list

@@ -62,11 +62,12 @@ def classify_model(
         names = [module.name for module in modules]
         architecture = architecture_of(config.model_type, names, block_pattern, weight_types)
         blocks = architecture.block_pattern if architecture else block_pattern
-        blocks = blocks or _find_blocks(model, sizes.n_layers)
+        blocks = _find_blocks(model, sizes.n_layers) if blocks is None else blocks
         roles = _trace(model, names, blocks, sizes.d_model)
     if architecture is None:
         ran = [module for module in modules if module.name in roles or not roles]
-        architecture = Architecture(blocks, weight_types or _explore(model, ran, blocks, sizes))
+        weight_types = _explore(model, ran, blocks, sizes) if weight_types is None else weight_types
+        architecture = Architecture(blocks, weight_types)
     sublayers = classify(modules, architecture, sizes.d_model, roles)
     return Classification(config.model_type, sizes, architecture, sublayers)
 
