@@ -319,6 +319,33 @@ def test_blocks_of_the_caller_are_not_looked_for() -> None:
     assert len(found.selected) == 18
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("nemotron", UNKNOWN["nemotron"][0]), ("llama", {}), ("mixtral", {})]
+)
+@pytest.mark.parametrize("pattern", [r"layers\.([02])\.", r"^model\.layers\.(0|2)\."])
+def test_layers_that_the_callers_blocks_leave_out_stay_as_they_are(
+    family: str, sizes: dict[str, Any], pattern: str
+) -> None:
+    model = meta_model(small_config(family, **sizes))
+    everywhere = classify_model(model).selected
+    found = classify_model(model, block_pattern=pattern)
+    assert found.architecture.block_pattern == pattern
+    assert found.sublayers == found.selected
+    assert [(one.name, one.role, one.weight_type) for one in found.selected] == [
+        (one.name, one.role, one.weight_type) for one in everywhere if one.layer in (0, 2)
+    ]
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama"])
+def test_blocks_of_the_caller_that_are_nowhere_are_what_the_error_speaks_of(family: str) -> None:
+    sizes = UNKNOWN["nemotron"][0] if family == "nemotron" else {}
+    model = meta_model(small_config(family, **sizes))
+    with pytest.raises(SelectionError, match=r"block.*stacks"):
+        classify_model(model, block_pattern=r"stacks\.(\d+)\.")
+    with pytest.raises(SelectionError, match=r"^block_pattern '\(' is not a regular expression"):
+        classify_model(model, block_pattern="(")
+
+
 # Models that are made for it
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sharebasis.errors import SelectionError
@@ -84,7 +84,7 @@ def architecture_of(
         model_type: of the HF config.
         names: HF names of the model's linear modules. Weight types of the table that none
             of them matches are left out: not every model of a family has all of them.
-        block_pattern: the caller's.
+        block_pattern: the caller's. Weight types of the table keep to its blocks.
         weight_types: the caller's.
 
     Returns:
@@ -92,11 +92,33 @@ def architecture_of(
     """
     known = ARCHITECTURES.get(model_type)
     if known is not None:
+        if weight_types is None:
+            weight_types = _present(within(known.weight_types, block_pattern, names), names)
         block_pattern = known.block_pattern if block_pattern is None else block_pattern
-        weight_types = _present(known.weight_types, names) if weight_types is None else weight_types
     if block_pattern is None or weight_types is None:
         return None
     return Architecture(block_pattern, weight_types)
+
+
+def within(
+    weight_types: Mapping[str, WeightTypeSettings],
+    block_pattern: str | None,
+    names: Collection[str],
+) -> Mapping[str, WeightTypeSettings]:
+    """Weight types that nobody wrote for these blocks, kept to them.
+
+    Args:
+        weight_types: that would select from every layer.
+        block_pattern: the caller's, which need not find every layer; None restricts nothing,
+            nor does one that finds no layer at all, so that it is what an error speaks of.
+        names: HF names of the model's linear modules.
+    """
+    if block_pattern is None or not any(re.search(block_pattern, name) for name in names):
+        return weight_types
+    return {
+        key: replace(settings, pattern=f"(?=.*(?:{block_pattern})){settings.pattern}")
+        for key, settings in weight_types.items()
+    }
 
 
 def _present(

@@ -20,11 +20,12 @@ from sharebasis.architecture import (
     dims,
     slot_pattern,
     weight_type_name,
+    within,
 )
 from sharebasis.errors import SelectionError
 from sharebasis.hub import repeated
 from sharebasis.settings import WeightTypeSettings
-from sharebasis.sublayer import Classification, LinearModule, Role, classify, expert_slot
+from sharebasis.sublayer import Classification, LinearModule, Role, classify, compiled, expert_slot
 from sharebasis.surgery import unstacked
 from sharebasis.trace import trace_roles
 
@@ -48,7 +49,8 @@ def classify_model(
     Args:
         model: on any device, meta too.
         block_pattern: None takes the table of known families; for a family that is not
-            there, the list of blocks is looked for.
+            there, the list of blocks is looked for. Layers that it does not find stay as they
+            are.
         weight_types: None as above; for an unknown family, every linear sublayer of a block
             that touches the residual stream, and those between them.
 
@@ -57,6 +59,8 @@ def classify_model(
             cannot be found.
     """
     config, sizes = model.config, dims(model.config)
+    if block_pattern is not None:
+        compiled(block_pattern, "block_pattern")
     with unstacked(model):
         modules = linear_modules(model)
         names = [module.name for module in modules]
@@ -66,7 +70,8 @@ def classify_model(
         roles = _trace(model, names, blocks, sizes.d_model)
     if architecture is None:
         ran = [module for module in modules if module.name in roles or not roles]
-        weight_types = _explore(model, ran, blocks, sizes) if weight_types is None else weight_types
+        if weight_types is None:
+            weight_types = within(_explore(model, ran, blocks, sizes), block_pattern, names)
         architecture = Architecture(blocks, weight_types)
     sublayers = classify(modules, architecture, sizes.d_model, roles)
     return Classification(config.model_type, sizes, architecture, sublayers)

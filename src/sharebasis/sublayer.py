@@ -196,7 +196,7 @@ def classify(
             captures no number.
     """
     modules = tuple(modules)
-    block = _compile(architecture.block_pattern, "block_pattern")
+    block = compiled(architecture.block_pattern, "block_pattern")
     if block.groups != 1:
         raise SelectionError(
             f"block_pattern {block.pattern!r} has {block.groups} groups; it needs exactly one, "
@@ -258,7 +258,7 @@ def _select(modules: tuple[LinearModule, ...], architecture: Architecture) -> di
         raise SelectionError("weight_types is empty: nothing would be compressed.")
     chosen: dict[str, str] = {}
     for weight_type, settings in architecture.weight_types.items():
-        pattern = _compile(settings.pattern, f"weight_types.{weight_type}.pattern")
+        pattern = compiled(settings.pattern, f"weight_types.{weight_type}.pattern")
         names = [module.name for module in modules if pattern.fullmatch(module.name)]
         if not names:
             examples = ", ".join(module.name for module in modules[:8])
@@ -277,7 +277,12 @@ def _select(modules: tuple[LinearModule, ...], architecture: Architecture) -> di
     return chosen
 
 
-def _compile(pattern: str, where: str) -> re.Pattern[str]:
+def compiled(pattern: str, where: str) -> re.Pattern[str]:
+    """Compile what a user wrote.
+
+    Raises:
+        SelectionError: it is not a regular expression.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:
