@@ -424,6 +424,16 @@ def test_what_is_too_narrow_to_be_a_projection_is_not_selected() -> None:
     assert all(one.selected for one in at_the_limit.sublayers)
 
 
+def test_of_lists_of_a_layer_each_the_blocks_are_that_with_the_most_sublayers() -> None:
+    model = Tiny(TinyConfig())
+    model.embed.add_module("scales", nn.ModuleList([nn.Linear(4, 4) for _ in range(2)]))
+    found = classify_model(model)
+    assert found.architecture.block_pattern == r"^body\.(\d+)\."
+    assert {one.name for one in found.selected} == {
+        f"body.{i}.{name}_proj" for i in range(2) for name in "oq"
+    }
+
+
 def test_what_does_not_run_is_recorded_and_not_selected() -> None:
     model = Tiny(TinyConfig())
     model.body[1].add_module("idle_proj", nn.Linear(32, 48))

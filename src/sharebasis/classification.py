@@ -196,11 +196,16 @@ def _weight_types(names: Iterable[str], blocks: re.Pattern[str]) -> dict[str, We
 
 
 def _find_blocks(model: PreTrainedModel, n_layers: int) -> str:
-    """The pattern of the list of blocks: the longest list that has one for every layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return rf"^{re.escape(name)}\.(\d+)\."
-    raise SelectionError(_advice(model, f"has no list of {n_layers} blocks"))
+    """The pattern of the list of blocks: of those with one for every layer, that which holds
+    the most linear sublayers."""
+    found = {
+        name: sum(is_linear(inner) for inner in module.modules())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    if not found:
+        raise SelectionError(_advice(model, f"has no list of {n_layers} blocks"))
+    return rf"^{re.escape(max(found, key=lambda name: found[name]))}\.(\d+)\."
 
 
 def _advice(model: PreTrainedModel, problem: str) -> str:
