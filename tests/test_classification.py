@@ -424,6 +424,20 @@ def test_what_is_too_narrow_to_be_a_projection_is_not_selected() -> None:
     assert all(one.selected for one in at_the_limit.sublayers)
 
 
+def test_the_only_key_and_value_head_of_many_queries_is_selected_however_narrow() -> None:
+    sizes = {**PLAIN, "hidden_size": 160, "num_attention_heads": 20, "num_key_value_heads": 1}
+    found = classify_model(meta_model(small_config("nemotron", **sizes)))
+    assert {one.shape for one in found.sublayers if one.family in ("k", "v")} == {(8, 160)}
+    assert all(one.selected for one in found.sublayers)
+
+
+def test_a_gate_as_wide_as_a_head_is_not_selected() -> None:
+    found = classify_model(Tiny(TinyConfig(32, head_dim=1)))
+    assert found.dims.d_head == 1
+    narrow = [one.name for one in found.sublayers if not one.selected]
+    assert narrow == ["body.0.router", "body.1.router"]
+
+
 def test_of_lists_of_a_layer_each_the_blocks_are_that_with_the_most_sublayers() -> None:
     model = Tiny(TinyConfig())
     model.embed.add_module("scales", nn.ModuleList([nn.Linear(4, 4) for _ in range(2)]))

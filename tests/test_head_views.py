@@ -684,7 +684,7 @@ def test_a_sublayer_whose_role_nobody_knows_has_views(monkeypatch: pytest.Monkey
 
     model = model_of("gpt2, square")
     before = everything(model)
-    monkeypatch.setattr(classification, "trace_roles", fail)
+    monkeypatch.setattr(classification, "trace", fail)
     assert "ambiguous_unknown" in {x.role for x in classify_model(model).sublayers}
     assert_same(everything(model), before)
 

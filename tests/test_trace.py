@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharebasis.trace import trace_roles
+from sharebasis import trace as tracing
+from sharebasis.trace import Trace
 
 D, D_MLP, D_LATENT = 8, 12, 3
 Step = Callable[[Any, Tensor], Tensor]
@@ -206,6 +207,10 @@ CASES = {
 
 
 def trace(case: Case, device: str) -> Mapping[str, str]:
+    return traced(case, device).roles
+
+
+def traced(case: Case, device: str) -> Trace:
     """Of two blocks, one after the other."""
     with torch.device(device):
         blocks = [Block(case.linears, case.step) for _ in range(2)]
@@ -216,7 +221,7 @@ def trace(case: Case, device: str) -> Mapping[str, str]:
         for name in case.linears
     }
     named = {str(i): block for i, block in enumerate(blocks)}
-    return trace_roles(named, sublayers, D, lambda: blocks[1](blocks[0](x)))
+    return tracing.trace(named, sublayers, D, lambda: blocks[1](blocks[0](x)))
 
 
 def expected(case: Case) -> Mapping[str, str]:
@@ -228,6 +233,23 @@ def expected(case: Case) -> Mapping[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_sublayer_does_is_seen(name: str, device: str) -> None:
     assert trace(CASES[name], device) == expected(CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("norm before", set()),
+        ("a path beside an MLP, gated", {"gate"}),
+        ("a gate of what is written", {"gate"}),
+        ("a gate of an MLP, beside it as well", set()),
+        ("a router", {"router"}),
+        ("a gate of the stream", {"expand"}),
+        ("an output that goes nowhere", {"q"}),
+    ],
+)
+def test_gates_and_routers_pass_nothing_on(name: str, factors: set[str]) -> None:
+    found = traced(CASES[name], "meta")
+    assert found.roles.keys() - found.passed_on == {f"{i}.{one}" for i in (0, 1) for one in factors}
 
 
 def test_a_sum_of_two_numbers_is_not_the_stream() -> None:
@@ -265,7 +287,8 @@ def test_several_streams_are_read_through_gates_and_written_to_together(
         x = torch.randn(2, 5, 3, D) if apart else torch.randn(2, 5, 3 * D)
     names = (*WHOLE, "contract", "expand", "inject")
     sublayers = {f"{i}.{name}": getattr(blocks[i], name) for i in range(2) for name in names}
-    found = trace_roles(dict(zip("01", blocks, strict=True)), sublayers, D, lambda: run(blocks, x))
+    named = dict(zip("01", blocks, strict=True))
+    found = tracing.trace(named, sublayers, D, lambda: run(blocks, x)).roles
     roles = {**ROLES, "contract": "read", "expand": "neither", "inject": "read"}
     assert found == {f"{i}.{name}": role for i in range(2) for name, role in roles.items()}
 
@@ -292,10 +315,10 @@ def test_what_reads_something_else_than_the_stream_does_not_read_it() -> None:
 
     block = Crossed()
     sublayers = {name: getattr(block, name) for name in "qko"}
-    found = trace_roles(
+    found = tracing.trace(
         {"": block}, sublayers, D, lambda: block(torch.ones(4, D), memory=torch.ones(4, D))
     )
-    assert found == {"q": "read", "k": "neither", "o": "write"}
+    assert found.roles == {"q": "read", "k": "neither", "o": "write"}
 
 
 def test_the_stream_is_a_blocks_first_input_of_numbers_however_it_is_given() -> None:
@@ -306,8 +329,8 @@ def test_the_stream_is_a_blocks_first_input_of_numbers_however_it_is_given() -> 
     block = Late(SQUARE_MLP, lambda b, x: x + mlp(b, b.norm(x)))
     sublayers = {name: getattr(block, name) for name in SQUARE_MLP}
     ids = torch.zeros(4, dtype=torch.long)
-    found = trace_roles({"": block}, sublayers, D, lambda: block(ids, x=torch.ones(4, D)))
-    assert found == {"up": "read", "down": "write"}
+    found = tracing.trace({"": block}, sublayers, D, lambda: block(ids, x=torch.ones(4, D)))
+    assert found.roles == {"up": "read", "down": "write"}
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -324,8 +347,8 @@ def test_another_width_is_not_the_stream() -> None:
     case = CASES["norm before"]
     blocks = {"0": Block(case.linears, case.step)}
     sublayers = {name: getattr(blocks["0"], name) for name in case.linears}
-    found = trace_roles(blocks, sublayers, D + 1, lambda: blocks["0"](torch.ones(1, 4, D)))
-    assert "write" not in found.values()
+    found = tracing.trace(blocks, sublayers, D + 1, lambda: blocks["0"](torch.ones(1, 4, D)))
+    assert "write" not in found.roles.values()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -339,7 +362,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
     sublayers = {name: getattr(block, name) for name in MLP}
     before = torch.ones(1, 4, D) + 1
     try:
-        trace_roles({"": block}, sublayers, D, lambda: block(before))
+        tracing.trace({"": block}, sublayers, D, lambda: block(before))
     except ValueError:
         assert fails
     for module in block.modules():

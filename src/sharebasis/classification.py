@@ -25,15 +25,16 @@ from sharebasis.architecture import (
 from sharebasis.errors import SelectionError
 from sharebasis.hub import repeated
 from sharebasis.settings import WeightTypeSettings
-from sharebasis.sublayer import Classification, LinearModule, Role, classify, compiled, expert_slot
+from sharebasis.sublayer import Classification, LinearModule, classify, compiled, expert_slot
 from sharebasis.surgery import unstacked
-from sharebasis.trace import trace_roles
+from sharebasis.trace import Trace, trace
 
 log = logging.getLogger(__name__)
 
 TRACED_TOKENS = 4
 SMALLEST = 1 / 16
-"""Of d_model: what is narrower is no projection but a router or a gate."""
+"""Of d_model: what is narrower is no projection but a router or a gate, unless it has been seen
+to be none and makes at least one head."""
 
 
 def classify_model(
@@ -67,13 +68,13 @@ def classify_model(
         architecture = architecture_of(config.model_type, names, block_pattern, weight_types)
         blocks = architecture.block_pattern if architecture else block_pattern
         blocks = _find_blocks(model, sizes.n_layers) if blocks is None else blocks
-        roles = _trace(model, names, blocks, sizes.d_model)
+        seen = _trace(model, names, blocks, sizes.d_model)
     if architecture is None:
-        ran = [module for module in modules if module.name in roles or not roles]
+        ran = [module for module in modules if module.name in seen.roles or not seen.roles]
         if weight_types is None:
-            weight_types = within(_explore(model, ran, blocks, sizes), block_pattern, names)
+            weight_types = within(_explore(model, ran, blocks, sizes, seen), block_pattern, names)
         architecture = Architecture(blocks, weight_types)
-    sublayers = classify(modules, architecture, sizes.d_model, roles)
+    sublayers = classify(modules, architecture, sizes.d_model, seen.roles)
     return Classification(config.model_type, sizes, architecture, sublayers)
 
 
@@ -125,17 +126,15 @@ def _describe(name: str, module: nn.Linear | Conv1D, tied_to: str | None) -> Lin
     )
 
 
-def _trace(
-    model: PreTrainedModel, names: Iterable[str], block_pattern: str, d_model: int
-) -> Mapping[str, Role]:
-    """Roles by trace; none, with a warning, where the model cannot be run."""
+def _trace(model: PreTrainedModel, names: Iterable[str], block_pattern: str, d_model: int) -> Trace:
+    """What running shows; nothing, with a warning, where the model cannot be run."""
     places = {name: re.search(block_pattern, name) for name in names}
     inside = {name: place for name, place in places.items() if place and place.re.groups == 1}
     blocks = {place.string[: place.end(1)] for place in inside.values()}
     model = _without_memory(model)
     tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
     try:
-        return trace_roles(
+        return trace(
             {name: model.get_submodule(name) for name in blocks},
             {name: model.get_submodule(name) for name in inside},
             d_model,
@@ -149,7 +148,7 @@ def _trace(
             type(error).__name__,
             error,
         )
-        return {}
+        return Trace({}, frozenset())
 
 
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
@@ -167,10 +166,20 @@ def _shape_of(x: Tensor) -> Tensor:
 
 
 def _explore(
-    model: PreTrainedModel, modules: Iterable[LinearModule], block_pattern: str, sizes: Dims
+    model: PreTrainedModel,
+    modules: Iterable[LinearModule],
+    block_pattern: str,
+    sizes: Dims,
+    seen: Trace,
 ) -> Mapping[str, WeightTypeSettings]:
-    """Take every sublayer of the blocks that is wide enough to be a projection."""
-    wide = [m.name for m in modules if min(m.shape) >= SMALLEST * sizes.d_model]
+    """Take every sublayer of the blocks that is a projection."""
+    least, one_head = SMALLEST * sizes.d_model, sizes.d_head
+    wide = [
+        module.name
+        for module in modules
+        if min(module.shape) >= least
+        or (min(module.shape) >= one_head and module.name in seen.passed_on)
+    ]
     weight_types = _weight_types(wide, re.compile(block_pattern))
     if not weight_types:
         raise SelectionError(_advice(model, f"has no linear sublayers in blocks {block_pattern}"))

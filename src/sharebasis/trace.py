@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import or_
 from typing import Any
 
@@ -65,12 +66,22 @@ class Label:
         return Label(self.names | other.names, self.terms | other.terms)
 
 
-def trace_roles(
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What was seen of the sublayers that ran."""
+
+    roles: Mapping[str, Role]
+    """By HF name."""
+    passed_on: frozenset[str]
+    """Those that give more than a factor, as gates and routers do."""
+
+
+def trace(
     blocks: Mapping[str, nn.Module],
     sublayers: Mapping[str, nn.Module],
     d_model: int,
     run: Callable[[], object],
-) -> Mapping[str, Role]:
+) -> Trace:
     """Run a model once and say what each of its sublayers does.
 
     Shapes are all that is looked at, so a model without memory (meta) will do.
@@ -80,9 +91,6 @@ def trace_roles(
         sublayers: HF names -> the linear sublayers within them.
         d_model: width of the stream.
         run: called without arguments, runs a few tokens through the model.
-
-    Returns:
-        HF name -> role, for the sublayers that ran.
     """
     labels = _Labels(d_model)
     with ExitStack() as hooks, torch.no_grad():
@@ -100,7 +108,8 @@ def trace_roles(
                 hooks.callback(handle.remove)
         with labels:
             run()
-    return {name: labels.role(name) for name in sublayers if name in labels.inputs}
+    roles = {name: labels.role(name) for name in sublayers if name in labels.inputs}
+    return Trace(roles, labels.passed_on())
 
 
 class _Labels(TorchDispatchMode):
@@ -123,6 +132,10 @@ class _Labels(TorchDispatchMode):
         if name in writers:
             return "ambiguous_unknown" if reads else "write"
         return "read" if reads else "neither"
+
+    def passed_on(self) -> frozenset[str]:
+        given = chain(self.written, *self.inputs.values())
+        return frozenset().union(*(one.terms for one in given)) - {STREAM}
 
     def reads(self, name: str, writers: frozenset[str] = frozenset()) -> bool:
         """Whether it is given the stream, with what `writers` are about to add to it."""
