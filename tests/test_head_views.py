@@ -32,6 +32,7 @@ from sharebasis.surgery import wrap, wrapped
 
 D_VOCAB = 96
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+LATENT = ("W_UQ", "W_UK", "W_UV")
 MLP = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
 
 MORE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -53,7 +54,10 @@ NOT_BUILT = {
     "gpt_bigcode, many kv heads": "it refuses a GPT-BigCode without multi_query",
 }
 """What TransformerLens 4.3 does not know, and what it does instead."""
-NO_ATTENTION = {**NOT_BUILT, "deepseek_v3": "it has no such weights for latent attention"}
+NO_ATTENTION = {
+    **NOT_BUILT,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "it has no such weights for latent attention"),
+}
 NO_EXPERTS = "it has no W_in, W_gate and W_out of experts"
 
 MLA = {"W_Q", "W_K", "W_V", "b_Q", "b_K", "b_V"}
@@ -83,7 +87,7 @@ def everything(model: PreTrainedModel, found: Classification | None = None) -> d
         mlps = {f"experts.{e}": own for e, own in enumerate(layer.experts)}
         if layer.shared_experts is not None:
             mlps["shared_experts"] = layer.shared_experts
-        views |= {f"{i}.{name}": x for name, x in existing(layer, ATTENTION + MLP).items()}
+        views |= {f"{i}.{name}": x for name, x in existing(layer, ATTENTION + LATENT + MLP).items()}
         for place, mlp in mlps.items():
             views |= {f"{i}.{place}.{name}": x for name, x in existing(mlp, MLP).items()}
     return {name: x for name, x in views.items() if x is not None}
@@ -316,7 +320,7 @@ def test_experts_are_what_their_views_say(family: str, unstacked: bool) -> None:
     limit = getattr(model.config, "swiglu_limit", None)
     layers = head_views(model)
     mixed = [i for i, views in enumerate(layers) if views.experts]
-    assert mixed == ([1, 2] if family == "deepseek_v3" else [0, 1, 2])
+    assert mixed == ([1, 2] if family.startswith("deepseek") else [0, 1, 2])
     for i in mixed:
         module = model.get_submodule(f"model.layers.{i}.mlp")
         x = torch.randn(5, 32)
@@ -600,11 +604,35 @@ def test_latent_attention_has_no_queries_keys_and_values_but_an_output() -> None
             f"one sublayer of family '{name[-1].lower()}' that reads the residual stream",
             "layer 0 has none",
             "model.layers.0.self_attn.q_b_proj (q, neither)",
-            "model.layers.0.self_attn.kv_b_proj (other, neither)",
+            "model.layers.0.self_attn.kv_b_proj (k, neither)",
+            "model.layers.0.self_attn.kv_b_proj (v, neither)",
         ):
             assert said in str(error.value)
     o_proj = model.model.layers[0].self_attn.o_proj.weight
     assert torch.equal(views.W_O, torch.stack([o_proj[:, 6 * i : 6 * i + 6].T for i in range(4)]))
+
+
+def test_latent_attention_has_what_goes_up_from_its_latents() -> None:
+    model = model_of("deepseek_v3")
+    views, attention = head_views(model)[1], model.model.layers[1].self_attn
+    assert views.W_UQ.shape == (4, 16, 12)
+    assert views.W_UK.shape == (4, 12, 8)
+    assert views.W_UV.shape == (4, 12, 6)
+    c_q, c_kv = torch.randn(5, 16), torch.randn(5, 12)
+    k, v = attention.kv_b_proj(c_kv).view(5, 4, 14).split([8, 6], dim=-1)
+    q = attention.q_b_proj(c_q).view(5, 4, 12)
+    for c, W, expected in ((c_q, views.W_UQ, q), (c_kv, views.W_UK, k), (c_kv, views.W_UV, v)):  # noqa: N806
+        torch.testing.assert_close(by_head(c, W, None), expected, rtol=0, atol=1e-5)
+        own = W.untyped_storage().data_ptr()
+        assert own in {p.untyped_storage().data_ptr() for p in attention.parameters()}
+
+
+@pytest.mark.parametrize("name", ["W_UQ", "W_UK", "W_UV"])
+def test_what_has_no_latent_says_what_it_has(name: str) -> None:
+    with pytest.raises(SelectionError) as error:
+        getattr(head_views(model_of("llama"))[0], name)
+    for said in (f"family '{name[-1].lower()}' that reads a latent", "none", "q_proj (q, read)"):
+        assert said in str(error.value)
 
 
 def test_latent_attention_with_queries_of_its_own_has_those() -> None:

@@ -284,6 +284,45 @@ def test_of_longer_blocks_more_than_a_row_has_its_turn():
     }
 
 
+LATENT = Dims(d_model=D, n_layers=1, n_heads=4, n_kv_heads=4, d_head=2, d_v=5)
+
+
+@pytest.mark.parametrize("interleave", [None, "head"])
+@pytest.mark.parametrize("order", ["kv", "vk"])
+def test_keys_and_values_of_a_latent_are_cut_by_their_own_widths(order, interleave):
+    width = {"k": 7, "v": 5}
+    if interleave:  # DeepSeek: view(n_heads, d_nope + d_v), split into d_nope and d_v
+        first = numbers(4, 12).split([width[x] for x in order], dim=-1)
+    else:
+        first = (own.view(4, -1) for own in numbers(48).split([4 * width[x] for x in order]))
+    expected = dict(zip(order, first, strict=True))
+    settings = {"name": "attn.kv_b_proj", "rows": 48, "qkv_order": order, "interleave": interleave}
+    parts = split("qkv", LATENT, **settings)
+    assert [(part.label, part.family) for part in parts] == [(x, x) for x in order]
+    assert taken(parts, 48) == {x: flat(index) for x, index in expected.items()}
+    assert taken(split("heads", LATENT, **settings), 48) == {
+        f"{x}.head{i}": flat(head) for x, index in expected.items() for i, head in enumerate(index)
+    }
+    assert len(split("none", LATENT, **settings)) == 1
+
+
+def test_keys_and_values_without_a_width_of_their_own_are_as_many():
+    parts = split("qkv", GROUPED, name="attn.kv", rows=40, qkv_order="kv")
+    assert facts(parts) == [("k", "k", 0, 20), ("v", "v", 20, 40)]
+
+
+@pytest.mark.parametrize("rows", [20, 19, 50])
+def test_keys_and_values_of_a_latent_that_the_heads_do_not_divide_are_refused(rows):
+    with pytest.raises(SplitError) as error:
+        split("heads", LATENT, name="attn.kv_b", rows=rows, qkv_order="kv", interleave="head")
+    for said in (
+        f"h.3.attn.kv_b has {rows} rows",
+        "4 k and 4 v heads (v: of 5 rows)",
+        "set n_head",
+    ):
+        assert said in str(error.value)
+
+
 def test_turns_do_not_matter_to_a_weight_that_stays_whole():
     (part,) = split("none", qkv_order="qkv", interleave="head")
     assert part.rows == Rows(0, 3 * D)

@@ -466,8 +466,11 @@ MLA = {
     "self_attn.q_a_proj": ("other", (16, D), False, "read"),
     "self_attn.q_b_proj": ("q", (48, 16), False, "neither"),
     "self_attn.kv_a_proj_with_mqa": ("other", (16, D), False, "read"),
-    "self_attn.kv_b_proj": ("other", (56, 12), False, "neither"),
+    "self_attn.kv_b_proj": ("fused", (56, 12), False, "neither"),
     "self_attn.o_proj": ("o", (D, 24), False, "write"),
+}
+MLA_V2 = {path: facts for path, facts in MLA.items() if "q_" not in path} | {
+    "self_attn.q_proj": ("q", (48, D), False, "read")
 }
 EXPECTED = {
     "llama": LLAMA,
@@ -544,8 +547,9 @@ EXPECTED = {
         **experts(bias=True),
     },
     "deepseek_v3": {**MLA, **experts(24), **gated(24, "mlp.shared_experts")},
+    "deepseek_v2": {**MLA_V2, **experts(24), **gated(24, "mlp.shared_experts")},
 }
-DENSE_FIRST = {"deepseek_v3": {**MLA, **gated()}}
+DENSE_FIRST = {"deepseek_v3": {**MLA, **gated()}, "deepseek_v2": {**MLA_V2, **gated()}}
 """The sublayers of layer 0, where they are others than those of the rest."""
 N_LAYERS = {"gpt_neo": 4, "smollm3": 4}
 """Where it is not 3."""
@@ -559,7 +563,7 @@ N_KV_HEADS = {
 """Where it is not 4."""
 D_HEAD = {
     **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss"), 12),
-    "deepseek_v3": 4,  # of the part that is rotated
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), 4),  # of the part that is rotated
 }
 """Where it is not 8."""
 EXPECTED_NAMES = {
@@ -619,4 +623,5 @@ def test_the_sizes_of_a_known_family_are_read_off_its_config(name):
         n_heads=4,
         n_kv_heads=N_KV_HEADS.get(name, 4),
         d_head=D_HEAD.get(name, 8),
+        d_v=6 if name.startswith("deepseek") else None,
     )

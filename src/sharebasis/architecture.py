@@ -26,6 +26,8 @@ class Dims:
     n_kv_heads: int
     """Key and value heads."""
     d_head: int
+    d_v: int | None = None
+    """Width of a value head; None: that of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,14 @@ def dims(config: Any) -> Dims:
         n_heads=n_heads,
         n_kv_heads=_n_kv_heads(text) or n_heads,
         d_head=getattr(text, "head_dim", None) or d_model // n_heads,
+        d_v=getattr(text, "v_head_dim", None),
     )
 
 
 def _n_kv_heads(config: Any) -> int | None:
     """Key and value heads; None: as many as query heads."""
+    if getattr(config, "kv_lora_rank", None):
+        return None  # every query head has its own, made of the latent
     if given := getattr(config, "num_key_value_heads", None):
         return int(given)
     # Falcon and GPT-BigCode: a flag for a single one; Falcon's newer layout goes by a number.
@@ -136,6 +141,11 @@ def weight_type_name(path: str) -> str:
     return path.replace(".*", "").replace(".", "_")
 
 
+def layout_of(path: str) -> Mapping[str, Any]:
+    """What a path tells of a layout, since whoever uses the name has it so."""
+    return _LAYOUTS.get(path.rsplit(".", 1)[-1], {})
+
+
 def slot_pattern(slot: str) -> str:
     """Pattern of the modules of a name in which `*` stands for any number."""
     return re.escape(slot).replace(r"\*", r"\d+")
@@ -152,7 +162,9 @@ def _family(blocks: str, *paths: str, **settings: Mapping[str, Any]) -> Architec
     return Architecture(
         block_pattern=rf"(?:^|\.){blocks}\.(\d+)\.",
         weight_types={
-            name: WeightTypeSettings(r".*\." + slot_pattern(path), **settings.get(name, {}))
+            name: WeightTypeSettings(
+                r".*\." + slot_pattern(path), **{**layout_of(path), **settings.get(name, {})}
+            )
             for path in paths
             for name in [weight_type_name(path)]
         },
@@ -171,6 +183,10 @@ _SHARED_EXPERTS = tuple(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "
 _GATE_UP = {"gate_up_order": "gate_up"}
 _QKV = {"qkv_order": "qkv"}
 _QKV_BY_HEAD = {"qkv_order": "qkv", "interleave": "head"}
+_LAYOUTS: Mapping[str, Mapping[str, Any]] = {
+    # Latent attention: keys without a position, then values, head by head.
+    "kv_b_proj": {"qkv_order": "kv", "interleave": "head"},
+}
 
 _LLAMA = _family("layers", *_ATTENTION, *_GATED)
 _MOE = _family(
@@ -189,6 +205,19 @@ _BLOOM = _family(
     "mlp.dense_4h_to_h",
     self_attention_query_key_value=_QKV_BY_HEAD,
 )
+_DEEPSEEK = _family(
+    "layers",
+    "self_attn.q_proj",
+    "self_attn.q_a_proj",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.kv_b_proj",
+    "self_attn.o_proj",
+    *_GATED,
+    *_EXPERTS,
+    *_SHARED_EXPERTS,
+    mlp_experts_gate_up_proj=_GATE_UP,
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "bloom": _BLOOM,
@@ -202,20 +231,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
-    "deepseek_v3": _family(
-        "layers",
-        "self_attn.q_proj",
-        "self_attn.q_a_proj",
-        "self_attn.q_b_proj",
-        "self_attn.kv_a_proj_with_mqa",
-        "self_attn.kv_b_proj",
-        "self_attn.o_proj",
-        *_GATED,
-        *_EXPERTS,
-        *_SHARED_EXPERTS,
-        mlp_experts_gate_up_proj=_GATE_UP,
-        self_attn_q_b_proj={"family": "q"},
-    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
     "falcon": _BLOOM,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,

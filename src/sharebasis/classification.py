@@ -18,6 +18,7 @@ from sharebasis.architecture import (
     Dims,
     architecture_of,
     dims,
+    layout_of,
     slot_pattern,
     weight_type_name,
     within,
@@ -200,7 +201,9 @@ def _weight_types(names: Iterable[str], blocks: re.Pattern[str]) -> dict[str, We
         if place := blocks.search(name):
             slot = expert_slot(name[: place.start(1)] + "*" + name[place.end(1) :])
             path = expert_slot(name[place.end() :])
-            weight_types[weight_type_name(path)] = WeightTypeSettings(slot_pattern(slot))
+            weight_types[weight_type_name(path)] = WeightTypeSettings(
+                slot_pattern(slot), **layout_of(path)
+            )
     return weight_types
 
 

@@ -153,7 +153,9 @@ class LayerViews(MlpViews):
     """The weights of one layer: those of its attention, and of its MLP unless it has experts.
 
     A bias is None where there is none. Anything else that the layer does not have as one
-    matrix is a SelectionError: the keys of latent attention, the W_in of a layer of experts.
+    matrix is a SelectionError: the W_in of a layer of experts; W_K and W_V of latent attention,
+    between whose latent and the residual stream there is a norm. It has W_UQ, W_UK and W_UV,
+    which go up from the latent (DeepSeek-V2, arXiv:2405.04434).
     """
 
     experts: tuple[MlpViews, ...]
@@ -203,6 +205,20 @@ class LayerViews(MlpViews):
         return o.weight.T.unflatten(0, (self._n_heads, -1))
 
     @property
+    def W_UQ(self) -> Float[Tensor, "n_heads d_latent d_head"]:
+        """With the part that is rotated, which comes last."""
+        return self._up("q").weight_by_head()
+
+    @property
+    def W_UK(self) -> Float[Tensor, "n_heads d_latent d_nope"]:
+        """Without the part that is rotated, which all heads share."""
+        return self._up("k").weight_by_head()
+
+    @property
+    def W_UV(self) -> Float[Tensor, "n_heads d_latent d_v"]:
+        return self._up("v").weight_by_head()
+
+    @property
     def b_Q(self) -> Float[Tensor, "n_heads d_head"] | None:
         return self._one("q").bias_by_head()
 
@@ -217,6 +233,16 @@ class LayerViews(MlpViews):
     @property
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         return self._one("o").bias
+
+    def _up(self, family: Family) -> _Source:
+        """The one source of a family that reads a latent."""
+        right = [source for source in self._of(family) if source.sublayer.role == "neither"]
+        if len(right) == 1:
+            return right[0]
+        raise SelectionError(
+            f"A view needs one sublayer of family {family!r} that reads a latent, and "
+            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
+        )
 
     def _of(self, family: Family) -> Sequence[_Source]:
         if self.experts and family in _MLP:

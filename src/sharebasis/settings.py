@@ -32,7 +32,7 @@ class WeightTypeSettings:
     split: SplitStrategy | None = None
     """How to cut this weight type; None follows `split.strategy`."""
     qkv_order: str | None = None
-    """Order of the blocks of a fused q, k and v, a permutation of 'qkv'."""
+    """Order of the blocks of a fused q, k and v, a permutation of 'qkv' (or of 'kv')."""
     gate_up_order: Literal["gate_up", "up_gate"] | None = None
     """Order of the blocks of a fused gate and up projection."""
     interleave: Literal["head", "row"] | PositiveInt | None = None

@@ -125,25 +125,35 @@ def _qkv(
     sublayer: Sublayer, settings: WeightTypeSettings, order: str, dims: Dims
 ) -> Sequence[Block]:
     """The q, k and v blocks of a fused weight, in the order it stores them."""
-    if sorted(order) != ["k", "q", "v"]:
+    if sorted(order) not in (["k", "q", "v"], ["k", "v"]):
         raise SplitError(
             f"qkv_order {order!r} of weight type {sublayer.weight_type} is not a permutation of "
-            "'qkv'."
+            "'qkv' or 'kv'."
         )
     n_heads, n_kv_heads = _head_counts(settings, dims)
-    d_out, n_all = sublayer.shape[0], n_heads + 2 * n_kv_heads
-    if d_out % n_all:
-        raise SplitError(
-            f"{sublayer.name} has {d_out} rows, which {n_heads} q, {n_kv_heads} k and "
-            f"{n_kv_heads} v heads do not divide; set n_head and n_kv_head of weight type "
-            f"{sublayer.weight_type}."
-        )
     families: dict[str, Family] = {"q": "q", "k": "k", "v": "v"}
-    heads = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
-    lengths = [heads[x] * (d_out // n_all) for x in order]
+    counts = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
+    heads = {x: counts[x] for x in order}
+    d_head, d_v = _head_widths(sublayer, heads, dims)
+    lengths = [heads[x] * (d_v if x == "v" else d_head) for x in order]
     turns = n_kv_heads if settings.interleave == "head" else settings.interleave
     rows = _laid_out(lengths, turns, sublayer)
     return [Block(x, families[x], own, heads[x]) for x, own in zip(order, rows, strict=True)]
+
+
+def _head_widths(sublayer: Sublayer, heads: Mapping[str, int], dims: Dims) -> tuple[int, int]:
+    """Rows of a head of q or k, and of one of v, in a fused weight."""
+    d_out, n_all, n_v = sublayer.shape[0], sum(heads.values()), heads["v"]
+    d_v = dims.d_v or d_out // n_all
+    d_head, left = divmod(d_out - n_v * d_v, n_all - n_v)
+    if left or d_head <= 0 or (dims.d_v is None and d_head != d_v):
+        *counts, last = (f"{n} {x}" for x, n in heads.items())
+        width = f" (v: of {d_v} rows)" if dims.d_v else ""
+        raise SplitError(
+            f"{sublayer.name} has {d_out} rows, which {', '.join(counts)} and {last} heads{width} "
+            f"do not divide; set n_head and n_kv_head of weight type {sublayer.weight_type}."
+        )
+    return d_head, d_v
 
 
 def _gate_up(

@@ -25,10 +25,13 @@ _EXPERT = re.compile(r"(?<=\.experts\.)((?:[a-z]\w*\.)?)(\d+)(?=\.|$)")
 """The number of an expert, in `experts.3.up_proj` or `experts.up_proj.3`."""
 
 _FAMILY_BY_NAME: tuple[tuple[re.Pattern[str], Family], ...] = (
-    (re.compile(r"(^|\.)(q_proj|q|query|q_lin)$"), "q"),
+    (re.compile(r"(^|\.)(q_proj|q_b_proj|q|query|q_lin)$"), "q"),
     (re.compile(r"(^|\.)(k_proj|k|key|k_lin)$"), "k"),
     (re.compile(r"(^|\.)(v_proj|v|value|v_lin)$"), "v"),
-    (re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|gate_up_proj)$"), "fused"),
+    (
+        re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|kv_b_proj|gate_up_proj)$"),
+        "fused",
+    ),
     (re.compile(r"att[^.]*\.(.*\.)?(o_proj|out_proj|c_proj|dense)$"), "o"),
     (re.compile(r"(^|\.)(gate_proj|gate)$"), "gate"),
     (re.compile(r"(^|\.)(up_proj|c_fc|fc1|fc_in|dense_h_to_4h)$"), "up"),
