@@ -627,6 +627,26 @@ def test_latent_attention_has_what_goes_up_from_its_latents() -> None:
         assert own in {p.untyped_storage().data_ptr() for p in attention.parameters()}
 
 
+@pytest.mark.parametrize("name", ["W_Q", "W_K", "W_V", "W_O"])
+def test_attention_to_an_encoder_that_is_not_there_does_not_count(name: str) -> None:
+    model = random_model(
+        "bart",
+        D_VOCAB,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    attention = model.model.decoder.layers[1].self_attn
+    x = name[-1].lower()
+    own = attention.out_proj if x == "o" else getattr(attention, f"{x}_proj")
+    heads = own.weight.T.unflatten(0, (4, 8)) if x == "o" else own.weight.unflatten(0, (4, 8)).mT
+    assert torch.equal(getattr(head_views(model)[1], name), heads)
+
+
 @pytest.mark.parametrize("name", ["W_UQ", "W_UK", "W_UV"])
 def test_what_has_no_latent_says_what_it_has(name: str) -> None:
     with pytest.raises(SelectionError) as error:

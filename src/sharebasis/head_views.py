@@ -128,13 +128,17 @@ class MlpViews:
     def _one(self, family: Family) -> _Source:
         """The one source of a family that touches the residual stream where it has to.
 
+        What does not run (a decoder's attention to an encoder that is not there) does not count
+        where something runs.
+
         Raises:
             SelectionError: there is none, or there are several.
         """
         roles = (_SIDE[family], "ambiguous_unknown")
         right = [source for source in self._of(family) if source.sublayer.role in roles]
-        if len(right) == 1:
-            return right[0]
+        ran = [source for source in right if "trace" in source.sublayer.says]
+        if len(ran or right) == 1:
+            return (ran or right)[0]
         does = "reads" if _SIDE[family] == "read" else "writes to"
         raise SelectionError(
             f"A view needs one sublayer of family {family!r} that {does} the residual stream, and "
