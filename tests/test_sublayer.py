@@ -400,6 +400,14 @@ def test_head_counts_that_a_config_leaves_out_follow_from_the_others():
     assert dims(config) == Dims(d_model=96, n_layers=3, n_heads=8, n_kv_heads=2, d_head=64)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_decoder_of_a_pair_has_counts_of_its_own(whole):
+    pair = {"encoder_layers": 6, "decoder_layers": 2, "encoder_attention_heads": 8}
+    pair |= {"decoder_attention_heads": 4, "is_encoder_decoder": whole}
+    config = small_config("bart", d_model=32, **pair)
+    assert dims(config) == Dims(d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, d_head=8)
+
+
 def test_a_config_that_does_not_tell_its_sizes_is_refused():
     with pytest.raises(SelectionError, match=r"'mamba' model does not tell .*num_hidden_layers"):
         dims(SimpleNamespace(model_type="mamba", hidden_size=96))

@@ -49,6 +49,9 @@ def dims(config: Any) -> Dims:
     try:
         d_model, n_layers = text.hidden_size, text.num_hidden_layers
         n_heads = getattr(text, "num_attention_heads", 1)  # of a model without attention
+        if text is config and hasattr(text, "decoder_layers"):
+            # The decoder of a pair, taken alone: transformers gives the encoder's counts.
+            n_layers, n_heads = text.decoder_layers, text.decoder_attention_heads
     except AttributeError as error:
         raise SelectionError(
             f"The config of this {config.model_type!r} model does not tell its sizes ({error}); "
