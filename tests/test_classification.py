@@ -239,6 +239,7 @@ UNKNOWN: Mapping[str, tuple[dict[str, Any], str, Mapping[str, str]]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "n_layers_per_attn_res_block": 2,
+            "d_rel": 8,
             "unpadded_vocab_size": 288,
         },
         r"^model\.layers\.(\d+)\.",
@@ -446,6 +447,19 @@ def test_of_lists_of_a_layer_each_the_blocks_are_that_with_the_most_sublayers() 
     assert {one.name for one in found.selected} == {
         f"body.{i}.{name}_proj" for i in range(2) for name in "oq"
     }
+
+
+def test_experts_in_a_layout_of_their_own_are_said_to_stay_as_they_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48}
+    classify_model(meta_model(small_config("llama4_text", **PLAIN, **experts, **heads)))
+    _, warning = (record for record in caplog.records if record.name.startswith("sharebasis"))
+    assert warning.getMessage() == (
+        "feed_forward.experts.gate_up_proj, feed_forward.experts.down_proj in these blocks are the "
+        "weights of no Linear and stay as they are."
+    )
 
 
 def test_what_does_not_run_is_recorded_and_not_selected() -> None:

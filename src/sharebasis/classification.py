@@ -191,7 +191,24 @@ def _explore(
         ", ".join(weight_types),
         block_pattern,
     )
+    if rest := _other_matrices(model, block_pattern, sizes.d_model):
+        log.warning(
+            "%s in these blocks are the weights of no Linear and stay as they are.", ", ".join(rest)
+        )
     return weight_types
+
+
+def _other_matrices(model: PreTrainedModel, block_pattern: str, d_model: int) -> Iterable[str]:
+    """Parameters of the blocks, by place, that are as large as a projection and none's weight."""
+    with unstacked(model):
+        known = {f"{module.name}.weight" for module in linear_modules(model)}
+        large = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and sorted(parameter.shape)[-2] >= d_model / 2
+        ]
+    places = (re.search(block_pattern, name) for name in large if name not in known)
+    return dict.fromkeys(place.string[place.end() :] for place in places if place)
 
 
 def _weight_types(names: Iterable[str], blocks: re.Pattern[str]) -> dict[str, WeightTypeSettings]:
