@@ -18,6 +18,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Method = Literal["svd", "svd_llm", "basis_sharing", "auto"]
 Storage = Literal["plain", "interpolative"]
 Labels = Literal["text", "model"]
+Alignment = Literal["none", "tied", "exact"]
 PositiveInt = Annotated[int, Gt(0)]
 
 

@@ -1,0 +1,359 @@
+"""Alignments: planted gauge elements come back, nothing gets further away, optima are optima."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import permutations, product
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import block_diag, orthogonal_procrustes
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from sharebasis.alignment import align, distances
+from sharebasis.gauge import (
+    Attention,
+    AttentionGauge,
+    Freedom,
+    Identity,
+    Layer,
+    Mlp,
+    NeuronOrder,
+    Turns,
+)
+from sharebasis.procrustes import WARM_START, best_matching, best_rotation
+from sharebasis.settings import Alignment
+
+D_MODEL, D_HEAD, D_MLP = 20, 8, 24
+HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))
+PARTIAL = ((0, 1), (2, 3))
+EXACT = 1e-12
+
+FREEDOMS: Mapping[str, Freedom] = {
+    "no positions": Freedom("all", (), "all", heads=True, neuron_signs=True),
+    "rotary": Freedom("all", HALVES, "all", heads=True, neuron_signs=True),
+    "partial rotary": Freedom("all", PARTIAL, "all", heads=True),
+    "q/k norms": Freedom("signs", HALVES, "all", heads=True, neuron_signs=True),
+    "slopes of heads": Freedom("all", (), "all", heads=False),
+    "clipped": Freedom("signs", HALVES, "signs", heads=True),
+    "unknown": Freedom(),
+}
+HEADS = {"one head": (1, 1), "one query a key": (3, 1), "grouped": (2, 3), "one key": (1, 4)}
+"""Key-value heads, and queries of each."""
+
+
+def random_layer(heads: tuple[int, int] = (2, 3), biases: bool = True) -> Layer:
+    n_kv, n_queries = heads
+    n = n_kv * n_queries
+
+    def of(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    attention = Attention(
+        q=of(n, D_HEAD, D_MODEL),
+        k=of(n_kv, D_HEAD, D_MODEL),
+        v=of(n_kv, D_HEAD, D_MODEL),
+        o=of(n, D_HEAD, D_MODEL),
+        q_bias=of(n, D_HEAD) if biases else None,
+        k_bias=of(n_kv, D_HEAD) if biases else None,
+        v_bias=of(n_kv, D_HEAD) if biases else None,
+    )
+    weights = [of(D_MLP, D_MODEL) for _ in range(3)]
+    return Layer({"attention": attention, "mlp": Mlp(*weights)}, {"input_norm": (of(D_MODEL),)})
+
+
+def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Tensor:
+    """A random rotation of a group, built block by block."""
+    if turns == "none":
+        return torch.eye(d, dtype=torch.float64)
+    free = [x for x in range(d) if not any(x in plane for plane in planes)]
+    order = [x for plane in planes for x in plane] + free
+    blocks = []
+    for _ in planes:
+        angle = torch.rand(()).item() * 2 * np.pi
+        angle = angle if turns == "all" else round(angle / np.pi) * np.pi
+        blocks.append([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    if free and turns == "all":
+        blocks.append(torch.linalg.qr(torch.randn(len(free), len(free), dtype=torch.float64))[0])
+    else:
+        blocks += [[[float(torch.randint(2, ())) * 2 - 1]] for _ in free]
+    turn = torch.from_numpy(block_diag(*blocks))
+    where = torch.tensor(order).argsort()
+    return turn[where][:, where]
+
+
+def random_gauge(freedom: Freedom, attention: Attention) -> AttentionGauge:
+    n_kv, n_queries = len(attention.k), attention.n_queries
+    kv_heads, orders = torch.arange(n_kv), torch.arange(n_queries).repeat(n_kv, 1)
+    if freedom.heads:
+        kv_heads = torch.randperm(n_kv)
+        orders = torch.stack([torch.randperm(n_queries) for _ in range(n_kv)])
+    return AttentionGauge(
+        (kv_heads[:, None] * n_queries + orders).flatten(),
+        kv_heads,
+        torch.stack([random_turn(D_HEAD, freedom.query_key, freedom.planes) for _ in range(n_kv)]),
+        torch.stack([random_turn(D_HEAD, freedom.value_output, ()) for _ in range(n_kv)]),
+    )
+
+
+def random_order(freedom: Freedom) -> NeuronOrder:
+    signs = torch.ones(D_MLP, dtype=torch.float64)
+    if freedom.neuron_signs:
+        signs = torch.randint(2, (D_MLP,)).double() * 2 - 1
+    return NeuronOrder(torch.randperm(D_MLP), signs)
+
+
+def scrambled(layer: Layer, freedom: Freedom) -> Layer:
+    attention, mlp = layer.units["attention"], layer.units["mlp"]
+    assert isinstance(attention, Attention)
+    assert isinstance(mlp, Mlp)
+    return replace(
+        layer,
+        units={
+            "attention": random_gauge(freedom, attention)(attention),
+            "mlp": random_order(freedom)(mlp),
+        },
+    )
+
+
+# Planted truth
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("freedom", FREEDOMS.values(), ids=FREEDOMS)
+def test_a_scrambled_layer_is_at_distance_zero_from_itself(
+    freedom: Freedom, heads: tuple[int, int]
+) -> None:
+    layer = random_layer(heads)
+    found = distances(scrambled(layer, freedom), layer, freedom, "exact")
+    assert set(found.aligned) == {"q", "k", "v", "o", "gate", "up", "down", "input_norm"}
+    assert max(found.aligned.values()) < EXACT
+    assert min(found.unaligned[family] for family in ("gate", "up", "down")) > 0.5
+    if freedom.value_output == "all":
+        assert min(found.unaligned[family] for family in "vo") > 0.5
+
+
+@pytest.mark.parametrize("freedom", FREEDOMS.values(), ids=FREEDOMS)
+def test_biases_come_back_with_the_weights(freedom: Freedom) -> None:
+    layer = random_layer()
+    mixed = scrambled(layer, freedom)
+    back = align(mixed.normalised(), layer.normalised(), freedom, "exact")(mixed)
+    ours, theirs = back.units["attention"], layer.units["attention"]
+    assert isinstance(ours, Attention)
+    assert isinstance(theirs, Attention)
+    for name in ("q_bias", "k_bias", "v_bias"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_rotation_across_planes_is_not_removed_from_rotary_heads() -> None:
+    layer = random_layer()
+    mixed = scrambled(layer, FREEDOMS["no positions"])
+    found = distances(mixed, layer, FREEDOMS["rotary"], "exact").aligned
+    assert min(found["q"], found["k"]) > 0.5
+    assert max(found["v"], found["o"]) < EXACT  # where the keys do not mislead
+
+
+def test_two_scrambled_layers_are_as_far_from_each_other_as_they_were() -> None:
+    freedom = FREEDOMS["rotary"]
+    a, b = random_layer((3, 1)), random_layer((3, 1))
+    before = distances(a, b, freedom, "exact").aligned
+    after = distances(scrambled(a, freedom), scrambled(b, freedom), freedom, "exact").aligned
+    assert after == pytest.approx(before, rel=1e-9)
+
+
+def test_tied_recovers_a_tied_rotation_and_a_dense_one_of_the_neurons() -> None:
+    layer = random_layer()
+    turn = random_turn(D_HEAD, "all", ())
+    attention, mlp = layer.units["attention"], layer.units["mlp"]
+    assert isinstance(attention, Attention)
+    n_kv, n = len(attention.k), len(attention.q)
+    same = turn.expand(n_kv, -1, -1)
+    gauge = AttentionGauge(torch.arange(n), torch.arange(n_kv), same, same)
+    dense = random_turn(D_MLP, "all", ())
+    assert isinstance(mlp, Mlp)
+    assert mlp.gate is not None
+    turned = Mlp(dense @ mlp.up, dense @ mlp.down, dense @ mlp.gate)
+    mixed = replace(layer, units={"attention": gauge(attention), "mlp": turned})
+    found = distances(mixed, layer, Freedom(), "tied")
+    assert max(found.aligned.values()) < EXACT
+    assert min(found.unaligned[name] for name in ("q", "k", "v", "o", "up")) > 0.5
+    assert min(distances(mixed, layer, FREEDOMS["rotary"], "exact").aligned[x] for x in "qk") > 0.1
+
+
+# Never further away
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    noise=st.sampled_from([0.0, 1e-9, 0.05, 1.0, 100.0]),
+    heads=st.sampled_from(list(HEADS.values())),
+    freedom=st.sampled_from(list(FREEDOMS.values())),
+    alignment=st.sampled_from(get_args(Alignment)),
+)
+@settings(max_examples=120, deadline=None)
+def test_no_family_is_further_away_aligned_than_it_was(
+    seed: int, noise: float, heads: tuple[int, int], freedom: Freedom, alignment: Alignment
+) -> None:
+    torch.manual_seed(seed)
+    layer, other = random_layer(heads), random_layer(heads)
+    near = Layer(
+        {
+            name: replace(
+                unit,
+                **{x: w + noise * other.units[name].families[x] for x, w in unit.families.items()},
+            )
+            for name, unit in layer.units.items()
+        },
+        layer.rest,
+    )
+    found = distances(near, layer, freedom, alignment)
+    for family, aligned in found.aligned.items():
+        assert 0 <= aligned <= found.unaligned[family] <= 2
+    if noise == 0:
+        assert set(found.aligned.values()) == {0.0}
+    if noise == 100 and alignment == "exact" and freedom is FREEDOMS["rotary"]:
+        assert sum(found.aligned.values()) < sum(found.unaligned.values()) - 0.1
+
+
+def test_families_that_pull_apart_leave_none_of_them_further_away() -> None:
+    layer = random_layer()
+    mlp = layer.units["mlp"]
+    assert isinstance(mlp, Mlp)
+    order = NeuronOrder(torch.arange(D_MLP).roll(1), torch.ones(D_MLP, dtype=torch.float64))
+    pulling = replace(order(mlp), gate=mlp.gate)  # up and down ask for an order, gate against it
+    a = replace(layer, units={"mlp": pulling})
+    found = distances(a, layer, FREEDOMS["rotary"], "exact")
+    assert found.aligned["gate"] == 0
+    assert isinstance(
+        align(a.normalised(), layer.normalised(), FREEDOMS["rotary"], "exact").gauges["mlp"],
+        Identity | NeuronOrder,
+    )
+
+
+# Optima
+
+
+@pytest.mark.parametrize("freedom", ["no positions", "rotary"])
+def test_attention_is_matched_as_by_trying_every_order(freedom: str) -> None:
+    """With one query to a key; rotations by scipy."""
+    chosen = FREEDOMS[freedom]
+    a, b = (random_layer((3, 1)).normalised() for _ in range(2))
+    mine, other = a.units["attention"], b.units["attention"]
+    assert isinstance(mine, Attention)
+    assert isinstance(other, Attention)
+
+    def residue(i: int, j: int) -> float:
+        pairs = [((mine.v, other.v), (mine.o, other.o)), ((mine.q, other.q), (mine.k, other.k))]
+        total = 0.0
+        for which, both in enumerate(pairs):
+            x, y = (torch.cat([both[0][s][n], both[1][s][n]], 1) for s, n in ((0, i), (1, j)))
+            planes = HALVES if which and freedom == "rotary" else (range(D_HEAD),)
+            for rows in planes:
+                own, theirs = x[list(rows)], y[list(rows)]
+                turn = torch.from_numpy(orthogonal_procrustes(own.T, theirs.T)[0].T)
+                if len(own) == 2:  # rotations alone: scipy may turn the plane over
+                    angles = torch.linspace(0, 2 * np.pi, 20001, dtype=torch.float64)
+                    inner = own @ theirs.T
+                    gains = angles.cos() * inner.trace() + angles.sin() * (
+                        inner[0, 1] - inner[1, 0]
+                    )
+                    total += float(own.square().sum() + theirs.square().sum() - 2 * gains.max())
+                else:
+                    total += float((turn @ own - theirs).square().sum())
+        return total
+
+    best = min(sum(residue(i, j) for j, i in enumerate(order)) for order in permutations(range(3)))
+    found = align(a, b, chosen, "exact")(a).units["attention"].families
+    reached = sum(float((x - other.families[n]).square().sum()) for n, x in found.items())
+    assert reached == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_neurons_are_matched_as_by_trying_every_order(signs: bool) -> None:
+    a, b = (Mlp(*(torch.randn(5, 4, dtype=torch.float64) for _ in range(3))) for _ in range(2))
+    freedom = Freedom(neuron_signs=signs)
+    flips = list(product([1.0, -1.0] if signs else [1.0], repeat=5))
+
+    def residue(order: tuple[int, ...], flip: tuple[float, ...]) -> float:
+        moved = NeuronOrder(torch.tensor(order), torch.tensor(flip, dtype=torch.float64))(a)
+        return sum(float((x - b.families[n]).square().sum()) for n, x in moved.families.items())
+
+    best = min(residue(order, flip) for order in permutations(range(5)) for flip in flips)
+    gauge = align(Layer({"mlp": a}), Layer({"mlp": b}), freedom, "exact").gauges["mlp"]
+    if isinstance(gauge, NeuronOrder):  # else the optimum takes one family further away
+        assert residue(tuple(gauge.order.tolist()), tuple(gauge.signs.tolist())) == pytest.approx(
+            best
+        )
+    else:
+        pytest.fail("choose another seed")
+
+
+def test_the_rotation_is_the_one_of_scipy_and_not_its_transpose() -> None:
+    a, b = (torch.randn(6, 30, dtype=torch.float64) for _ in range(2))
+    turn = best_rotation(a @ b.T)
+    torch.testing.assert_close(turn, torch.from_numpy(orthogonal_procrustes(a.T, b.T)[0].T))
+    assert (turn @ a - b).norm() < (turn.T @ a - b).norm()
+
+
+@pytest.mark.parametrize("n", [5, WARM_START, WARM_START + 50])
+@pytest.mark.parametrize("kind", ["random", "planted", "constant", "rows of one kind"])
+def test_a_matching_from_prices_is_the_best_one(n: int, kind: str) -> None:
+    scores = torch.rand(n, n)
+    if kind == "planted":
+        scores[torch.arange(n).roll(1), torch.arange(n)] += 1000
+    elif kind == "constant":
+        scores = torch.ones(n, n)
+    elif kind == "rows of one kind":
+        scores = torch.rand(n, 1) * 1e4 + torch.rand(1, n) + 1e-3 * scores
+    order = best_matching(scores)
+    assert sorted(order.tolist()) == list(range(n))
+    rows, columns = linear_sum_assignment(scores.double().numpy(), maximize=True)
+    reached = scores.double()[order, torch.arange(n)].sum()
+    torch.testing.assert_close(reached, scores.double()[rows, columns].sum(), rtol=1e-12, atol=0)
+    if kind == "planted":
+        assert torch.equal(order, torch.arange(n).roll(1))
+
+
+# Scale
+
+
+def test_a_scale_of_a_whole_weight_is_no_distance_and_zeros_stay_zero() -> None:
+    layer = random_layer()
+    double = Layer(
+        {
+            name: unit.scaled(dict.fromkeys(unit.families, 2.0))
+            for name, unit in layer.units.items()
+        },
+        {name: tuple(3 * x for x in own) for name, own in layer.rest.items()},
+    )
+    assert max(distances(double, layer, Freedom(), "none").unaligned.values()) < EXACT
+    empty = Layer(rest={"norm": (torch.zeros(4),)})
+    full = Layer(rest={"norm": (torch.ones(4),)})
+    assert distances(empty, empty, Freedom(), "none").aligned == {"norm": 0.0}
+    assert distances(empty, full, Freedom(), "none").aligned == {"norm": 1.0}
+    assert distances(full, Layer(rest={"norm": (torch.ones(5),)}), Freedom(), "none").aligned == {}
+
+
+def test_experts_of_a_layer_are_one_family_with_one_norm() -> None:
+    def layer(*factors: float) -> Layer:
+        torch.manual_seed(5)
+        weights = [
+            Mlp(*(torch.randn(6, 4, dtype=torch.float64) for _ in range(2))) for _ in factors
+        ]
+        return Layer(
+            {
+                f"expert {i}": w.scaled({"up": f, "down": f})
+                for i, (w, f) in enumerate(zip(weights, factors, strict=True))
+            }
+        )
+
+    a, b = layer(1.0, 1.0), layer(1.0, 2.0)
+    flat = [torch.cat([x.flatten() for x in one.families["up"]]) for one in (a, b)]
+    wanted = float((flat[0] / flat[0].norm() - flat[1] / flat[1].norm()).norm())
+    assert distances(a, b, Freedom(), "none").aligned["up"] == pytest.approx(wanted)
