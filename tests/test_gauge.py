@@ -10,9 +10,10 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from gauges import EXACT, random_element, random_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.linalg import block_diag, orthogonal_procrustes
+from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from sharebasis.gauge import (
     Layer,
     Mlp,
     NeuronOrder,
-    Turns,
 )
 from sharebasis.procrustes import WARM_START, best_matching, best_rotation
 from sharebasis.settings import Alignment
@@ -33,7 +33,6 @@ from sharebasis.settings import Alignment
 D_MODEL, D_HEAD, D_MLP = 20, 8, 24
 HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))
 PARTIAL = ((0, 1), (2, 3))
-EXACT = 1e-12
 
 FREEDOMS: Mapping[str, Freedom] = {
     "no positions": Freedom("all", (), "all", heads=True, neuron_signs=True),
@@ -68,58 +67,9 @@ def random_layer(heads: tuple[int, int] = (2, 3), biases: bool = True) -> Layer:
     return Layer({"attention": attention, "mlp": Mlp(*weights)}, {"input_norm": (of(D_MODEL),)})
 
 
-def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Tensor:
-    """A random rotation of a group, built block by block."""
-    if turns == "none":
-        return torch.eye(d, dtype=torch.float64)
-    free = [x for x in range(d) if not any(x in plane for plane in planes)]
-    order = [x for plane in planes for x in plane] + free
-    blocks = []
-    for _ in planes:
-        angle = torch.rand(()).item() * 2 * np.pi
-        angle = angle if turns == "all" else round(angle / np.pi) * np.pi
-        blocks.append([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    if free and turns == "all":
-        blocks.append(torch.linalg.qr(torch.randn(len(free), len(free), dtype=torch.float64))[0])
-    else:
-        blocks += [[[float(torch.randint(2, ())) * 2 - 1]] for _ in free]
-    turn = torch.from_numpy(block_diag(*blocks))
-    where = torch.tensor(order).argsort()
-    return turn[where][:, where]
-
-
-def random_gauge(freedom: Freedom, attention: Attention) -> AttentionGauge:
-    n_kv, n_queries = len(attention.k), attention.n_queries
-    kv_heads, orders = torch.arange(n_kv), torch.arange(n_queries).repeat(n_kv, 1)
-    if freedom.heads:
-        kv_heads = torch.randperm(n_kv)
-        orders = torch.stack([torch.randperm(n_queries) for _ in range(n_kv)])
-    return AttentionGauge(
-        (kv_heads[:, None] * n_queries + orders).flatten(),
-        kv_heads,
-        torch.stack([random_turn(D_HEAD, freedom.query_key, freedom.planes) for _ in range(n_kv)]),
-        torch.stack([random_turn(D_HEAD, freedom.value_output, ()) for _ in range(n_kv)]),
-    )
-
-
-def random_order(freedom: Freedom) -> NeuronOrder:
-    signs = torch.ones(D_MLP, dtype=torch.float64)
-    if freedom.neuron_signs:
-        signs = torch.randint(2, (D_MLP,)).double() * 2 - 1
-    return NeuronOrder(torch.randperm(D_MLP), signs)
-
-
 def scrambled(layer: Layer, freedom: Freedom) -> Layer:
-    attention, mlp = layer.units["attention"], layer.units["mlp"]
-    assert isinstance(attention, Attention)
-    assert isinstance(mlp, Mlp)
-    return replace(
-        layer,
-        units={
-            "attention": random_gauge(freedom, attention)(attention),
-            "mlp": random_order(freedom)(mlp),
-        },
-    )
+    units = {name: random_element(unit, freedom) for name, unit in layer.units.items()}
+    return replace(layer, units=units)
 
 
 # Planted truth
@@ -277,6 +227,7 @@ def test_attention_is_matched_as_by_trying_every_order(freedom: str) -> None:
 @pytest.mark.parametrize("signs", [True, False])
 def test_neurons_are_matched_as_by_trying_every_order(signs: bool) -> None:
     a, b = (Mlp(*(torch.randn(5, 4, dtype=torch.float64) for _ in range(3))) for _ in range(2))
+    assert a.gate is not None
     freedom = Freedom(neuron_signs=signs)
     flips = list(product([1.0, -1.0] if signs else [1.0], repeat=5))
 

@@ -32,7 +32,7 @@ class Freedom:
     heads: bool = False
     """Whether key-value heads may be permuted, and the queries of one of them."""
     neuron_signs: bool = False
-    """Whether up and down of a neuron may change their sign together."""
+    """Whether up and down of a neuron that has a gate may change their sign together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ def align_neurons(a: Mlp, b: Mlp, signs: bool, emphasis: Mapping[str, float]) ->
     Args:
         a: of the same shapes as `b`.
         b: stays as it is.
-        signs: whether up and down of a neuron may change their sign together.
+        signs: whether up and down of a neuron may change their sign together; only beside a gate.
         emphasis: family -> w_f.
     """
     signed = _products(a, b, "up", emphasis).add_(_products(a, b, "down", emphasis))
+    signs = signs and a.gate is not None
     scores = signed.abs() if signs else signed
     if a.gate is not None:
         scores = scores + _products(a, b, "gate", emphasis)

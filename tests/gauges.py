@@ -1,0 +1,56 @@
+"""Random elements of the exact gauge group, made block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.linalg import block_diag
+from torch import Tensor
+
+from sharebasis.gauge import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
+
+EXACT = 1e-12
+"""A distance in float64 that is none."""
+
+
+def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Tensor:
+    """A random rotation of a group, built block by block."""
+    if turns == "none":
+        return torch.eye(d, dtype=torch.float64)
+    free = [x for x in range(d) if not any(x in plane for plane in planes)]
+    order = [x for plane in planes for x in plane] + free
+    blocks = []
+    for _ in planes:
+        angle = torch.rand(()).item() * 2 * np.pi
+        angle = angle if turns == "all" else round(angle / np.pi) * np.pi
+        blocks.append([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    if free and turns == "all":
+        blocks.append(torch.linalg.qr(torch.randn(len(free), len(free), dtype=torch.float64))[0])
+    else:
+        blocks += [[[float(torch.randint(2, ())) * 2 - 1]] for _ in free]
+    turn = torch.from_numpy(block_diag(*blocks))
+    where = torch.tensor(order).argsort()
+    return turn[where][:, where]
+
+
+def random_element(unit: Unit, freedom: Freedom) -> Unit:
+    if isinstance(unit, Mlp):
+        n = len(unit.up)
+        signs = torch.ones(n, dtype=unit.up.dtype)
+        if freedom.neuron_signs and unit.gate is not None:
+            signs = torch.randint(2, (n,)).to(unit.up) * 2 - 1
+        return NeuronOrder(torch.randperm(n), signs)(unit)
+    n_kv, n_queries = len(unit.k), unit.n_queries
+    kv_heads, orders = torch.arange(n_kv), torch.arange(n_queries).repeat(n_kv, 1)
+    if freedom.heads:
+        kv_heads = torch.randperm(n_kv)
+        orders = torch.stack([torch.randperm(n_queries) for _ in range(n_kv)])
+    d_head, d_value = unit.q.shape[1], unit.v.shape[1]
+    qk = [random_turn(d_head, freedom.query_key, freedom.planes) for _ in range(n_kv)]
+    vo = [random_turn(d_value, freedom.value_output, ()) for _ in range(n_kv)]
+    return AttentionGauge(
+        (kv_heads[:, None] * n_queries + orders).flatten(),
+        kv_heads,
+        torch.stack(qk).to(unit.q),
+        torch.stack(vo).to(unit.q),
+    )(unit)
