@@ -93,7 +93,7 @@ def test_a_scrambled_layer_is_at_distance_zero_from_itself(
 def test_biases_come_back_with_the_weights(freedom: Freedom) -> None:
     layer = random_layer()
     mixed = scrambled(layer, freedom)
-    back = align(mixed.normalised(), layer.normalised(), freedom, "exact")(mixed)
+    back = align(mixed, layer, freedom, "exact")(mixed)
     ours, theirs = back.units["attention"], layer.units["attention"]
     assert isinstance(ours, Attention)
     assert isinstance(theirs, Attention)
@@ -181,7 +181,7 @@ def test_families_that_pull_apart_leave_none_of_them_further_away() -> None:
     found = distances(a, layer, FREEDOMS["rotary"], "exact")
     assert found.aligned["gate"] == 0
     assert isinstance(
-        align(a.normalised(), layer.normalised(), FREEDOMS["rotary"], "exact").gauges["mlp"],
+        align(a, layer, FREEDOMS["rotary"], "exact").gauges["mlp"],
         Identity | NeuronOrder,
     )
 

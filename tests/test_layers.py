@@ -85,7 +85,7 @@ def test_aligning_one_layer_to_another_changes_no_logit(variant: str) -> None:
     before, layers = logits(model), layers_of(model)
     first, last = layers.numbers[0], layers.numbers[-1]
     layer, other = layers.read(last), layers.read(first)
-    found = align(layer.normalised(), other.normalised(), layers.freedom(last), "exact")
+    found = align(layer, other, layers.freedom(last), "exact")
     layers.write(model, last, found(layer))
     assert change(before, logits(model)) < 1e-6
     assert found.gauges.keys() <= layer.units.keys()

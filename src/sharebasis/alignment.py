@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from sharebasis.attention_alignment import align_attention, align_heads_tied
 from sharebasis.gauge import Attention, Freedom, Gauge, Identity, Layer, Mlp, Unit
@@ -44,6 +46,8 @@ class Distances:
     unaligned: Mapping[str, float]
     aligned: Mapping[str, float]
     """No larger than `unaligned`, family by family."""
+    n_left: int
+    """Units that stayed as they were, because every attempt took some family further away."""
 
 
 def distances(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Distances:
@@ -59,29 +63,50 @@ def distances(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Dis
         Of the families that both have in the same shapes.
     """
     a, b = a.normalised(), b.normalised()
-    unaligned = _between(a, b)
-    if alignment == "none":
-        return Distances(unaligned, unaligned)
-    return Distances(unaligned, _between(align(a, b, freedom, alignment)(a), b))
+    matches = _matches(a, b, freedom, alignment)
+    ours, theirs = _shapes(a), _shapes(b)
+    unaligned: dict[str, float] = {}
+    aligned: dict[str, float] = {}
+    for name in ours:
+        if ours[name] == theirs.get(name):
+            of_units = [match for match in matches.values() if name in match.before]
+            pairs = zip(a.rest.get(name, ()), b.rest.get(name, ()), strict=False)
+            of_rest = [_distance(x, y) for x, y in pairs]
+            unaligned[name] = math.hypot(*(match.before[name] for match in of_units), *of_rest)
+            aligned[name] = math.hypot(*(match.after[name] for match in of_units), *of_rest)
+    n_left = sum(isinstance(match.gauge, Identity) for match in matches.values())
+    return Distances(unaligned, aligned, n_left if alignment != "none" else 0)
 
 
 def align(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Aligned:
     """Find what brings `a` near `b`.
 
-    Every unit's Σ_f ‖g a_f − b_f‖² is made small. No family of a unit ends up further away
-    than it was: one that would weighs more in the next attempt, and if attempts run out, the
-    unit stays as it is.
+    Every unit's Σ_f ‖g a_f − b_f‖² of its normalised families is made small. No family of a
+    unit ends up further away than it was: one that would weighs more in the next attempt, and
+    if attempts run out, the unit stays as it is.
 
-    Args: as of `distances`, which normalises both first.
+    Args: as of `distances`.
     """
-    if alignment == "none":
-        return Aligned()
-    gauges = {}
-    for name, unit in a.units.items():
-        other = b.units.get(name)
-        if other is not None and _same_shapes(unit, other):
-            gauges[name] = _closer(unit, other, _search(unit, other, freedom, alignment))
-    return Aligned(gauges)
+    matches = _matches(a.normalised(), b.normalised(), freedom, alignment)
+    return Aligned({name: match.gauge for name, match in matches.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """What was found for a unit: family -> distance, before and after."""
+
+    gauge: Gauge
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+def _matches(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Mapping[str, _Match]:
+    """Of the units that both have in the same shapes."""
+    return {
+        name: _closer(unit, b.units[name], _search(unit, b.units[name], freedom, alignment))
+        for name, unit in a.units.items()
+        if name in b.units and _same_shapes(unit, b.units[name])
+    }
 
 
 Search = Callable[[Mapping[str, float]], Gauge]
@@ -89,6 +114,8 @@ Search = Callable[[Mapping[str, float]], Gauge]
 
 
 def _search(a: Unit, b: Unit, freedom: Freedom, alignment: Alignment) -> Search:
+    if alignment == "none":
+        return lambda emphasis: Identity()
     match a, b:
         case Attention(), Attention():
             if alignment == "exact":
@@ -102,19 +129,19 @@ def _search(a: Unit, b: Unit, freedom: Freedom, alignment: Alignment) -> Search:
     return lambda emphasis: Identity()
 
 
-def _closer(a: Unit, b: Unit, search: Search) -> Gauge:
+def _closer(a: Unit, b: Unit, search: Search) -> _Match:
     """What a search finds, if it takes no family further away."""
     before = _unit_distances(a, b)
     emphasis = dict.fromkeys(before, 1.0)
     for _ in range(ATTEMPTS):
         gauge = search(emphasis)
-        after = _unit_distances(act(a, gauge), b)
+        after = before if isinstance(gauge, Identity) else _unit_distances(act(a, gauge), b)
         further = [name for name in before if not after[name] <= before[name]]
         if not further:
-            return gauge
+            return _Match(gauge, before, after)
         for name in further:
             emphasis[name] *= EMPHASIS
-    return Identity()
+    return _Match(Identity(), before, before)
 
 
 def act(unit: Unit, gauge: Gauge) -> Unit:
@@ -128,17 +155,13 @@ def _same_shapes(a: Unit, b: Unit) -> bool:
     }
 
 
-def _unit_distances(a: Unit, b: Unit) -> dict[str, float]:
-    return {name: float((x - b.families[name]).norm()) for name, x in a.families.items()}
+def _shapes(layer: Layer) -> Mapping[str, Sequence[torch.Size]]:
+    return {name: [x.shape for x in own] for name, own in layer.families.items()}
 
 
-def _between(a: Layer, b: Layer) -> Mapping[str, float]:
-    """Family -> distance, of the families that both have in the same shapes."""
-    found: dict[str, float] = {}
-    others = b.families
-    for name, own in a.families.items():
-        other = others.get(name, ())
-        if [x.shape for x in own] == [x.shape for x in other]:
-            pieces = [(x - y).norm() for x, y in zip(own, other, strict=True)]
-            found[name] = float(torch.stack(pieces).norm())
-    return found
+def _unit_distances(a: Unit, b: Unit) -> Mapping[str, float]:
+    return {name: _distance(x, b.families[name]) for name, x in a.families.items()}
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).norm())

@@ -183,6 +183,20 @@ class RecoverSettings:
 
 
 @dataclass(frozen=True)
+class VarySettings:
+    """How the variation between layers is measured."""
+
+    alignment: Alignment
+    """What is removed first. none: nothing; exact: what changes no logit, as far as norms are
+    kept; tied: one rotation for q, k, v and o of a head and one of all neurons, which most
+    models do not allow."""
+    pairs: Literal["consecutive", "all"]
+    """consecutive: each layer and the next; all: every two layers."""
+    layers: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] | None
+    """The first and the last layer to measure; None: all layers."""
+
+
+@dataclass(frozen=True)
 class VerifySettings:
     """What is compared."""
 
@@ -204,8 +218,10 @@ class Settings:
     split: SplitSettings
     fit: FitSettings
     recover: RecoverSettings
+    vary: VarySettings
     verify: VerifySettings
     device: str
     """torch device, or auto: a GPU where there is one."""
     seed: int
-    """Orders the speeches of the default corpus; nothing else is random."""
+    """Orders the speeches of the default corpus, and the numbers of vary's random weights;
+    nothing else is random."""

@@ -22,6 +22,7 @@ COMPRESSED = Path("artifacts/compressed")
 RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
 RECOVERED = Path("artifacts/recovered")
 METRICS = Path("metrics")
+PLOTS = Path("plots")
 
 
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:

@@ -1,0 +1,30 @@
+"""Stage `vary`: weights -> how much layers differ, once what is arbitrary in them is removed."""
+
+from functools import partial
+
+from sharebasis import store
+from sharebasis.config import load_settings
+from sharebasis.hub import load_config
+from sharebasis.layers import Layers
+from sharebasis.stage import METRICS, PLOTS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+from sharebasis.variation import measure_variation, variation_metrics, write_distances
+from sharebasis.variation_figures import draw
+from sharebasis.weights import DenseWeights
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    found = store.load_record(SUBLAYERS, Classification)
+    layers_of = partial(Layers, found=found, config=load_config(WEIGHTS))
+    tensors = DenseWeights(WEIGHTS)
+    variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
+    with store.writing(PLOTS / "vary") as directory:
+        draw(variation, settings.vary.alignment, directory)
+    write_distances(METRICS / "vary.csv", variation)
+    store.write_json(METRICS / "vary.json", variation_metrics(variation, settings.vary))
+
+
+if __name__ == "__main__":
+    main()
