@@ -186,6 +186,26 @@ def test_families_that_pull_apart_leave_none_of_them_further_away() -> None:
     )
 
 
+def test_gains_that_would_move_with_the_heads_leave_the_heads_in_their_places() -> None:
+    a, b = random_layer((3, 1)), random_layer((3, 1))
+    free = align(a, b, FREEDOMS["rotary"], "exact").gauges["attention"]
+    assert isinstance(free, AttentionGauge)
+    assert free.kv_heads.tolist() != [0, 1, 2]
+    gains = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) @ torch.ones(
+        3, D_HEAD, dtype=torch.float64
+    )
+    a, b = (
+        replace(x, units={"attention": replace(x.units["attention"], k_norm=gains)}) for x in (a, b)
+    )
+    gauge = align(a, b, FREEDOMS["rotary"], "exact").gauges["attention"]
+    assert isinstance(gauge, AttentionGauge)
+    assert gauge.kv_heads.tolist() == [0, 1, 2]
+    found = distances(a, b, FREEDOMS["rotary"], "exact")
+    assert found.n_left == 0
+    assert found.aligned["k_norm"] == 0
+    assert found.aligned["v"] < found.unaligned["v"]
+
+
 # Optima
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from sharebasis.neuron_alignment import align_neurons, align_neurons_tied
 from sharebasis.settings import Alignment
 
 ATTEMPTS = 4
-"""Times that an alignment is sought before a unit is left as it is."""
+"""Times that an alignment is sought, of all heads and then of heads that stay in place, before
+a unit is left as it is."""
 EMPHASIS = 4.0
 """By how much a family weighs more in the next attempt, if this one took it further away."""
 
@@ -82,8 +83,8 @@ def align(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Aligned
     """Find what brings `a` near `b`.
 
     Every unit's Σ_f ‖g a_f − b_f‖² of its normalised families is made small. No family of a
-    unit ends up further away than it was: one that would weighs more in the next attempt, and
-    if attempts run out, the unit stays as it is.
+    unit ends up further away than it was: one that would weighs more in the next attempt; if
+    attempts run out, heads stay in their places, and then the whole unit as it is.
 
     Args: as of `distances`.
     """
@@ -103,7 +104,7 @@ class _Match:
 def _matches(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Mapping[str, _Match]:
     """Of the units that both have in the same shapes."""
     return {
-        name: _closer(unit, b.units[name], _search(unit, b.units[name], freedom, alignment))
+        name: _closer(unit, b.units[name], _searches(unit, b.units[name], freedom, alignment))
         for name, unit in a.units.items()
         if name in b.units and _same_shapes(unit, b.units[name])
     }
@@ -113,34 +114,39 @@ Search = Callable[[Mapping[str, float]], Gauge]
 """Family -> its weight in the sum; gives the best gauge element."""
 
 
-def _search(a: Unit, b: Unit, freedom: Freedom, alignment: Alignment) -> Search:
-    if alignment == "none":
-        return lambda emphasis: Identity()
+def _searches(a: Unit, b: Unit, freedom: Freedom, alignment: Alignment) -> Sequence[Search]:
+    """What to try, the freest first."""
     match a, b:
         case Attention(), Attention():
+            in_place = replace(freedom, heads=False)
             if alignment == "exact":
-                return lambda emphasis: align_attention(a, b, freedom, emphasis)
-            if a.q.shape[1] == a.o.shape[1]:
-                return lambda emphasis: align_heads_tied(a, b, emphasis)
+                return (
+                    lambda emphasis: align_attention(a, b, freedom, emphasis),
+                    lambda emphasis: align_attention(a, b, in_place, emphasis),
+                )
+            if alignment == "tied" and a.q.shape[1] == a.o.shape[1]:
+                return (lambda emphasis: align_heads_tied(a, b, emphasis),)
         case Mlp(), Mlp():
             if alignment == "exact":
-                return lambda emphasis: align_neurons(a, b, freedom.neuron_signs, emphasis)
-            return lambda emphasis: align_neurons_tied(a, b, emphasis)
-    return lambda emphasis: Identity()
+                return (lambda emphasis: align_neurons(a, b, freedom.neuron_signs, emphasis),)
+            if alignment == "tied":
+                return (lambda emphasis: align_neurons_tied(a, b, emphasis),)
+    return ()
 
 
-def _closer(a: Unit, b: Unit, search: Search) -> _Match:
-    """What a search finds, if it takes no family further away."""
+def _closer(a: Unit, b: Unit, searches: Sequence[Search]) -> _Match:
+    """What the first search finds that takes no family further away."""
     before = _unit_distances(a, b)
-    emphasis = dict.fromkeys(before, 1.0)
-    for _ in range(ATTEMPTS):
-        gauge = search(emphasis)
-        after = before if isinstance(gauge, Identity) else _unit_distances(act(a, gauge), b)
-        further = [name for name in before if not after[name] <= before[name]]
-        if not further:
-            return _Match(gauge, before, after)
-        for name in further:
-            emphasis[name] *= EMPHASIS
+    for search in searches:
+        emphasis = dict.fromkeys(before, 1.0)
+        for _ in range(ATTEMPTS):
+            gauge = search(emphasis)
+            after = _unit_distances(act(a, gauge), b)
+            further = [name for name in before if not after[name] <= before[name]]
+            if not further:
+                return _Match(gauge, before, after)
+            for name in further:
+                emphasis[name] *= EMPHASIS
     return _Match(Identity(), before, before)
 
 
