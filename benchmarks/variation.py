@@ -3,7 +3,7 @@
     python benchmarks/variation.py [--layers 36 --d-model 2560 --d-mlp 9728 --heads 32 --kv-heads 8]
 
 A checkpoint of two layers of random weights is written, and one pair of it read and aligned as
-the stage does it, in a process of its own. All numbers are independent, which is the hardest
+the stage does it. All numbers are independent, which is the hardest
 case for the assignment of neurons. What the whole model would take is that times its pairs:
 consecutive ones, or all; random weights beside it double the consecutive ones.
 """

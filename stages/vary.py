@@ -6,9 +6,14 @@ from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config
 from sharebasis.layers import Layers
-from sharebasis.stage import METRICS, PLOTS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import METRICS, PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
-from sharebasis.variation import measure_variation, variation_metrics, write_distances
+from sharebasis.variation import (
+    measure_variation,
+    print_variation,
+    variation_metrics,
+    write_distances,
+)
 from sharebasis.variation_figures import draw
 from sharebasis.weights import DenseWeights
 
@@ -22,8 +27,10 @@ def main() -> None:
     variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
     with store.writing(PLOTS / "vary") as directory:
         draw(variation, settings.vary.alignment, directory)
-    write_distances(METRICS / "vary.csv", variation)
-    store.write_json(METRICS / "vary.json", variation_metrics(variation, settings.vary))
+    write_distances(VARIATION, variation)
+    metrics = variation_metrics(variation, settings.vary)
+    store.write_json(METRICS / "vary.json", metrics)
+    print_variation(metrics)
 
 
 if __name__ == "__main__":

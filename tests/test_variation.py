@@ -260,6 +260,7 @@ def test_the_stage_writes_metrics_table_and_figures(
     make_directory: MakeDirectory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     weights = tmp_path / "artifacts" / "weights"
     extract(find_source(str(make_directory("gpt2"))), weights)
@@ -269,8 +270,12 @@ def test_the_stage_writes_metrics_table_and_figures(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(REPOSITORY / "stages" / "vary.py"), run_name="__main__")
     metrics = json.loads(Path("metrics/vary.json").read_text())
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[1]: line[3] for line in table if len(line) > 3 and line[1] in metrics["families"]}
+    assert list(rows) == metrics["ranking"]
+    assert rows["q"] == f"{metrics['families']['q']['mean']:.3f}"
     assert set(metrics["ranking"]) == {"q", "k", "v", "o", "up", "down", "ln_1", "ln_2"}
-    assert len(read_distances(Path("metrics/vary.csv")).measured) == 3
+    assert len(read_distances(Path("artifacts/variation.csv")).measured) == 3
     figures = sorted(Path("plots/vary").iterdir())
     assert [path.name for path in figures] == ["depth.png", "matrices.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from sharebasis import store
@@ -196,6 +198,19 @@ def _statistics(series: Mapping[str, Sequence[float]]) -> dict[str, float | int]
         "unaligned_mean": statistics.fmean(present["unaligned"]),
         "random_mean": statistics.fmean(present["random"]),
     }
+
+
+def print_variation(metrics: Mapping[str, Any]) -> None:
+    """Print what metrics/vary.json says, from the least to the most variation."""
+    table = Table(title=f"Distance of consecutive layers, alignment {metrics['alignment']}")
+    columns = ("mean", "min", "max", "std", "unaligned_mean", "random_mean")
+    for column in ("family", *columns, "count"):
+        title = column.replace("_mean", "")
+        table.add_column(title, justify="left" if column == "family" else "right")
+    for family in metrics["ranking"]:
+        row = metrics["families"][family]
+        table.add_row(family, *(f"{row[column]:.3f}" for column in columns), str(row["count"]))
+    Console(width=None if Console().is_terminal else 100).print(table)
 
 
 def write_distances(path: Path, variation: Variation) -> None:
