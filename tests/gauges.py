@@ -36,10 +36,10 @@ def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Te
 def random_element(unit: Unit, freedom: Freedom) -> Unit:
     if isinstance(unit, Mlp):
         n = len(unit.up)
-        signs = torch.ones(n, dtype=unit.up.dtype)
-        if freedom.neuron_signs and unit.gate is not None:
-            signs = torch.randint(2, (n,)).to(unit.up) * 2 - 1
-        return NeuronOrder(torch.randperm(n), signs)(unit)
+        scales = torch.ones(n, dtype=unit.up.dtype)
+        if freedom.neuron_scales and unit.gate is not None:
+            scales = (torch.randint(2, (n,)) * 2 - 1) * (3 * torch.rand(n) - 1).exp().to(unit.up)
+        return NeuronOrder(torch.randperm(n), scales)(unit)
     n_kv, n_queries = len(unit.k), unit.n_queries
     kv_heads, orders = torch.arange(n_kv), torch.arange(n_queries).repeat(n_kv, 1)
     if freedom.heads:

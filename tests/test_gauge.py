@@ -27,6 +27,7 @@ from sharebasis.gauge import (
     Mlp,
     NeuronOrder,
 )
+from sharebasis.neuron_alignment import Scales, align_neurons
 from sharebasis.procrustes import WARM_START, best_matching, best_rotation
 from sharebasis.settings import Alignment
 
@@ -35,10 +36,10 @@ HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))
 PARTIAL = ((0, 1), (2, 3))
 
 FREEDOMS: Mapping[str, Freedom] = {
-    "no positions": Freedom("all", (), "all", heads=True, neuron_signs=True),
-    "rotary": Freedom("all", HALVES, "all", heads=True, neuron_signs=True),
+    "no positions": Freedom("all", (), "all", heads=True, neuron_scales=True),
+    "rotary": Freedom("all", HALVES, "all", heads=True, neuron_scales=True),
     "partial rotary": Freedom("all", PARTIAL, "all", heads=True),
-    "q/k norms": Freedom("signs", HALVES, "all", heads=True, neuron_signs=True),
+    "q/k norms": Freedom("signs", HALVES, "all", heads=True, neuron_scales=True),
     "slopes of heads": Freedom("all", (), "all", heads=False),
     "clipped": Freedom("signs", HALVES, "signs", heads=True),
     "unknown": Freedom(),
@@ -113,7 +114,8 @@ def test_two_scrambled_layers_are_as_far_from_each_other_as_they_were() -> None:
     freedom = FREEDOMS["rotary"]
     a, b = random_layer((3, 1)), random_layer((3, 1))
     before = distances(a, b, freedom, "exact").aligned
-    after = distances(scrambled(a, freedom), scrambled(b, freedom), freedom, "exact").aligned
+    kept = replace(freedom, neuron_scales=False)  # the second layer says how long neurons are
+    after = distances(scrambled(a, freedom), scrambled(b, kept), freedom, "exact").aligned
     assert after == pytest.approx(before, rel=1e-9)
 
 
@@ -244,25 +246,35 @@ def test_attention_is_matched_as_by_trying_every_order(freedom: str) -> None:
     assert reached == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.parametrize("signs", [True, False])
-def test_neurons_are_matched_as_by_trying_every_order(signs: bool) -> None:
+@pytest.mark.parametrize("scales", ["signs", "none"])
+def test_neurons_are_matched_as_by_trying_every_order(scales: Scales) -> None:
     a, b = (Mlp(*(torch.randn(5, 4, dtype=torch.float64) for _ in range(3))) for _ in range(2))
-    assert a.gate is not None
-    freedom = Freedom(neuron_signs=signs)
-    flips = list(product([1.0, -1.0] if signs else [1.0], repeat=5))
+    flips = list(product([1.0, -1.0] if scales == "signs" else [1.0], repeat=5))
 
-    def residue(order: tuple[int, ...], flip: tuple[float, ...]) -> float:
-        moved = NeuronOrder(torch.tensor(order), torch.tensor(flip, dtype=torch.float64))(a)
+    def residue(gauge: NeuronOrder) -> float:
+        moved = gauge(a)
         return sum(float((x - b.families[n]).square().sum()) for n, x in moved.families.items())
 
-    best = min(residue(order, flip) for order in permutations(range(5)) for flip in flips)
-    gauge = align(Layer({"mlp": a}), Layer({"mlp": b}), freedom, "exact").gauges["mlp"]
-    if isinstance(gauge, NeuronOrder):  # else the optimum takes one family further away
-        assert residue(tuple(gauge.order.tolist()), tuple(gauge.signs.tolist())) == pytest.approx(
-            best
-        )
-    else:
-        pytest.fail("choose another seed")
+    best = min(
+        residue(NeuronOrder(torch.tensor(order), torch.tensor(flip, dtype=torch.float64)))
+        for order in permutations(range(5))
+        for flip in flips
+    )
+    found = align_neurons(a, b, scales, {"gate": 1.0, "up": 1.0, "down": 1.0})
+    assert residue(found) == pytest.approx(best)
+
+
+def test_scaled_neurons_get_the_ratio_of_norms_of_those_they_are_matched_with() -> None:
+    a, b = random_layer().units["mlp"], random_layer().units["mlp"]
+    assert isinstance(a, Mlp)
+    assert isinstance(b, Mlp)
+    a.up[3] = 0  # has no ratio, and must not spoil the others
+    moved = align_neurons(a, b, "any", {"gate": 1.0, "up": 1.0, "down": 1.0})(a)
+    ours, theirs = (x.up.norm(dim=1) / x.down.norm(dim=1) for x in (moved, b))
+    nothing = moved.up.norm(dim=1) == 0
+    assert int(nothing.sum()) == 1
+    torch.testing.assert_close(ours[~nothing], theirs[~nothing])
+    assert moved.down.isfinite().all()
 
 
 def test_the_rotation_is_the_one_of_scipy_and_not_its_transpose() -> None:
@@ -311,20 +323,14 @@ def test_a_scale_of_a_whole_weight_is_no_distance_and_zeros_stay_zero() -> None:
     assert distances(full, Layer(rest={"norm": (torch.ones(5),)}), Freedom(), "none").aligned == {}
 
 
-def test_experts_of_a_layer_are_one_family_with_one_norm() -> None:
-    def layer(*factors: float) -> Layer:
-        torch.manual_seed(5)
-        weights = [
-            Mlp(*(torch.randn(6, 4, dtype=torch.float64) for _ in range(2))) for _ in factors
-        ]
-        return Layer(
-            {
-                f"expert {i}": w.scaled({"up": f, "down": f})
-                for i, (w, f) in enumerate(zip(weights, factors, strict=True))
-            }
-        )
+def test_a_family_of_experts_is_at_the_root_mean_square_of_their_distances() -> None:
+    def layer(n: int) -> Layer:
+        weights = [Mlp(*torch.randn(2, 6, 4, dtype=torch.float64)) for _ in range(n)]
+        return Layer({f"expert {i}": x for i, x in enumerate(weights)})
 
-    a, b = layer(1.0, 1.0), layer(1.0, 2.0)
-    flat = [torch.cat([x.flatten() for x in one.families["up"]]) for one in (a, b)]
-    wanted = float((flat[0] / flat[0].norm() - flat[1] / flat[1].norm()).norm())
-    assert distances(a, b, Freedom(), "none").aligned["up"] == pytest.approx(wanted)
+    a, b = layer(3), layer(3)
+    pairs = [(x.families["up"], b.units[name].families["up"]) for name, x in a.units.items()]
+    squares = [float((x / x.norm() - y / y.norm()).square().sum()) for x, y in pairs]
+    found = distances(a, b, Freedom(), "none").aligned
+    assert found["up"] == pytest.approx(np.sqrt(np.mean(squares)))
+    assert "up" not in distances(a, layer(2), Freedom(), "none").aligned

@@ -127,8 +127,13 @@ def _searches(a: Unit, b: Unit, freedom: Freedom, alignment: Alignment) -> Seque
             if alignment == "tied" and a.q.shape[1] == a.o.shape[1]:
                 return (lambda emphasis: align_heads_tied(a, b, emphasis),)
         case Mlp(), Mlp():
+            if alignment == "exact" and freedom.neuron_scales and a.gate is not None:
+                return (
+                    lambda emphasis: align_neurons(a, b, "any", emphasis),
+                    lambda emphasis: align_neurons(a, b, "signs", emphasis),
+                )
             if alignment == "exact":
-                return (lambda emphasis: align_neurons(a, b, freedom.neuron_signs, emphasis),)
+                return (lambda emphasis: align_neurons(a, b, "none", emphasis),)
             if alignment == "tied":
                 return (lambda emphasis: align_neurons_tied(a, b, emphasis),)
     return ()
@@ -141,7 +146,7 @@ def _closer(a: Unit, b: Unit, searches: Sequence[Search]) -> _Match:
         emphasis = dict.fromkeys(before, 1.0)
         for _ in range(ATTEMPTS):
             gauge = search(emphasis)
-            after = _unit_distances(act(a, gauge), b)
+            after = _unit_distances(_as_long_as(a, act(a, gauge)), b)
             further = [name for name in before if not after[name] <= before[name]]
             if not further:
                 return _Match(gauge, before, after)
@@ -153,6 +158,17 @@ def _closer(a: Unit, b: Unit, searches: Sequence[Search]) -> _Match:
 def act(unit: Unit, gauge: Gauge) -> Unit:
     """Apply a gauge element to a unit of its kind."""
     return gauge(unit)  # type: ignore[arg-type]
+
+
+def _as_long_as(unit: Unit, turned: Unit) -> Unit:
+    """With the norms of its families before, which scales of neurons have changed."""
+    if isinstance(unit, Attention):
+        return turned
+    factors = {}
+    for name, weight in turned.families.items():
+        norm = float(weight.norm())
+        factors[name] = float(unit.families[name].norm()) / norm if norm else 1.0
+    return turned.scaled(factors)
 
 
 def _same_shapes(a: Unit, b: Unit) -> bool:

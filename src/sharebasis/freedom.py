@@ -58,7 +58,6 @@ def freedom_of(config: Any, dims: Dims, layer: int, names: Collection[str]) -> F
         names: of the layer's tensors, from where on the block's name ends.
     """
     family = config.model_type
-    signs = family in POSITIONS and family not in SHIFTED_UP
     if family not in POSITIONS:
         return Freedom()
     positions = _positions(config)
@@ -67,7 +66,7 @@ def freedom_of(config: Any, dims: Dims, layer: int, names: Collection[str]) -> F
         planes=_planes(config, dims.d_head, layer, positions),
         value_output="all",
         heads=positions != "slopes",
-        neuron_signs=signs,
+        neuron_scales=family not in SHIFTED_UP,
     )
     if _clips(config):
         freedom = replace(freedom, query_key="signs", value_output="signs")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,7 +18,11 @@ Turns = Literal["all", "signs", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Freedom:
-    """Which gauge elements are exact in a block; its norms are kept by all of them."""
+    """Which gauge elements are exact in a block.
+
+    Of the invertible matrices that would do for values and outputs, and of the scales that
+    queries and keys could exchange, only those are meant that keep norms.
+    """
 
     query_key: Turns = "none"
     """Rotations that queries and keys of a head may take together. all: any that positions
@@ -31,8 +34,8 @@ class Freedom:
     """The same of values and outputs, which positions do not restrict."""
     heads: bool = False
     """Whether key-value heads may be permuted, and the queries of one of them."""
-    neuron_signs: bool = False
-    """Whether up and down of a neuron that has a gate may change their sign together."""
+    neuron_scales: bool = False
+    """Whether up of a neuron that has a gate may be multiplied by what down is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +115,20 @@ class Layer:
         return found
 
     def normalised(self) -> Layer:
-        """With every family divided by its Frobenius norm (over all experts); zeros stay."""
-        norms = {
-            name: float(torch.stack([x.norm() for x in own]).norm())
-            for name, own in self.families.items()
-        }
-        factors = {name: 1 / norm if norm else 0.0 for name, norm in norms.items()}
+        """With every weight divided by its Frobenius norm, zeros left as they are, and by the
+        root of how many its family has: distances are then root mean squares over experts."""
+        counts = {name: len(own) ** -0.5 for name, own in self.families.items()}
         return Layer(
-            {name: unit.scaled(factors) for name, unit in self.units.items()},
-            {name: tuple(factors[name] * x for x in own) for name, own in self.rest.items()},
+            {
+                name: unit.scaled(
+                    {x: counts[x] * _inverse_norm(weight) for x, weight in unit.families.items()}
+                )
+                for name, unit in self.units.items()
+            },
+            {
+                name: tuple(counts[name] * _inverse_norm(x) * x for x in own)
+                for name, own in self.rest.items()
+            },
         )
 
 
@@ -156,20 +164,20 @@ class AttentionGauge:
 
 @dataclass(frozen=True, slots=True)
 class NeuronOrder:
-    """An order of the neurons, and signs of up and down (in the new order)."""
+    """An order of the neurons, and by what up is multiplied and down divided (in the new order)."""
 
     order: Int[Tensor, " d_mlp"]
     """The neuron that comes to each place."""
-    signs: Float[Tensor, " d_mlp"]
+    scales: Float[Tensor, " d_mlp"]
 
     def __call__(self, unit: Mlp) -> Mlp:
-        """Rows of gate, up and down are permuted; a sign turns up (with its bias) and down."""
-        order, signs = self.order, self.signs[:, None]
+        """Rows of gate, up and down are permuted; the bias of up is scaled with it."""
+        order, scales = self.order, self.scales[:, None]
         return Mlp(
-            up=signs * unit.up[order],
-            down=signs * unit.down[order],
+            up=scales * unit.up[order],
+            down=unit.down[order] / scales,
             gate=None if unit.gate is None else unit.gate[order],
-            up_bias=None if unit.up_bias is None else self.signs * unit.up_bias[order],
+            up_bias=None if unit.up_bias is None else self.scales * unit.up_bias[order],
             gate_bias=None if unit.gate_bias is None else unit.gate_bias[order],
         )
 
@@ -210,3 +218,8 @@ def _turned(
 
 def _present(**tensors: Tensor | None) -> Mapping[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _inverse_norm(weight: Tensor) -> float:
+    norm = float(weight.norm())
+    return 1 / norm if norm else 0.0
