@@ -54,6 +54,11 @@ class Distances:
 def distances(a: Layer, b: Layer, freedom: Freedom, alignment: Alignment) -> Distances:
     """Measure what two layers have in common, family by family.
 
+    Every weight is scaled to norm 1, after the alignment as before it; a family of several
+    (experts) is at the root mean square of their distances. Up to
+    local optima of the order of queries, what is measured does not depend on the coordinates of
+    `a` in its gauge group, nor on those of `b`, but for the lengths of its neurons in up and down.
+
     Args:
         a: is the one that is moved.
         b: stays as it is.

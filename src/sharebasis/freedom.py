@@ -1,7 +1,7 @@
 """Which gauge freedoms a family leaves: a table, and what the config says beside it.
 
-Adding a family is adding a row to `POSITIONS`; what is not in it keeps the freedoms that no
-attention can take away, which is none but the order of the neurons.
+Adding a family is adding a row to `POSITIONS`. Of a family that is not in it nothing is assumed
+but that its neurons may be permuted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROOT_MEAN_SQUARE: Collection[str] = (
 Of other families' norms of queries and keys nothing is assumed."""
 
 SHIFTED_UP: Collection[str] = ("gpt_oss",)
-"""Families that add to up before they multiply it by the gate."""
+"""Families that add to up before they multiply it by the gate: it cannot be scaled."""
 
 _NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 

@@ -187,9 +187,8 @@ class VarySettings:
     """How the variation between layers is measured."""
 
     alignment: Alignment
-    """What is removed first. none: nothing; exact: what changes no logit, as far as norms are
-    kept; tied: one rotation for q, k, v and o of a head and one of all neurons, which most
-    models do not allow."""
+    """What is removed first. none: nothing; exact: what changes no logit; tied: one rotation for
+    q, k, v and o of a head and one of all neurons, which is not exact."""
     pairs: Literal["consecutive", "all"]
     """consecutive: each layer and the next; all: every two layers."""
     layers: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] | None
