@@ -63,8 +63,10 @@ def main() -> None:
         times = [time.perf_counter()]
         first, second = layers.read(0), layers.read(1)
         times.append(time.perf_counter())
+        busy = time.process_time()
         distances(second, first, layers.freedom(1), arguments.alignment)
         times.append(time.perf_counter())
+        busy = time.process_time() - busy
     reading, aligning = (after - before for before, after in pairwise(times))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     n, pair = arguments.layers, reading + aligning
@@ -73,6 +75,7 @@ def main() -> None:
         table.add_column(column, justify="right" if column == "cost" else "left")
     table.add_row("reading two layers", f"{reading:.1f} s")
     table.add_row(f"distances, alignment {arguments.alignment}", f"{aligning:.1f} s")
+    table.add_row("processor time of that", f"{busy:.1f} s")
     table.add_row("peak memory of the process", f"{peak:.1f} GiB")
     table.add_row(
         f"{n} layers, pairs=consecutive, with random weights", f"{2 * (n - 1) * pair / 60:.0f} min"

@@ -137,7 +137,7 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 # What is refused
 
 UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "verify.typo"]
+UNKNOWN += ["split.typo", "fit.typo", "vary.typo", "verify.typo"]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
@@ -186,6 +186,10 @@ WRONG: list[tuple[str, Any]] = [
     ("calibrate.checkpoint_seconds", 0),
     ("calibrate.checkpoint_seconds", float("nan")),
     ("split.strategy", "halves"),
+    ("vary.alignment", "rough"),
+    ("vary.pairs", "some"),
+    ("vary.layers", [3]),
+    ("vary.layers", [-1, 3]),
     ("fit.method", "magic"),
     ("fit.removed", 0),
     ("fit.removed", 1),

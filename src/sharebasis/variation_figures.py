@@ -47,7 +47,7 @@ def matrices(variation: Variation, alignment: str) -> Figure:
     figure.suptitle(
         f"Distance of the weights of two layers, alignment: {alignment}\n"
         "Frobenius, weights scaled to norm 1 (0: equal, √2: orthogonal); "
-        "each panel has its own scale"
+        "each panel has its own scale; grey: not measured"
     )
     low, high = variation.layers[0] - 0.5, variation.layers[-1] + 0.5
     for family, axes in panels:
