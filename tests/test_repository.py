@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, RunPython, with_changes
 
-STAGES = ("extract", "classify", "calibrate", "decompose", "fit", "verify", "vary")
+STAGES = ("extract", "classify", "calibrate", "decompose", "fit", "recover", "verify", "vary")
 
 
 # dvc.yaml
