@@ -40,7 +40,7 @@ Names = str | Iterable[str] | Callable[[str], bool] | None
 
 _IN_ATTENTION = ("q", "k", "v", "z", "result")
 _IN_MLP = ("pre", "pre_linear", "post")
-_IN_NORM = ("scale", "normalized")
+_IN_NORM = ("scale", "normalized", "out")
 _ALIASES = {"key": "k", "query": "q", "value": "v", "mlp_pre": "pre", "mlp_post": "post"}
 _BY_NAME = WeightTypeSettings(".*")
 _BRANCHES: Mapping[str, Branch] = {
@@ -123,7 +123,7 @@ class Observer:
         names: Names = None,
         *,
         device: torch.device | str | None = None,
-        forced: Mapping[str, Tensor] | None = None,
+        forced: ActivationCache | Mapping[str, Tensor] | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """Run tokens through the model.
@@ -147,7 +147,7 @@ class Observer:
             self.sites,
             lambda: self.model(input_ids=tokens, use_cache=False, **inputs).logits,
             _predicate(names),
-            forced if forced is None or isinstance(forced, dict) else dict(forced.items()),
+            forced.tensors if isinstance(forced, ActivationCache) else forced,
             device,
         )
         if not captured.norms.get(FINAL):
@@ -569,7 +569,7 @@ class ActivationCache:
         if recompute_ln:
             if place != FINAL:
                 raise StreamError("recompute_ln is for the last norm: layer=None.")
-            return self._final_module()(residual_stack)
+            return self.final_module()(residual_stack)
         scale = self._positions(self[f"{place}.hook_scale"], pos_slice)
         return norm.linear(residual_stack, scale)
 
@@ -658,7 +658,8 @@ class ActivationCache:
             )
         return place
 
-    def _final_module(self) -> nn.Module:
+    def final_module(self) -> nn.Module:
+        """The norm before the unembedding, as the model has it."""
         return self._observer.model.get_submodule(self._captured.final_norm)
 
     def _onto(

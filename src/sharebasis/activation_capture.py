@@ -265,8 +265,10 @@ class _Pass:
             shape = (
                 x.shape if i is None or self.sums.block is None else self.sums.block.before.shape
             )
-            self.keep(f"{place}.hook_normalized", lambda: y.view(shape))
-            self.keep(f"{place}.hook_scale", lambda: norm.scale(x, y).view(*shape[:-1], 1))
+            scale = norm.scale(x, y)
+            self.keep(f"{place}.hook_scale", lambda: scale.view(*shape[:-1], 1))
+            self.keep(f"{place}.hook_normalized", lambda: (norm.centre(x) / scale).view(shape))
+            self.keep(f"{place}.hook_out", lambda: y.view(shape))
 
         return hook
 

@@ -33,28 +33,31 @@ class Norm:
     ) -> Float[Tensor, "*batch 1"]:
         """σ(x), from what goes into the norm and what comes out.
 
-        It is the least-squares fit of w ⊙ C x to y - b, so that no epsilon has to be known.
+        It is the least-squares fit of w ⊙ C x to y - b, so that no epsilon has to be known;
+        in float32 where the tensors are narrower.
         """
-        numerator = self.weight * self._centre(x)
-        along = (numerator * (y - self.bias)).sum(-1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        numerator = self.weight.to(wide) * self.centre(x.to(wide))
+        along = (numerator * (y.to(wide) - self.bias.to(wide))).sum(-1, keepdim=True)
         return numerator.square().sum(-1, keepdim=True) / along
 
     def linear(
         self, x: Float[Tensor, "*stack d_model"], scale: Float[Tensor, "*batch 1"]
     ) -> Float[Tensor, "*stack d_model"]:
         """What components contribute to the norm's output, its bias left out: w ⊙ C x / σ."""
-        return self.weight * self._centre(x) / scale
+        return self.weight * self.centre(x) / scale
 
     def pull_back(
         self, directions: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
         """Directions after the norm -> directions before it, σ left out: C (w ⊙ u)."""
-        return self._centre(self.weight * directions)
+        return self.centre(self.weight * directions)
 
     def to(self, device: torch.device | str) -> Norm:
         return Norm(self.weight.to(device), self.bias.to(device), self.centred)
 
-    def _centre(self, x: Tensor) -> Tensor:
+    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """C x."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
 
@@ -97,7 +100,7 @@ def neuron_results(
         return results if factor is None else results * factor
     if factor is None:
         return post * _beside(w_out @ onto, post.ndim)
-    return post * (w_out @ (factor.unsqueeze(-1) * onto)).movedim(-2, 0)
+    return post * torch.tensordot(w_out, factor.unsqueeze(-1) * onto, ([1], [-2]))
 
 
 def _beside(w: Float[Tensor, "d_mlp n"], ndim: int) -> Tensor:
