@@ -134,8 +134,8 @@ class _Sums:
     def add(
         self,
         label: str,
-        made: Float[Tensor, "m *batch"],
-        passed_on: Float[Tensor, "m *batch"],
+        made: Float[Tensor, "m ..."],
+        passed_on: Float[Tensor, "m ..."],
         layer: int | None = None,
         head: int | None = None,
     ) -> None:
@@ -152,9 +152,7 @@ class _Sums:
             ),
             _by_measure(self.whole / n),
             _by_measure((self.whole - self.linear) / n),
-            tuple(
-                Depth(i, *(x / self.n_lens for x in sums)) for i, sums in enumerate(self.depths)
-            ),
+            tuple(Depth(i, *(x / self.n_lens for x in sums)) for i, sums in enumerate(self.depths)),
             n,
             self.n_lens,
         )
