@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sharebasis import experts
+from sharebasis import experts, kernels
 from sharebasis.activation_capture import (
     FINAL,
     Branch,
@@ -217,7 +217,7 @@ class Unembedding:
 
     def before_cap(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Logits that are linear in the last norm's output."""
-        logits = x @ self.w_u
+        logits = kernels.linear(x, self.w_u.T)
         return (logits if self.b_u is None else logits + self.b_u) * self.multiplier
 
     def logits(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:

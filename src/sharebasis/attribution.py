@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from sharebasis.activation_cache import ActivationCache, Observer
 from sharebasis.activation_capture import FINAL
-from sharebasis.error_split import MEASURES, Costs, Measure, costs, depth_costs
+from sharebasis.error_split import CHUNK, MEASURES, Costs, Measure, costs, depth_costs
 from sharebasis.progress import progress
 from sharebasis.residual import Norm, along, along_heads
 
@@ -165,23 +165,22 @@ def _by_measure(values: Tensor) -> Mapping[Measure, float]:
 def _add(sums: _Sums, models: tuple[Observer, Observer], tokens: Tensor, every: int) -> None:
     """One batch."""
     original, compressed = models
-    last = original.sites.layers[-1].block, len(original.layers) - 1
-    kept = _kept(last[1])
-    _, old = original(tokens, kept)
-    _, new = compressed(tokens, kept)
-    _, made = compressed(tokens, _kept(last[1], forced=True), forced=old)
+    last = sums.n_layers - 1
+    kept = _kept(last)
+    old, new = original(tokens, kept)[1], compressed(tokens, kept)[1]
+    made = compressed(tokens, _kept(last, forced=True), forced=old)[1]
     targets = tokens[:, 1:].to(original.model.device).flatten()
     logits = [_predictions(cache["hook_raw_logits"]) for cache in (old, new)]
-    unembeddings = [model.unembedding for model in models]
-    logits = [x * u.multiplier for x, u in zip(logits, unembeddings, strict=True)]
-    own = unembeddings[0]
-    bias = None if own.b_u is None else own.b_u * own.multiplier
-    found = costs(logits[0], logits[1], targets, own.w_u * own.multiplier, bias, own.cap)
+    own = original.unembedding
+    found = costs(logits[0], logits[1], targets, own.w_u, own.b_u, own.multiplier, own.cap)
     sums.whole += found.whole.double().sum(1).cpu()
     sums.linear += found.linear.double().sum(1).cpu()
     sums.n_predictions += len(targets)
     _add_components(sums, _Three(old, new, made), models, found)
-    _add_lens(sums, models, (old, new), logits[0], targets, every)
+    some = torch.arange(every // 2, len(targets), every, device=targets.device)
+    for part in some.split(CHUNK):
+        final = own.capped(logits[0][part].float() * own.multiplier).softmax(-1)
+        _add_lens(sums, models, (old, new), final, targets[part], part)
 
 
 def _kept(last: int, forced: bool = False) -> Any:
@@ -193,7 +192,7 @@ def _kept(last: int, forced: bool = False) -> Any:
     return lambda key: key in whole or key.endswith(tuple(ends))
 
 
-def _predictions(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "predictions d"]:
+def _predictions(x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "predictions *d"]:
     """All but the last position, one after the other."""
     return x[:, :-1].flatten(0, 1)
 
@@ -248,8 +247,8 @@ def _add_attention(
         factor = _predictions(cache[key]) if key in cache else None
         heads.append(along_heads(_predictions(cache["z", i]), w_o, directions, factor))
         if b_o is not None:
-            added = b_o if factor is None else b_o * factor
-            biases.append(along(added, directions))
+            added = b_o.expand(directions.shape[1:])
+            biases.append(along(added if factor is None else added * factor, directions))
     y, y_hat, y_made = heads
     for h in range(y.shape[-1]):
         sums.add(f"L{i}H{h}", (y_made - y)[..., h], (y_hat - y_made)[..., h], i, h)
@@ -282,20 +281,19 @@ def _add_lens(
     sums: _Sums,
     models: tuple[Observer, Observer],
     caches: Sequence[ActivationCache],
-    final: Float[Tensor, "predictions d_vocab"],
-    targets: Int64[Tensor, " predictions"],
-    every: int,
+    final: Float[Tensor, "some d_vocab"],
+    targets: Int64[Tensor, " some"],
+    some: Int64[Tensor, " some"],
 ) -> None:
     """Loss and KL at every depth, for some of the predictions."""
-    some = torch.arange(every // 2, len(targets), every, device=targets.device)
-    reference = models[0].unembedding.capped(final[some])
     sums.depths = sums.depths or [[0.0] * 4 for _ in range(sums.n_layers + 1)]
     sums.n_lens += len(some)
+    entropy = torch.special.entr(final).sum().item()
     for k, (model, cache) in enumerate(zip(models, caches, strict=True)):
         for i in range(sums.n_layers + 1):
             name = ("resid_pre", i) if i < sums.n_layers else ("resid_post", -1)
             stream = _predictions(cache[name])[some]
             logits = model.unembedding.logits(cache.final_module()(stream[None])[0])
-            loss, kl = depth_costs(logits, reference, targets[some])
+            loss, cross = depth_costs(logits, final, targets)
             sums.depths[i][k] += loss
-            sums.depths[i][2 + k] += kl
+            sums.depths[i][2 + k] += cross - entropy

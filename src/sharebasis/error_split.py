@@ -27,6 +27,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from sharebasis import kernels
+
 Measure = Literal["kl", "loss", "loss_first_order", "logit_error"]
 MEASURES: tuple[Measure, ...] = ("kl", "loss", "loss_first_order", "logit_error")
 NODES = 5
@@ -57,20 +59,22 @@ def costs(
     targets: Int64[Tensor, " predictions"],
     w_u: Float[Tensor, "d_model d_vocab"],
     bias: Float[Tensor, " d_vocab"] | None = None,
+    multiplier: float = 1.0,
     cap: float | None = None,
 ) -> Costs:
     """Measure the error of a compressed model's logits.
 
     Args:
-        original: logits, before the cap if there is one.
+        original: x W_U + b_U.
         compressed: the other model's.
         targets: the tokens that come next.
-        w_u: of the original, times what multiplies its logits.
-        bias: the same of its bias.
-        cap: of the logits.
+        w_u: of the original.
+        bias: of the original; None: none.
+        multiplier: of both models' logits.
+        cap: of the logits after that; None: none.
     """
     found = [
-        _costs(z, z_hat, y, w_u, bias, cap)
+        _costs(z, z_hat, y, w_u, bias, multiplier, cap)
         for z, z_hat, y in zip(
             original.split(CHUNK), compressed.split(CHUNK), targets.split(CHUNK), strict=True
         )
@@ -87,30 +91,31 @@ def _costs(
     targets: Tensor,
     w_u: Tensor,
     bias: Tensor | None,
+    multiplier: float,
     cap: float | None,
 ) -> tuple[Tensor, ...]:
-    original, compressed = original.float(), compressed.float()
+    original, compressed = original.float() * multiplier, compressed.float() * multiplier
     difference = compressed - original
     path = _Path(original, difference, cap)
+    there = targets[:, None]
     p, slope = path.at(0.0)
-    there = torch.zeros_like(p).scatter_(-1, targets[:, None], 1.0)
-    kl, loss = torch.zeros_like(p), torch.zeros_like(p)
-    for s, weight in zip(*_gauss_legendre(), strict=True):
-        p_s, slope_s = path.at(s)
-        kl += weight * (p_s - p) * slope_s
-        loss += weight * (p_s - there) * slope_s
-    centred = (difference - difference.mean(-1, keepdim=True)) / difference.shape[-1]
-    coefficients = torch.stack([kl, loss, (p - there) * slope, centred])
+    along, slopes = path.integrals()
+    d_vocab = difference.shape[-1]
+    centred = (difference - difference.mean(-1, keepdim=True)) / d_vocab
+    coefficients = torch.stack([along - p * slopes, along, p * slope, centred])
+    coefficients[1].scatter_add_(-1, there, -slopes.expand_as(p).gather(-1, there))
+    coefficients[2].scatter_add_(-1, there, -slope.expand_as(p).gather(-1, there))
     linear = torch.linalg.vecdot(coefficients, difference)
     log_p, log_q = (path.log_probabilities(s) for s in (0.0, 1.0))
-    change = (log_p - log_q).gather(-1, targets[:, None])[:, 0]
-    whole = torch.stack([(p * (log_p - log_q)).sum(-1), change, linear[2], linear[3]])
+    gain = log_p - log_q
+    kl, loss = torch.linalg.vecdot(p, gain), gain.gather(-1, there)[:, 0]
+    whole = torch.stack([kl, loss, linear[2], linear[3]])
     return (
         whole,
         linear,
         torch.linalg.vecdot(coefficients, compressed),
-        torch.zeros_like(linear) if bias is None else coefficients @ bias.float(),
-        coefficients @ w_u.T.float(),
+        torch.zeros_like(linear) if bias is None else coefficients @ bias.float() * multiplier,
+        kernels.linear(coefficients, w_u.float()) * multiplier,
     )
 
 
@@ -122,11 +127,20 @@ class _Path:
     difference: Tensor
     cap: float | None
 
-    def at(self, s: float) -> tuple[Tensor, Tensor | float]:
-        """Probabilities, and the slope of the cap."""
+    def at(self, s: float) -> tuple[Tensor, Tensor]:
+        """Probabilities, and the slope of the cap, which is 1 without one."""
         z = self._logits(s)
-        slope = 1.0 if self.cap is None else 1 - (z / self.cap).square()
-        return z.softmax(-1), slope
+        slope = torch.ones(()) if self.cap is None else 1 - (z / self.cap).square()
+        return z.softmax(-1), slope.to(z.device)
+
+    def integrals(self) -> tuple[Tensor, Tensor]:
+        """Over the whole line, of the probabilities times the slope, and of the slope."""
+        total, slopes = torch.zeros_like(self.start), torch.zeros((), device=self.start.device)
+        for s, weight in zip(*_gauss_legendre(), strict=True):
+            p, slope = self.at(s)
+            total.addcmul_(p, slope, value=weight)
+            slopes = slopes + weight * slope
+        return total, slopes
 
     def log_probabilities(self, s: float) -> Tensor:
         return self._logits(s).log_softmax(-1)
@@ -147,7 +161,15 @@ def depth_costs(
     final: Float[Tensor, "predictions d_vocab"],
     targets: Int64[Tensor, " predictions"],
 ) -> tuple[float, float]:
-    """Sums of the loss of logits read off at some depth, and of KL(final ‖ these), in nats."""
-    log_q, log_p = logits.float().log_softmax(-1), final.float().log_softmax(-1)
-    loss = -log_q.gather(-1, targets[:, None]).sum()
-    return loss.item(), (log_p.exp() * (log_p - log_q)).sum().item()
+    """Sums of -log p of what comes next and of -log p in the mean of `final`, in nats.
+
+    Args:
+        logits: at some depth.
+        final: probabilities; the second sum less their entropy is KL(final ‖ these).
+        targets: the tokens that come next.
+    """
+    logits = logits.float()
+    normalizer = logits.logsumexp(-1)
+    loss = normalizer - logits.gather(-1, targets[:, None])[:, 0]
+    cross = normalizer - torch.linalg.vecdot(final, logits)
+    return loss.sum().item(), cross.sum().item()

@@ -129,4 +129,4 @@ def along(
     component: Float[Tensor, "*batch d_model"], directions: Float[Tensor, "n *batch d_model"]
 ) -> Float[Tensor, "n ..."]:
     """⟨u, component⟩ for every token and direction u of that token."""
-    return torch.linalg.vecdot(directions, component.expand_as(directions))
+    return torch.linalg.vecdot(directions, component)
