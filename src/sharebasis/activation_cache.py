@@ -103,14 +103,15 @@ def act_name(name: str, layer: int | str | None = None, sublayer: str | None = N
 class Observer:
     """Finds its way in a model once, and then runs tokens through it as often as is wanted."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, found: Classification | None = None) -> None:
         """Args:
         model: dense, wrapped or compressed. Make a new observer once modules were put in or out.
+        found: its sublayers; None classifies a model of the same class and config.
 
         Raises:
             SelectionError: its sublayers, or its embeddings, cannot be found.
         """
-        found = sublayers_of(model)
+        found = sublayers_of(model) if found is None else found
         self.model = model
         self.layers: tuple[LayerViews, ...] = head_views(model, found)
         self.sites = _sites(model, found)

@@ -32,6 +32,7 @@ from sharebasis.activation_capture import FINAL
 from sharebasis.error_split import CHUNK, MEASURES, Costs, Measure, costs, depth_costs
 from sharebasis.progress import progress
 from sharebasis.residual import Norm, along, along_heads
+from sharebasis.sublayer import Classification
 
 NORM, UNEMBEDDING = "last norm's scale", "unembedding"
 
@@ -90,6 +91,7 @@ def attribute(
     windows: Int64[Tensor, "windows window"],
     batch: int = 2,
     lens_predictions: int = 256,
+    sublayers: Classification | None = None,
 ) -> Attribution:
     """Split the error of a compressed model over its components.
 
@@ -103,11 +105,12 @@ def attribute(
         batch: windows a forward pass.
         lens_predictions: about how many of the predictions, evenly spread, are read off at
             every depth.
+        sublayers: of both; None finds them.
 
     Raises:
         StreamError: the residual stream of the model is not a plain sum.
     """
-    models = Observer(original), Observer(compressed)
+    models = Observer(original, sublayers), Observer(compressed, sublayers)
     sums = _Sums(len(models[0].layers))
     every = max(1, windows[:, 1:].numel() // lens_predictions)
     with progress("attribute", windows.numel(), "tokens") as advance:
@@ -192,7 +195,7 @@ def _kept(last: int, forced: bool = False) -> Any:
     return lambda key: key in whole or key.endswith(tuple(ends))
 
 
-def _predictions(x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "predictions *d"]:
+def _predictions(x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "predictions ..."]:
     """All but the last position, one after the other."""
     return x[:, :-1].flatten(0, 1)
 

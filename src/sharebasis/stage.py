@@ -19,6 +19,7 @@ MOMENTS = Path("artifacts/moments")
 CHECKPOINT = Path("artifacts/checkpoints/calibrate")
 SPECTRA = Path("artifacts/spectra")
 COMPRESSED = Path("artifacts/compressed")
+ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 
 
