@@ -2,7 +2,7 @@
 
 from sharebasis import store
 from sharebasis.attribution import attribute
-from sharebasis.attribution_figures import draw_components, draw_lens
+from sharebasis.attribution_figures import components_figure, lens_figure
 from sharebasis.attribution_report import (
     attribute_metrics,
     components_csv,
@@ -39,8 +39,8 @@ def main() -> None:
         store.write_text(out / "components.csv", components_csv(found))
         store.write_text(out / "components.md", markdown(found, attribution.top))
         store.write_text(out / "lens.csv", lens_csv(found))
-        draw_components(found, out / "components.png")
-        draw_lens(found, out / "lens.png")
+        components_figure(found).savefig(out / "components.png", dpi=150)
+        lens_figure(found).savefig(out / "lens.png", dpi=150)
     store.write_json(METRICS / "attribute.json", attribute_metrics(found, attribution.top))
     show(found, attribution.top)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 from functools import cache as remembered
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sharebasis.attribution import NORM, UNEMBEDDING, Attribution, attribute
+from sharebasis.attribution_figures import components_figure, lens_figure
+from sharebasis.attribution_report import attribute_metrics, components_csv, lens_csv, markdown
 from sharebasis.error_split import MEASURES, costs, depth_costs
 from sharebasis.head_views import head_views
 
@@ -272,3 +276,64 @@ def test_depth_costs_are_cross_entropies() -> None:
     assert loss == pytest.approx(functional.cross_entropy(logits, y, reduction="sum").item())
     wanted = functional.cross_entropy(logits, final, reduction="sum").item()
     assert cross == pytest.approx(wanted, rel=1e-5)
+
+
+# Tables and figures
+
+
+def test_the_table_of_components_holds_all_of_them(tmp_path: Path) -> None:
+    found = attributed("gpt2")
+    rows = list(csv.DictReader(io.StringIO(components_csv(found))))
+    assert {row["component"] for row in rows} == {one.label for one in found.components}
+    made = [float(row["made_kl"]) for row in rows]
+    assert made == sorted(made, reverse=True)
+    total = sum(float(row[f"{part}_kl"]) for row in rows for part in ("made", "passed_on"))
+    assert total == pytest.approx(found.whole["kl"] - found.quadrature["kl"], rel=1e-4)
+    depths = list(csv.DictReader(io.StringIO(lens_csv(found))))
+    assert [row["layer"] for row in depths] == ["0", "1", "2", "3"]
+    assert float(depths[3]["compressed_kl"]) == found.lens[3].compressed_kl
+
+
+def test_the_ranking_names_the_worst_and_sums_the_rest() -> None:
+    found = attributed("llama")
+    lines = markdown(found, 3).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    body = cells[2:]
+    assert [row[0] for row in body[:3]] == [one.label for one in found.ranked("kl")[:3]]
+    assert [row[0] for row in body[3:]] == ["15 others", "sum", "measured"]
+    for column in (1, 3, 5):
+        named = sum(float(row[column]) for row in body[:4])
+        assert named == pytest.approx(float(body[4][column]), abs=0.03)
+    assert float(body[4][1]) + float(body[4][2]) == pytest.approx(float(body[5][1]), abs=0.03)
+
+
+def test_metrics_are_sums_over_components() -> None:
+    found = attributed("gpt2")
+    metrics = attribute_metrics(found, 2)
+    assert list(metrics["worst_made_kl"]) == [one.label for one in found.ranked("kl")[:2]]
+    for measure in MEASURES:
+        whole = metrics[measure].pop("whole")
+        size = sum(map(abs, metrics[measure].values()))
+        assert sum(metrics[measure].values()) == pytest.approx(whole, abs=1e-5 * size + 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_figures_are_drawn(family: str, tmp_path: Path) -> None:
+    """That nothing overlaps is for eyes; that colours mean what the data say is not."""
+    found = attributed(family)
+    figure = components_figure(found)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title().split("\n")[0] for axes in panels] == ["made", "", "passed on", ""]
+    heads = {(one.layer, one.head): one for one in found.components if one.head is not None}
+    for axes, part in ((panels[0], "made"), (panels[2], "passed_on")):
+        shown = axes.images[0].get_array()
+        assert shown is not None
+        for (layer, head), one in heads.items():
+            assert shown[layer, head] == pytest.approx(1e3 * getattr(one, part)["kl"])
+    limits = {axes.images[0].get_clim() for axes in panels[::2]}
+    assert len(limits) == 1
+    figure.savefig(tmp_path / "components.png")
+    lens_figure(found).savefig(tmp_path / "lens.png")
+    assert all(
+        (tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("components", "lens")
+    )

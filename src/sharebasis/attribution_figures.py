@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,14 +10,13 @@ from matplotlib.ticker import MaxNLocator
 
 from sharebasis.attribution import Attribution
 
-DPI = 150
 _TITLES = {
     "made": "made\n(own weights, original's inputs)",
     "passed_on": "passed on\n(inputs had changed already)",
 }
 
 
-def draw_components(found: Attribution, path: Path) -> None:
+def components_figure(found: Attribution) -> Figure:
     """A heat map, layer by head and MLP, of the divergence that each makes and passes on.
 
     Heads and MLPs have a colour scale each, as an MLP is worth many heads.
@@ -59,7 +56,7 @@ def draw_components(found: Attribution, path: Path) -> None:
     figure.colorbar(image, ax=grid, location="bottom", label=label, shrink=0.6, aspect=40, pad=0.02)
     label = "MLPs: 1/1000 nat a prediction"
     figure.colorbar(grid[3].images[0], ax=grid, location="right", label=label, shrink=0.8)
-    figure.savefig(path, dpi=DPI)
+    return figure
 
 
 def _map(axes: Axes, values: np.ndarray, all_values: dict[str, np.ndarray]) -> AxesImage:
@@ -75,7 +72,7 @@ def _map(axes: Axes, values: np.ndarray, all_values: dict[str, np.ndarray]) -> A
     )
 
 
-def draw_lens(found: Attribution, path: Path) -> None:
+def lens_figure(found: Attribution) -> Figure:
     """The logit lens over depth, of both models: loss, and divergence from the end."""
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     figure.suptitle(
@@ -92,7 +89,7 @@ def draw_lens(found: Attribution, path: Path) -> None:
     loss.set_title("loss of the next token", fontsize=10)
     kl.plot(layers[:-1], [depth.kl for depth in found.lens[:-1]], "o-", ms=3, label="original")
     kl.plot(layers, [depth.compressed_kl for depth in found.lens], "s--", ms=3, label="compressed")
-    kl.set_title("KL(original's end ‖ here)", fontsize=10)
+    kl.set_title("KL(original's end ‖ here); the original itself ends at 0", fontsize=10)
     for axes in (loss, kl):
         axes.set_yscale("log")
         axes.set_xlabel("blocks passed")
@@ -100,4 +97,4 @@ def draw_lens(found: Attribution, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    figure.savefig(path, dpi=DPI)
+    return figure

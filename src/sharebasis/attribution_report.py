@@ -70,8 +70,8 @@ def ranking(found: Attribution, top: int, markdown: bool = False) -> Table:
     for one in best[:top]:
         table.add_row(one.label, *_cells(one.made, one.passed_on))
     rest = best[top:]
-    table.add_row(f"{len(rest)} others", *_summed(rest), end_section=True)
-    table.add_row("sum", *_summed(best), end_section=True)
+    table.add_row(f"{len(rest)} others", *_summed(rest), end_section=not markdown)
+    table.add_row("sum", *_summed(best), end_section=not markdown)
     whole = found.whole
     table.add_row(
         "measured", f"{1e3 * whole['kl']:.2f}", "", f"{1e3 * whole['loss']:.2f}", "",
@@ -85,7 +85,8 @@ def markdown(found: Attribution, top: int) -> str:
     console = Console(width=120, file=io.StringIO())
     console.print(ranking(found, top, markdown=True))
     assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line) + "\n"
+    lines = (line.strip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def show(found: Attribution, top: int) -> None:
