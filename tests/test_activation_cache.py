@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from sharebasis.activation_cache import ActivationCache, Observer, act_name, run_with_cache
+from sharebasis.activation_cache import ActivationCache, Observer, run_with_cache
 from sharebasis.activation_capture import probe_norm
+from sharebasis.activation_names import act_name
 from sharebasis.errors import StreamError
 from sharebasis.residual import neuron_results
 

@@ -8,8 +8,8 @@ their weights, and what a family multiplies or norms before it adds it is a comp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,41 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sharebasis import experts, kernels
-from sharebasis.activation_capture import (
-    FINAL,
-    Branch,
-    Captured,
-    LayerSites,
-    Output,
-    Sites,
-    capture,
-)
-from sharebasis.errors import SelectionError, StreamError
-from sharebasis.head_views import LayerViews, by_head, head_views, sublayers_of
+from sharebasis.activation_capture import FINAL, Captured, capture
+from sharebasis.activation_names import Name, Names, act_name, wanted
+from sharebasis.errors import StreamError
+from sharebasis.head_views import LayerViews, head_views, sublayers_of
+from sharebasis.model_sites import find_sites
 from sharebasis.residual import Norm, head_results, neuron_results
-from sharebasis.rows import Rows
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.splitting import Block, blocks_of
-from sharebasis.sublayer import Classification, Sublayer
-
-Name = str | tuple[Any, ...]
-Names = str | Iterable[str] | Callable[[str], bool] | None
-
-_IN_ATTENTION = ("q", "k", "v", "z", "result")
-_IN_MLP = ("pre", "pre_linear", "post")
-_IN_NORM = ("scale", "normalized", "out")
-_ALIASES = {"key": "k", "query": "q", "value": "v", "mlp_pre": "pre", "mlp_post": "post"}
-_BY_NAME = WeightTypeSettings(".*")
-_BRANCHES: Mapping[str, Branch] = {
-    "q": "attn",
-    "k": "attn",
-    "v": "attn",
-    "o": "attn",
-    "gate": "mlp",
-    "up": "mlp",
-    "down": "mlp",
-}
+from sharebasis.sublayer import Classification
+from sharebasis.unembedding import Unembedding
 
 
 def run_with_cache(
@@ -83,23 +56,6 @@ def run_with_cache(
     return Observer(model)(tokens, names, device=device, **inputs)
 
 
-def act_name(name: str, layer: int | str | None = None, sublayer: str | None = None) -> str:
-    """`("z", 3)` -> `blocks.3.attn.hook_z`; a whole name stays as it is."""
-    if "." in name or name.startswith("hook_"):
-        return name
-    name = _ALIASES.get(name, name)
-    if name in _IN_ATTENTION:
-        sublayer = "attn"
-    elif name in _IN_MLP:
-        sublayer = "mlp"
-    elif name in _IN_NORM:
-        sublayer = (sublayer or "ln1") if layer is not None else FINAL
-    else:
-        sublayer = None
-    block = "" if layer is None else f"blocks.{layer}."
-    return f"{block}{sublayer + '.' if sublayer else ''}hook_{name}"
-
-
 class Observer:
     """Finds its way in a model once, and then runs tokens through it as often as is wanted."""
 
@@ -114,7 +70,7 @@ class Observer:
         found = sublayers_of(model) if found is None else found
         self.model = model
         self.layers: tuple[LayerViews, ...] = head_views(model, found)
-        self.sites = _sites(model, found)
+        self.sites = find_sites(model, found)
         self.unembedding = Unembedding.of(model)
 
     @torch.no_grad()
@@ -147,7 +103,7 @@ class Observer:
             self.model,
             self.sites,
             lambda: self.model(input_ids=tokens, use_cache=False, **inputs).logits,
-            _predicate(names),
+            wanted(names),
             forced.tensors if isinstance(forced, ActivationCache) else forced,
             device,
         )
@@ -157,75 +113,6 @@ class Observer:
                 "model and its unembedding; such a model is not supported."
             )
         return captured.logits, ActivationCache(self, captured)
-
-
-def _predicate(names: Names) -> Callable[[str], bool]:
-    if names is None:
-        return lambda key: key != "hook_raw_logits"
-    if callable(names):
-        return names
-    wanted = {names} if isinstance(names, str) else set(names)
-    whole = {name for name in wanted if "." in name or name.startswith("hook_")}
-    short = {act_name(name, "*") for name in wanted - whole} | {
-        act_name(name) for name in wanted - whole
-    }
-    # A result is made of z, and both need to know what their layer's output is multiplied by.
-    for name in (*whole, *short):
-        for suffix, needs in _NEEDS.items():
-            if name.endswith(suffix):
-                prefix = name.removesuffix(suffix)
-                (short if "*" in name else whole).update(prefix + need for need in needs)
-    return lambda key: key in whole or re.sub(r"(?<=blocks\.)\d+", "*", key) in short
-
-
-_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "attn.hook_z": ("hook_attn_factor",),
-    "attn.hook_result": ("attn.hook_z", "hook_attn_factor"),
-    "mlp.hook_post": ("hook_mlp_factor",),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Unembedding:
-    """From the last norm's output to logits: cap(multiplier · (x W_U + b_U))."""
-
-    w_u: Float[Tensor, "d_model d_vocab"]
-    b_u: Float[Tensor, " d_vocab"] | None
-    multiplier: float
-    cap: float | None
-    """Gemma's: logits are cap · tanh(logits / cap)."""
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Unembedding:
-        module: Any = model.get_output_embeddings()
-        config = model.config.get_text_config(decoder=True)
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(
-            module.weight.T,
-            getattr(module, "bias", None),
-            (getattr(config, "logit_scale", None) or 1.0) / divisor,
-            getattr(config, "final_logit_softcapping", None),
-        )
-
-    def directions(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        """Of the stream after the last norm, along which a token's logit is measured."""
-        return self.w_u.T[tokens] * self.multiplier
-
-    def bias(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        if self.b_u is None:
-            return torch.zeros_like(tokens, dtype=self.w_u.dtype)
-        return self.b_u[tokens] * self.multiplier
-
-    def before_cap(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits that are linear in the last norm's output."""
-        logits = kernels.linear(x, self.w_u.T)
-        return (logits if self.b_u is None else logits + self.b_u) * self.multiplier
-
-    def logits(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        return self.capped(self.before_cap(x))
-
-    def capped(self, logits: Tensor) -> Tensor:
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class ActivationCache:
@@ -713,114 +600,3 @@ def _squeezed(found: Any, project: Tensor | None) -> Any:
     if isinstance(found, tuple):
         return found[0].squeeze(-1), found[1]
     return found.squeeze(-1)
-
-
-# Where things are
-
-
-def _sites(model: PreTrainedModel, found: Classification) -> Sites:
-    embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
-    if embed is None or unembed is None:
-        raise SelectionError(
-            f"This {model.config.model_type} model has no embedding or no unembedding; load it as "
-            "a causal language model."
-        )
-    names = {id(module): name for name, module in model.named_modules()}
-    layers: dict[int, list[Sublayer]] = {}
-    for sublayer in found.sublayers:
-        layers.setdefault(sublayer.layer, []).append(sublayer)
-    where = dict(experts.slices(model).items())
-    return Sites(
-        names[id(embed)],
-        tuple(_layer_sites(found, own, where) for _, own in sorted(layers.items())),
-        names[id(unembed)],
-    )
-
-
-def _layer_sites(
-    found: Classification, sublayers: Sequence[Sublayer], stacks: Mapping[str, experts.Slice]
-) -> LayerSites:
-    def module(sublayer: Sublayer) -> str:
-        own = stacks.get(f"{sublayer.name}.weight")
-        return sublayer.name if own is None else own.stack.rpartition(".")[0]
-
-    place = re.search(found.architecture.block_pattern, sublayers[0].name)
-    assert place is not None
-    writers: dict[str, Branch] = {}
-    for sublayer in sublayers:
-        if sublayer.role == "write":
-            writers[module(sublayer)] = _branch(sublayer)
-    readers: dict[str, Branch] = {}
-    outputs: dict[str, tuple[Output, ...]] = {}
-    n_heads = found.dims.n_heads
-    for sublayer in sublayers:
-        if module(sublayer) != sublayer.name:
-            readers[module(sublayer)] = "mlp"
-            continue
-        blocks = blocks_of(sublayer, _settings(found, sublayer), found.dims)
-        n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
-        if sublayer.role != "read":
-            continue
-        branch = _BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
-        if branch is not None:
-            readers[sublayer.name] = branch
-        if sublayer.expert is None and "expert" not in sublayer.name:
-            outputs[sublayer.name] = _outputs(blocks, _is_gated(found, sublayers))
-    only = {
-        branch: own[0] if len(own) == 1 else None
-        for branch in ("attn", "mlp")
-        for own in [[name for name, x in writers.items() if x == branch]]
-    }
-    down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
-    block = place.string[: place.end(1)]
-    return LayerSites(block, writers, readers, outputs, only["attn"], down, n_heads)
-
-
-def _settings(found: Classification, sublayer: Sublayer) -> WeightTypeSettings:
-    return found.architecture.weight_types.get(sublayer.weight_type or "", _BY_NAME)
-
-
-def _branch(writer: Sublayer) -> Branch:
-    if branch := _BRANCHES.get(writer.family):
-        return branch
-    raise SelectionError(
-        f"{writer.name} writes to the residual stream, but its name does not tell whether it "
-        "belongs to attention or to the MLP; say family 'o' or 'down' of its weight type in a row "
-        "of ARCHITECTURES (README, Adding a family)."
-    )
-
-
-def _beside(reader: Sublayer, writers: Mapping[str, Branch]) -> Branch | None:
-    """The branch of the writer in the same module, as far as that tells."""
-    parent = reader.name.rpartition(".")[0]
-    own = {x for name, x in writers.items() if name.rpartition(".")[0] == parent}
-    return own.pop() if len(own) == 1 else None
-
-
-def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
-    return any(
-        block.family == "gate"
-        for sublayer in sublayers
-        for block in blocks_of(sublayer, _settings(found, sublayer), found.dims)
-    )
-
-
-def _outputs(blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
-    mlp = {"gate": "mlp.hook_pre", "up": "mlp.hook_pre_linear" if gated else "mlp.hook_pre"}
-    outputs = []
-    for block in blocks:
-        if block.family in ("q", "k", "v") and block.n_heads:
-            outputs.append(
-                Output(f"attn.hook_{block.family}", _heads_of(block.rows, block.n_heads))
-            )
-        elif block.family in mlp:
-            outputs.append(Output(mlp[block.family], _rows_of(block.rows)))
-    return tuple(outputs)
-
-
-def _heads_of(rows: Rows, n_heads: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: by_head(x.movedim(-1, 0), rows, n_heads).movedim(0, -2)
-
-
-def _rows_of(rows: Rows) -> Callable[[Tensor], Tensor]:
-    return lambda x: rows.take(x.movedim(-1, 0)).movedim(0, -1)

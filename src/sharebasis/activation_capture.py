@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharebasis.errors import StreamError
 from sharebasis.residual import Norm
-from sharebasis.residual_sums import BlockSums, Kind, StreamSums
+from sharebasis.residual_sums import BlockSums, Kind, StreamSums, storage_key
 
 Branch = Literal["attn", "mlp"]
 
@@ -245,8 +245,12 @@ class _Pass:
             if not (args and _is_float(args[0]) and _is_float(output)):
                 return
             x = args[0]
-            if x.shape == output.shape and self.sums.is_stream(x) and _key(x) != _key(output):
-                self._normed[_key(output)] = name, module, x, output
+            if (
+                x.shape == output.shape
+                and self.sums.is_stream(x)
+                and storage_key(x) != storage_key(output)
+            ):
+                self._normed[key] = name, module, x, output
 
         return hook
 
@@ -254,7 +258,7 @@ class _Pass:
         place = FINAL if branch is None else f"blocks.{i}.{_LN[branch]}"
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            normed = self._normed.get(_key(args[0]))
+            normed = self._normed.get(storage_key(args[0]))
             if normed is None or place in self.captured.norms:
                 return
             name, own, x, y = normed
@@ -365,11 +369,6 @@ def _replaced(args: Any, kwargs: Any, place: int | str, x: Tensor) -> tuple[Any,
     if isinstance(place, int):
         return (*args[:place], x, *args[place + 1 :]), kwargs
     return args, {**kwargs, place: x}
-
-
-def _key(x: Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        return x.untyped_storage()._cdata
 
 
 def _is_float(x: object) -> bool:

@@ -97,14 +97,14 @@ class StreamSums(TorchFunctionMode):
     def embedded(self, x: Tensor) -> Sequence[Component]:
         """The components of what goes into the first block."""
         whole = [Component(frozenset({"embed"}), x)]
-        own = self._parts.get(_key(x), whole)
+        own = self._parts.get(storage_key(x), whole)
         return [Component(one.kinds or frozenset({"pos_embed"}), one.value) for one in own]
 
     def enter(self, x: Tensor, forced_mid: Tensor | None) -> None:
         """A block begins with the stream `x`."""
         self._forget()
         self.block, self.forced_mid = BlockSums(x), forced_mid
-        self._streams[_key(x)] = x
+        self._streams[storage_key(x)] = x
 
     def leave(self, x: Tensor) -> BlockSums:
         """The block ends with `x`."""
@@ -112,11 +112,11 @@ class StreamSums(TorchFunctionMode):
         block, self.block = self.block, None
         block.after = x
         self._forget()
-        self._streams[_key(x)] = x
+        self._streams[storage_key(x)] = x
         return block
 
     def is_stream(self, x: Tensor) -> bool:
-        return _key(x) in self._streams
+        return storage_key(x) in self._streams
 
     def _forget(self) -> None:
         self._streams: dict[int, Tensor] = {}
@@ -144,23 +144,23 @@ class StreamSums(TorchFunctionMode):
         outputs = [x for x in tree_leaves(output) if _is_float(x)]
         if func is torch.Tensor.__setitem__:
             outputs = [args[0]]
-        same = set() if _in_place(func) else {_key(x) for x in operands}
+        same = set() if _in_place(func) else {storage_key(x) for x in operands}
         for x in outputs:
             if func in _KEEPS_VALUES:
                 self._same(args[0], x)
-            elif kinds and _key(x) not in same:  # else it is a view, or x itself
+            elif kinds and storage_key(x) not in same:  # else it is a view, or x itself
                 self._put(x, kinds | self._of(x))
 
     def _same(self, x: Tensor, copy: Tensor) -> None:
         """`copy` holds the numbers of `x`."""
-        if _key(x) == _key(copy):
+        if storage_key(x) == storage_key(copy):
             return
         if self.is_stream(x):
-            self._streams[_key(copy)] = copy
+            self._streams[storage_key(copy)] = copy
         if kinds := self._of(x):
             self._put(copy, kinds)
-        if parts := self._parts.get(_key(x)):
-            self._parts[_key(copy)] = parts
+        if parts := self._parts.get(storage_key(x)):
+            self._parts[storage_key(copy)] = parts
 
     def _sum(self, func: Any, a: Tensor, b: Tensor) -> Tensor:
         streams = self.is_stream(a), self.is_stream(b)
@@ -172,7 +172,7 @@ class StreamSums(TorchFunctionMode):
             parts = [*self._components(a, shape, changes), *self._components(b, shape, False)]
             output: Tensor = func(a, b)
             self._put(output, self._of(a) | self._of(b))
-            self._parts[_key(output)] = parts
+            self._parts[storage_key(output)] = parts
             return output
         output = func(a, b)
         self._follow(func, (a, b), {}, output)
@@ -189,9 +189,9 @@ class StreamSums(TorchFunctionMode):
         assert self.block is not None
         parts = self._components(addend, addend.shape, _in_place(func) and addend is a)
         output: Tensor = func(a, b)
-        self._kinds.pop(_key(output), None)
-        self._parts.pop(_key(output), None)
-        self._streams[_key(output)] = output
+        self._kinds.pop(storage_key(output), None)
+        self._parts.pop(storage_key(output), None)
+        self._streams[storage_key(output)] = output
         self.block.components += parts
         kinds = frozenset[Kind]().union(*(one.kinds for one in parts))
         if kinds == {"attn"} and "mlp" not in self._written:
@@ -208,22 +208,23 @@ class StreamSums(TorchFunctionMode):
 
     def _components(self, x: Tensor, shape: torch.Size, changes: bool) -> Sequence[Component]:
         """What `x` is a sum of; copied if `x` is about to change."""
-        parts = self._parts.get(_key(x))
+        parts = self._parts.get(storage_key(x))
         if parts is not None:
             return parts
         value = x.expand(shape)
         return [Component(self._of(x), value.clone() if changes else value)]
 
     def _of(self, x: Tensor) -> frozenset[Kind]:
-        return self._kinds.get(_key(x), frozenset())
+        return self._kinds.get(storage_key(x), frozenset())
 
     def _put(self, x: Tensor, kinds: frozenset[Kind]) -> None:
         self._alive.append(x.untyped_storage())
-        self._kinds[_key(x)] = kinds
-        self._parts.pop(_key(x), None)
+        self._kinds[storage_key(x)] = kinds
+        self._parts.pop(storage_key(x), None)
 
 
-def _key(x: Tensor) -> int:
+def storage_key(x: Tensor) -> int:
+    """The same for tensors in the same memory."""
     with torch._C.DisableTorchFunction():
         return x.untyped_storage()._cdata
 
