@@ -67,9 +67,8 @@ _, old = Observer(original)(windows, names)
 _, made = Observer(compressed)(windows, names, forced=old)
 error = (made["result", layer] - old["result", layer])[:, :, head].norm(dim=-1)
 size = old["result", layer][:, :, head].norm(dim=-1)
-print(
-    f"\n|error of {heads[0].label}| / |what it adds|, mean over tokens: {(error / size).mean():.2f}"
-)
+share = (error / size).mean()
+print(f"\n|error of {heads[0].label}| / |what it adds|, mean over tokens: {share:.2f}")
 print("The tokens at which its error is largest, with what stands before them:")
 for place in error.flatten().topk(5).indices.tolist():
     window, i = divmod(place, windows.shape[1])

@@ -250,7 +250,7 @@ class _Pass:
                 and self.sums.is_stream(x)
                 and storage_key(x) != storage_key(output)
             ):
-                self._normed[key] = name, module, x, output
+                self._normed[storage_key(output)] = name, module, x, output
 
         return hook
 
