@@ -348,7 +348,7 @@ class ActivationCache:
             own = torch.arange(post.shape[-1])[neuron_slice].view(-1)
             factor = self.tensors.get(f"blocks.{i}.hook_mlp_factor")
             factor = None if factor is None else self._positions(factor, pos_slice)
-            w_out = self._observer.layers[i].W_out.to(post.device)
+            w_out = self._observer.layers[i].W_out.detach().to(post.device)
             results = neuron_results(post[..., own], w_out[own], factor, onto)
             stack.append(results if scale is None else results / scale)
             labels += [f"L{i}N{n}" for n in own.tolist()]
@@ -519,7 +519,7 @@ class ActivationCache:
 
     def _heads(self, layer: int) -> Float[Tensor, "n_heads *batch d_model"]:
         z = self["z", layer]
-        w_o = self._observer.layers[layer].W_O.to(z.device)
+        w_o = self._observer.layers[layer].W_O.detach().to(z.device)
         return head_results(z, w_o, self.tensors.get(f"blocks.{layer}.hook_attn_factor"))
 
     def _biases(self, end: int, mlp_input: bool, with_mlps: bool) -> Float[Tensor, "*b d_model"]:

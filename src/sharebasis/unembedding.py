@@ -28,9 +28,10 @@ class Unembedding:
         module: Any = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
         divisor = getattr(config, "logits_scaling", None) or 1.0
+        bias = getattr(module, "bias", None)
         return cls(
-            module.weight.T,
-            getattr(module, "bias", None),
+            module.weight.detach().T,
+            None if bias is None else bias.detach(),
             (getattr(config, "logit_scale", None) or 1.0) / divisor,
             getattr(config, "final_logit_softcapping", None),
         )
