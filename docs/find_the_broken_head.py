@@ -52,7 +52,7 @@ def cost(names: tuple[str, ...], layer: int, head: int) -> float:
         weight, other = getattr(views, name), getattr(others, name)
         own = head * len(weight) // len(views.W_O)  # queries share keys and values
         weight[own] = other[own]
-    return compare(original, {"patched": patched}, windows, batch=2)["patched"].kl_mean
+    return compare(original, {"": patched}, windows[:2], batch=2)[""].kl_mean
 
 
 print(f"\nThe original with compressed matrices of {heads[0].label} only:")

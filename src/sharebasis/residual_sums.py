@@ -33,6 +33,9 @@ _SUMS = {
 _KEEPS_VALUES = {
     torch.Tensor.to,
     torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
     torch.Tensor.type_as,
     torch.Tensor.clone,
     torch.Tensor.contiguous,
