@@ -240,12 +240,9 @@ def _add_attention(
     i: int,
 ) -> None:
     """Every head of a layer, and what its bias adds where there is one."""
-    old, new, made = models[0].layers[i], models[1].layers[i], models[1].layers[i]
+    old, new = ((views.W_O, views.b_O) for views in (model.layers[i] for model in models))
     heads, biases = [], []
-    weights = [old.W_O, new.W_O]
-    for cache, w_o, b_o in zip(
-        three, (*weights, weights[1]), (old.b_O, new.b_O, made.b_O), strict=True
-    ):
+    for cache, (w_o, b_o) in zip(three, (old, new, new), strict=True):
         key = f"blocks.{i}.hook_attn_factor"
         factor = _predictions(cache[key]) if key in cache else None
         heads.append(along_heads(_predictions(cache["z", i]), w_o, directions, factor))
