@@ -58,8 +58,12 @@ def cost(names: tuple[str, ...], layer: int, head: int) -> float:
 print(f"\nThe original with compressed matrices of {heads[0].label} only:")
 for names in (MATRICES, *itertools.combinations(MATRICES, 1)):
     print(f"  {' '.join(names):16} {1e3 * cost(names, layer, head):5.2f} thousandths of a nat")
-print(f"The same four matrices of {heads[-1].label}, which makes the least:")
-print(f"  {' '.join(MATRICES):16} {1e3 * cost(MATRICES, heads[-1].layer, heads[-1].head):5.2f}")
+middle = heads[len(heads) // 2]
+assert middle.layer is not None
+assert middle.head is not None
+print(f"The same four matrices of {middle.label}, in the middle of the ranking:")
+middle_cost = cost(MATRICES, middle.layer, middle.head)
+print(f"  {' '.join(MATRICES):16} {1e3 * middle_cost:5.2f} thousandths of a nat")
 
 # 3. Where does it go wrong? The head on the original's stream, token by token.
 names = ["z", "resid_pre", "resid_mid"]
