@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from sharebasis.activation_cache import ActivationCache, Observer
 from sharebasis.activation_capture import FINAL
 from sharebasis.error_split import CHUNK, MEASURES, Costs, Measure, costs, depth_costs
+from sharebasis.head_views import sublayers_of
 from sharebasis.progress import progress
 from sharebasis.residual import Norm, along, along_heads
 from sharebasis.sublayer import Classification
@@ -110,6 +111,7 @@ def attribute(
     Raises:
         StreamError: the residual stream of the model is not a plain sum.
     """
+    sublayers = sublayers_of(original) if sublayers is None else sublayers
     models = Observer(original, sublayers), Observer(compressed, sublayers)
     sums = _Sums(len(models[0].layers))
     every = max(1, windows[:, 1:].numel() // lens_predictions)
