@@ -5,10 +5,12 @@ into f̂(x̂). Its error is what it makes and what it passes on:
 
     f̂(x̂) - f(x) = [f̂(x) - f(x)] + [f̂(x̂) - f̂(x)]
 
-The first is its own weights' doing, on the input that the original has there; the second would be
-there with its weights as they were, and is where the errors of earlier components, that later ones
-make something of, are counted: shares are of the direct way to the logits. f̂(x) comes from a third pass, of the compressed model with its
-stream forced to the original's before every sublayer. Behind the last norm, whose scale is σ,
+The first is its own weights' doing, on the input that the original has there. The second would be
+there with its weights as they were; what later components make of an earlier one's error is counted
+in it, so that shares are of the direct way to the logits. f̂(x) comes from a third pass, of the
+compressed model with its stream forced to the original's before every sublayer.
+
+Behind the last norm, whose scale is σ,
 
     n(x̂) - n(x) = w ⊙ C (x̂ - x) / σ + w ⊙ C x̂ (1/σ̂ - 1/σ),    x̂ - x = Σ_c [f̂_c(x̂_c) - f_c(x_c)],
 
