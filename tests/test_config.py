@@ -61,6 +61,7 @@ def test_the_groups_are_all_there() -> None:
         "recover",
         "vary",
         "verify",
+        "attribute",
         "experiment",
     }
 
@@ -138,7 +139,7 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 # What is refused
 
 UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "vary.typo", "verify.typo"]
+UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
@@ -205,6 +206,9 @@ WRONG: list[tuple[str, Any]] = [
     ("verify.prompt", ""),
     ("verify.new_tokens", 0),
     ("verify.lossless_windows", 0),
+    ("attribute.windows", 0),
+    ("attribute.window", 1),
+    ("attribute.top", 0),
     ("seed", "lucky"),
     ("seed", None),
 ]

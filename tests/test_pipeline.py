@@ -628,10 +628,12 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
         "device": "cpu",
         "split.strategy": "heads",
         "verify.new_tokens": 3,
+        "attribute.windows": 3,
+        "attribute.window": 16,
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
     monkeypatch.chdir(tmp_path)
-    for stage in ("extract", "classify", "calibrate", "decompose", "fit", "verify"):
+    for stage in ("extract", "classify", "calibrate", "decompose", "fit", "verify", "attribute"):
         runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
     metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
     assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21
@@ -639,6 +641,12 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert metrics["verify"]["lossless"]["max_abs_logit_diff"] <= 2e-5
     assert metrics["verify"]["n_predictions"] == 3 * 15
     assert 0 < metrics["verify"]["compressed"]["kl_mean"] < 5
+    # The same text and windows: two roads to one number.
+    split = metrics["attribute"]["kl"]
+    assert split["whole"] == pytest.approx(metrics["verify"]["compressed"]["kl_mean"], rel=1e-4)
+    assert sum(value for part, value in split.items() if part != "whole") == pytest.approx(
+        split["whole"], rel=1e-4
+    )
     assert not Path("artifacts/checkpoints/calibrate").exists()
     assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
     runpy.run_module("sharebasis.summary", run_name="__main__")

@@ -14,7 +14,17 @@ import pytest
 import yaml
 from conftest import REPOSITORY, RunPython, with_changes
 
-STAGES = ("extract", "classify", "calibrate", "decompose", "fit", "recover", "verify", "vary")
+STAGES = (
+    "extract",
+    "classify",
+    "calibrate",
+    "decompose",
+    "fit",
+    "recover",
+    "verify",
+    "vary",
+    "attribute",
+)
 
 
 # dvc.yaml
@@ -97,7 +107,7 @@ def test_every_module_belongs_to_a_stage_or_is_for_people_to_use(
     modules = {
         str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src/sharebasis").glob("*.py")
     }
-    for_people = ("__init__", "head_views", "params", "summary")  # to import or to run
+    for_people = ("__init__", "params", "summary")  # to import or to run
     assert modules - used == {f"src/sharebasis/{name}.py" for name in for_people}
 
 

@@ -53,6 +53,10 @@ class StateError(ShareBasisError):
     """A ShareLinear was asked for a transition that its state does not allow."""
 
 
+class StreamError(ShareBasisError):
+    """The residual stream, or something in it, cannot be taken apart as asked."""
+
+
 class StoreError(ShareBasisError):
     """An artefact is missing, damaged or cannot be written."""
 

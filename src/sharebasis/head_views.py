@@ -66,7 +66,7 @@ def head_views(
     Raises:
         SelectionError, SplitError: the model's sublayers cannot be found or cut.
     """
-    found = classify_model(_without_memory(model)) if found is None else found
+    found = sublayers_of(model) if found is None else found
     tensors = _Tensors(model)
     sources: dict[int, list[_Source]] = {i: [] for i in range(found.dims.n_layers)}
     for sublayer in found.sublayers:
@@ -77,10 +77,15 @@ def head_views(
     return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in sources.items())
 
 
-def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class that nobody has wrapped or compressed, of shapes alone."""
+def sublayers_of(model: PreTrainedModel) -> Classification:
+    """The sublayers that a model had before anybody wrapped or compressed it.
+
+    Raises:
+        SelectionError: they cannot be found.
+    """
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        plain = type(model)(copy.deepcopy(model.config))
+    return classify_model(plain)
 
 
 class MlpViews:
@@ -285,7 +290,7 @@ class _Source:
     def _by_head(self, tensor: Tensor) -> Tensor:
         rows, n_heads = self.block.rows, self.block.n_heads
         _require_whole_heads(self.sublayer, "rows", len(rows), n_heads)
-        return _by_head(tensor, rows, n_heads)
+        return by_head(tensor, rows, n_heads)
 
 
 def _require_whole_heads(sublayer: Sublayer, what: str, length: int, n_heads: int) -> None:
@@ -296,7 +301,7 @@ def _require_whole_heads(sublayer: Sublayer, what: str, length: int, n_heads: in
         )
 
 
-def _by_head(
+def by_head(
     tensor: Float[Tensor, d_out * d_in], rows: Rows, n_heads: int
 ) -> Float[Tensor, "n_heads *d_in d_head"]:
     """Some rows of a weight or bias, by head; a view if the heads' distances are all the same."""

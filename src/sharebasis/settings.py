@@ -208,6 +208,22 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
+class AttributeSettings:
+    """Over what the error is split."""
+
+    windows: PositiveInt
+    """Windows of the evaluation text, from its start."""
+    window: Annotated[int, Gt(1)]
+    """Tokens of each."""
+    batch: PositiveInt
+    """Windows a forward pass; memory goes with it."""
+    lens_predictions: PositiveInt
+    """About how many of the predictions are read off at every depth."""
+    top: PositiveInt
+    """Components that the table names."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole of params.yaml."""
 
@@ -219,6 +235,7 @@ class Settings:
     recover: RecoverSettings
     vary: VarySettings
     verify: VerifySettings
+    attribute: AttributeSettings
     device: str
     """torch device, or auto: a GPU where there is one."""
     seed: int

@@ -22,6 +22,7 @@ VARIATION = Path("artifacts/variation.csv")
 COMPRESSED = Path("artifacts/compressed")
 RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
 RECOVERED = Path("artifacts/recovered")
+ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,11 @@ def read_windows(
             f"data.{use}.windows or data.window."
         )
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
+
+
+def cut(data: DataSettings, windows: int, window: int) -> DataSettings:
+    """The same text in other windows."""
+    return replace(data, window=window, evaluation=replace(data.evaluation, windows=windows))
 
 
 def require_positions(config: PretrainedConfig, data: DataSettings) -> None:

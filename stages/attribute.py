@@ -1,0 +1,49 @@
+"""Stage `attribute`: both models and text -> who makes the error: table, figures, metrics."""
+
+from sharebasis import store
+from sharebasis.attribution import attribute
+from sharebasis.attribution_figures import components_figure, lens_figure
+from sharebasis.attribution_report import (
+    attribute_metrics,
+    components_csv,
+    lens_csv,
+    markdown,
+    show,
+)
+from sharebasis.compressed import load_compressed
+from sharebasis.config import load_settings
+from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.resources import pick_device
+from sharebasis.stage import ATTRIBUTION, COMPRESSED, METRICS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+from sharebasis.texts import cut, read_windows, require_positions
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    attribution, dtype = settings.attribute, settings.model.dtype
+    device = pick_device(settings.device)
+    data = cut(settings.data, attribution.windows, attribution.window)
+    require_positions(load_config(COMPRESSED), data)
+    windows = read_windows(load_tokenizer(COMPRESSED), data, "evaluation", settings.seed)
+    found = attribute(
+        load_model(WEIGHTS, dtype, device),
+        load_compressed(COMPRESSED, DTYPES[dtype], device),
+        windows,
+        attribution.batch,
+        attribution.lens_predictions,
+        store.load_record(SUBLAYERS, Classification),
+    )
+    with store.writing(ATTRIBUTION) as out:
+        store.write_text(out / "components.csv", components_csv(found))
+        store.write_text(out / "components.md", markdown(found, attribution.top))
+        store.write_text(out / "lens.csv", lens_csv(found))
+        components_figure(found).savefig(out / "components.png", dpi=150)
+        lens_figure(found).savefig(out / "lens.png", dpi=150)
+    store.write_json(METRICS / "attribute.json", attribute_metrics(found, attribution.top))
+    show(found, attribution.top)
+
+
+if __name__ == "__main__":
+    main()
