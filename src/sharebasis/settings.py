@@ -171,7 +171,7 @@ class RecoverSettings:
     patience: PositiveInt
     """Looks in a row without a lower divergence that end the training."""
     learning_rate: Annotated[float, Gt(0)]
-    """Of AdamW at its highest; a cosine takes it to zero at the last step."""
+    """Of Muon at its highest, in units of AdamW's; a cosine takes it to zero at the last step."""
     warmup: Annotated[float, Ge(0), Lt(1)]
     """Fraction of the steps in which it rises to that."""
     hidden: Annotated[float, Ge(0)]
