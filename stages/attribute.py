@@ -24,8 +24,8 @@ def main() -> None:
     settings = load_settings()
     attribution, dtype = settings.attribute, settings.model.dtype
     device = pick_device(settings.device)
-    data = cut(settings.data, attribution.windows, attribution.window)
-    require_positions(load_config(COMPRESSED), data)
+    data = cut(settings.data, "evaluation", attribution.windows, attribution.window)
+    require_positions(load_config(COMPRESSED), attribution.window, "attribute.window")
     windows = read_windows(load_tokenizer(COMPRESSED), data, "evaluation", settings.seed)
     found = attribute(
         load_model(WEIGHTS, dtype, device),

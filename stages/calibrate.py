@@ -16,7 +16,7 @@ from sharebasis.texts import read_windows, require_positions
 def main() -> None:
     settings = load_settings()
     sublayers = store.load_record(SUBLAYERS, Classification).selected
-    require_positions(load_config(WEIGHTS), settings.data)
+    require_positions(load_config(WEIGHTS), settings.data.window)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
     gradients = settings.calibrate.gradients

@@ -22,7 +22,7 @@ from sharebasis.verification import (
 def main() -> None:
     settings = load_settings()
     verify, dtype, device = settings.verify, settings.model.dtype, pick_device(settings.device)
-    require_positions(load_config(COMPRESSED), settings.data)
+    require_positions(load_config(COMPRESSED), settings.data.window)
     tokenizer = load_tokenizer(COMPRESSED)
     windows = read_windows(tokenizer, settings.data, "evaluation", settings.seed)
     original = load_model(WEIGHTS, dtype, device)

@@ -11,24 +11,23 @@ import pytest
 import torch
 from conftest import MakeSettings, fit_at_once
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, recovery, store
+from sharebasis import compressed_index, recovery, store, training
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
+from sharebasis.distillation import hidden_distance
 from sharebasis.errors import RecoveryError
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.recovery import (
-    Look,
-    Recovery,
     TrainableGroup,
-    learning_rate,
     recover,
     recovery_identity,
+    recovery_windows,
     trainable,
     write_recovered,
     write_unrecovered,
@@ -36,6 +35,8 @@ from sharebasis.recovery import (
 from sharebasis.settings import RecoverSettings, Storage
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
+from sharebasis.texts import read_windows
+from sharebasis.training import Factors, Look, Recovery, distill, learning_rate
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -73,6 +74,10 @@ class Case:
         return load_model(self.weights, "float32", CPU), model, groups
 
 
+def _factors(groups: Sequence[TrainableGroup]) -> Factors:
+    return {name: own for group in groups for name, own in group.named()}
+
+
 MakeCase = Callable[..., Case]
 
 
@@ -106,7 +111,7 @@ def _train(
     case: Case, checkpoint: Checkpoint, settings: RecoverSettings = SETTINGS
 ) -> tuple[Recovery, PreTrainedModel, Sequence[TrainableGroup]]:
     original, model, groups = case.load()
-    found = recover(original, model, groups, WINDOWS, settings, 0, checkpoint)
+    found = distill(original, model, _factors(groups), WINDOWS, settings, 0, checkpoint)
     return found, model, groups
 
 
@@ -153,6 +158,18 @@ def test_what_is_written_is_what_was_trained_in_as_many_numbers(case: Case, tmp_
     assert {"config.json", "tokenizer.json", "sharebasis.json"} <= names
 
 
+def test_directories_go_in_and_a_directory_comes_out(case: Case, tmp_path: Path) -> None:
+    target, checkpoint = tmp_path / "recovered", Checkpoint(tmp_path / "often", {}, 1e-9)
+    found = recover(
+        case.weights, case.compressed, WINDOWS, SETTINGS, 0, checkpoint, target, 10_000, CPU
+    )
+    assert found == _train(case, _never(tmp_path))[0]
+    assert not checkpoint.directory.exists()
+    assert not torch.equal(
+        _logits(load_compressed(target)), _logits(load_compressed(case.compressed))
+    )
+
+
 def _n_numbers(directory: Path) -> int:
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
     return sum(tensor.numel() for _, tensor in store.TensorReader(directory, index.files).stream())
@@ -175,9 +192,9 @@ def test_a_killed_training_ends_where_one_at_a_stretch_does(
         _train(case, often)
     monkeypatch.undo()
     steps: list[int] = []
-    take = recovery._Training.take_step
+    take = training._Training.take_step
     monkeypatch.setattr(
-        recovery._Training, "take_step", lambda self: (steps.append(self.step), take(self))[1]
+        training._Training, "take_step", lambda self: (steps.append(self.step), take(self))[1]
     )
     found, _, resumed = _train(case, Checkpoint(tmp_path / "often", {}, math.inf))
     assert steps == list(range(6, 24))
@@ -209,7 +226,7 @@ def test_hidden_states_come_nearer_when_they_count(case: Case, tmp_path: Path) -
                 one(input_ids=WINDOWS[16:], output_hidden_states=True).hidden_states
                 for one in (original, model)
             ]
-        return recovery.hidden_distance(*states).item()
+        return hidden_distance(*states).item()
 
     assert distance(100.0) < distance(0.0)
 
@@ -225,7 +242,7 @@ def test_a_loss_that_is_no_number_is_one_error(case: Case, tmp_path: Path) -> No
     with torch.no_grad():
         groups[0].basis.fill_(math.nan)
     with pytest.raises(RecoveryError, match=r"step 1 is nan. Lower recover.learning_rate"):
-        recover(original, model, groups, WINDOWS, SETTINGS, 0, _never(tmp_path))
+        distill(original, model, _factors(groups), WINDOWS, SETTINGS, 0, _never(tmp_path))
 
 
 def test_nothing_to_train_is_one_error(
@@ -249,19 +266,30 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 def test_every_window_is_seen_once_each_time_round(case: Case) -> None:
     original, model, groups = case.load()
-    training = recovery._Training(original, model, groups, WINDOWS, SETTINGS, seed=3)
+    state = training._Training(original, model, _factors(groups), WINDOWS, SETTINGS, seed=3)
     rounds = []
     for _ in range(2):
-        rounds.append(torch.cat([_next(training) for _ in range(8)]))
+        rounds.append(torch.cat([_next(state) for _ in range(8)]))
     expected = WINDOWS[:16].unique(dim=0)
     assert all(torch.equal(one.unique(dim=0), expected) for one in rounds)
     assert not torch.equal(*rounds)
 
 
-def _next(training: recovery._Training) -> Tensor:
-    batch = training._batch()
-    training.step += 1
+def _next(state: training._Training) -> Tensor:
+    batch = state._batch()
+    state.step += 1
     return batch
+
+
+def test_the_windows_are_of_the_calibration_text_and_as_many_as_asked_for(
+    tokenizer: PreTrainedTokenizerBase, make_settings: MakeSettings
+) -> None:
+    data = make_settings().data
+    own = replace(SETTINGS, window=24, windows=5, held_out=3)
+    found = recovery_windows(tokenizer, data, own, seed=0)
+    assert found.shape == (8, 24)
+    text = replace(data, window=24, calibration=replace(data.calibration, windows=8))
+    assert torch.equal(found, read_windows(tokenizer, text, "calibration", 0))
 
 
 def test_another_start_is_another_identity(case: Case, tmp_path: Path) -> None:

@@ -203,8 +203,8 @@ def test_rows_that_hold_no_text_are_told_with_the_dataset(
 
 def test_a_window_longer_than_the_models_positions_is_refused(dataset: Any) -> None:
     data = dataset(_rows(CORPUS.splitlines()))
-    require_positions(GPT2Config(n_positions=data.window), data)
+    require_positions(GPT2Config(n_positions=data.window), data.window)
     with pytest.raises(
         TextError, match=rf"data\.window={data.window} is more than the 4 positions"
     ):
-        require_positions(GPT2Config(n_positions=4), data)
+        require_positions(GPT2Config(n_positions=4), data.window)

@@ -59,21 +59,26 @@ def read_windows(
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
 
 
-def cut(data: DataSettings, windows: int, window: int) -> DataSettings:
-    """The same text in other windows."""
-    return replace(data, window=window, evaluation=replace(data.evaluation, windows=windows))
+def cut(data: DataSettings, use: Use, windows: int, window: int) -> DataSettings:
+    """One of the two texts in other windows."""
+    text = data.calibration if use == "calibration" else data.evaluation
+    other = replace(text, windows=windows)
+    if use == "calibration":
+        return replace(data, window=window, calibration=other)
+    return replace(data, window=window, evaluation=other)
 
 
-def require_positions(config: PretrainedConfig, data: DataSettings) -> None:
+def require_positions(config: PretrainedConfig, window: int, setting: str = "data.window") -> None:
     """Refuse windows longer than the model has positions for.
 
     Raises:
-        TextError: `data.window` is above the config's `max_position_embeddings`.
+        TextError: `window`, which is what `setting` says, is above the config's
+            `max_position_embeddings`.
     """
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and data.window > positions:
+    if positions is not None and window > positions:
         raise TextError(
-            f"data.window={data.window} is more than the {positions} positions that the model "
+            f"{setting}={window} is more than the {positions} positions that the model "
             "has; lower it."
         )
 

@@ -1,0 +1,235 @@
+"""A compressed model learns to say what the original says: the loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.distillation import divergence, hidden_distance
+from sharebasis.errors import RecoveryError
+from sharebasis.hub import DTYPES
+from sharebasis.progress import progress
+from sharebasis.settings import RecoverSettings
+
+log = logging.getLogger(__name__)
+
+Factors = Mapping[str, nn.Parameter]
+"""What is trained, by the names of its tensors."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the held-out windows said."""
+
+    step: int
+    """Steps taken before it."""
+    divergence: float
+    """Mean KL(original || compressed) over their positions, in nats."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a training went. Without a step, nothing but this lies in its directory."""
+
+    steps: int
+    """Taken, until the end or the stop."""
+    best: int
+    """The step whose factors were kept."""
+    tokens: int
+    """Trained on, repeats included."""
+    looks: tuple[Look, ...]
+
+
+def distill(
+    original: PreTrainedModel,
+    compressed: PreTrainedModel,
+    factors: Factors,
+    windows: Int64[Tensor, "windows window"],
+    settings: RecoverSettings,
+    seed: int,
+    checkpoint: Checkpoint,
+) -> Recovery:
+    """Train the factors to say what the original says; they hold the best ones afterwards.
+
+    Bases stay shared and ranks stay as they are, so the model stores as many numbers as
+    before. Stops when the held-out windows no longer gain. The optimizer is Muon: it moves
+    every direction of a factor by as much, where AdamW, at a rate that is safe for the strong
+    directions of a balanced factor, hardly moves the weak ones.
+
+    Args:
+        original: dense, in eval mode, on the device of `compressed`.
+        compressed: that uses the factors.
+        factors: matrices that require gradients.
+        windows: `settings.windows` to train on and then `settings.held_out`.
+        settings: of the training.
+        seed: of the order of the windows.
+        checkpoint: where a run that was killed goes on from.
+
+    Raises:
+        RecoveryError: the loss is not finite.
+
+    Source: Muon, Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    """
+    training = _Training(original, compressed, factors, windows, settings, seed)
+    training.resume(checkpoint)
+    with progress("recover", settings.steps, "steps", training.step) as advance:
+        training.look_if_due()
+        while training.step < settings.steps and not training.stalled:
+            training.take_step()
+            advance()
+            training.look_if_due()
+            if checkpoint.due:
+                checkpoint.save(*training.state())
+    training.restore_best()
+    return training.result()
+
+
+class _Training:
+    """The state of a training, which a checkpoint holds."""
+
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        compressed: PreTrainedModel,
+        factors: Factors,
+        windows: Tensor,
+        settings: RecoverSettings,
+        seed: int,
+    ) -> None:
+        self._original, self._compressed = original, compressed
+        self._settings, self._seed = settings, seed
+        windows = windows.to(compressed.device)
+        self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
+        self._factors = factors
+        self._best = {name: own.detach().clone() for name, own in self._factors.items()}
+        self._optimizer = torch.optim.Muon(
+            self._factors.values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        self._looks: list[Look] = []
+        self.step = 0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last `patience` looks have found nothing better."""
+        recent = self._looks[-self._settings.patience :]
+        return len(self._looks) > len(recent) and self._best_look not in recent
+
+    @property
+    def _best_look(self) -> Look:
+        return min(self._looks, key=lambda look: look.divergence)
+
+    def take_step(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self._settings)
+        loss = self._loss(self._batch())
+        if not loss.isfinite():
+            raise RecoveryError(
+                f"The loss of step {self.step + 1} is {loss.item()}. Lower "
+                f"recover.learning_rate ({self._settings.learning_rate}), or set "
+                "recover.dtype=float32."
+            )
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _batch(self) -> Tensor:
+        """The windows of a step: every time round the text in another order."""
+        n, size = len(self._windows), self._settings.batch
+        chosen = []
+        for i in range(self.step * size, (self.step + 1) * size):
+            generator = torch.Generator().manual_seed(self._seed + i // n)
+            chosen.append(int(torch.randperm(n, generator=generator)[i % n]))
+        return self._windows[chosen]
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        hidden = self._settings.hidden
+        with torch.no_grad(), self._arithmetic():
+            theirs = _run(self._original, windows, hidden > 0)
+        with self._arithmetic():
+            ours = _run(self._compressed, windows, hidden > 0)
+        loss = divergence(theirs.logits, ours.logits)
+        if hidden:
+            loss = loss + hidden * hidden_distance(theirs.hidden_states, ours.hidden_states)
+        return loss
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        dtype = DTYPES[self._settings.dtype]
+        return torch.autocast(self._compressed.device.type, dtype, enabled=dtype != torch.float32)
+
+    def look_if_due(self) -> None:
+        """Look at the held-out windows, unless this step's look was taken before a kill."""
+        settings = self._settings
+        due = self.step % settings.look_every == 0 or self.step == settings.steps
+        if not due or any(look.step == self.step for look in self._looks):
+            return
+        with torch.no_grad(), self._arithmetic():
+            found = [
+                divergence(
+                    _run(self._original, chunk).logits, _run(self._compressed, chunk).logits
+                ).item()
+                * len(chunk)
+                for chunk in self._held_out.split(settings.batch)
+            ]
+        look = Look(self.step, sum(found) / len(self._held_out))
+        log.info("recover: step %d, held-out divergence %.4f nats", look.step, look.divergence)
+        self._looks.append(look)
+        if self._best_look is look:
+            for name, own in self._factors.items():
+                self._best[name].copy_(own.detach())
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for name, own in self._factors.items():
+                own.copy_(self._best[name])
+
+    def result(self) -> Recovery:
+        tokens = self.step * self._settings.batch * self._windows.shape[1]
+        return Recovery(self.step, self._best_look.step, tokens, tuple(self._looks))
+
+    def state(self) -> tuple[Mapping[str, Any], Iterator[tuple[str, Tensor]]]:
+        """For a checkpoint."""
+        record = {"step": self.step, "looks": [asdict(look) for look in self._looks]}
+        return record, self._tensors()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, own in self._factors.items():
+            yield f"{name}.factor", own.detach()
+            yield f"{name}.best", self._best[name]
+            yield f"{name}.momentum", self._optimizer.state[own]["momentum_buffer"]
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        if (found := checkpoint.resume()) is None:
+            return
+        record, reader = found
+        self.step = record["step"]
+        self._looks = [Look(**look) for look in record["looks"]]
+        for name, own in self._factors.items():
+            own.data.copy_(reader.read(f"{name}.factor"))
+            self._best[name].copy_(reader.read(f"{name}.best"))
+            momentum = reader.read(f"{name}.momentum").to(own.device)
+            self._optimizer.state[own] = {"momentum_buffer": momentum}
+        log.info("Going on from step %d, the last checkpoint.", self.step)
+
+
+def learning_rate(step: int, settings: RecoverSettings) -> float:
+    """A linear rise over the warm-up, then half a cosine to zero at the last step."""
+    rise = settings.warmup * settings.steps
+    if step < rise:
+        return settings.learning_rate * (step + 1) / (rise + 1)
+    done = (step - rise) / (settings.steps - rise)
+    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def _run(model: PreTrainedModel, windows: Tensor, hidden: bool = False) -> Any:
+    return model(input_ids=windows, use_cache=False, output_hidden_states=hidden)
