@@ -30,6 +30,7 @@ from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.recovery import recover, recovery_identity, recovery_windows
 from sharebasis.resources import pick_device
 from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
@@ -58,6 +59,7 @@ METHODS = {
     "auto-one_sided": ["fit=auto", "fit.two_sided=false"],
     "auto-uniform": ["fit=auto", "fit.allocation=uniform"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
+    "auto-recovered": ["fit=auto", "recover=distill"],
 }
 """Method -> overrides; those of `auto` without one ingredient are the ablation."""
 
@@ -113,12 +115,23 @@ def fit_all(arguments: argparse.Namespace) -> None:
         first = settings_of(arguments, method, arguments.removed[0]).fit
         decompose(work / "weights", parts, moments, first, work / "spectra", device)
         for removed in arguments.removed:
-            own, target = (
-                settings_of(arguments, method, removed).fit,
-                work / name_of((method, removed)),
-            )
-            fitted = fit(work / "weights", work / "spectra", own, target, device)
-            store.write_json(target.with_suffix(f"{target.suffix}.json"), fit_metrics(fitted, own))
+            fit_one(arguments, settings_of(arguments, method, removed), (method, removed))
+
+
+def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> None:
+    work, device, own = arguments.work, pick_device(settings.device), settings.recover
+    weights, target, seed = work / "weights", work / name_of(point), settings.seed
+    compressed = work / "fitted" if own.steps else target
+    fitted = fit(weights, work / "spectra", settings.fit, compressed, device)
+    metrics = target.with_suffix(f"{target.suffix}.json")
+    store.write_json(metrics, fit_metrics(fitted, settings.fit))
+    if not own.steps:
+        return
+    windows = recovery_windows(load_tokenizer(compressed), settings.data, own, seed)
+    identity = recovery_identity(weights, compressed, windows, own, seed=seed)
+    checkpoint = Checkpoint(work / "recovery", identity, own.checkpoint_seconds)
+    shard_bytes = settings.fit.shard_bytes
+    recover(weights, compressed, windows, own, seed, checkpoint, target, shard_bytes, device)
 
 
 def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:

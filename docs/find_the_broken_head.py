@@ -28,7 +28,9 @@ settings = load_settings()
 original = load_model(WEIGHTS, "float32", torch.device("cpu"))
 compressed = load_compressed(COMPRESSED)
 tokenizer = load_tokenizer(WEIGHTS)
-windows = read_windows(tokenizer, cut(settings.data, 4, 256), "evaluation", settings.seed)
+windows = read_windows(
+    tokenizer, cut(settings.data, "evaluation", 4, 256), "evaluation", settings.seed
+)
 
 # 1. Who makes the error?
 found = attribute(original, compressed, windows)
