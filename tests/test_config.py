@@ -120,7 +120,7 @@ def test_local_paths_are_what_dvc_tracks() -> None:
     assert settings.data.evaluation.tracked == "b.txt"
 
 
-@pytest.mark.parametrize("fit", ["basis_sharing", "svd_llm", "svd"])
+@pytest.mark.parametrize("fit", [name for group, name in CHOICES if group == "fit"])
 def test_protocol_s_is_what_the_method_says(fit: str) -> None:
     settings = _compose(
         "experiment=protocol_s", f"fit={fit}", *MANDATORY["experiment", "protocol_s"]
@@ -234,8 +234,17 @@ def test_every_wrong_key_is_named_at_once(params: Mapping[str, Any]) -> None:
     assert all(key in str(raised.value) for key in changes)
 
 
+ALONE = {"fit.group_size": 1, "fit.shared": []}
 TOGETHER: list[tuple[Mapping[str, Any], str]] = [
     ({"fit.method": "svd", "fit.group_size": 2}, r"fit\.group_size=2, but svd"),
+    *(
+        ({"fit.method": method, **ALONE, "fit.two_sided": True}, f"true, but {method} .*fit=kfac")
+        for method in ("svd", "asvd", "svd_llm")
+    ),
+    *(
+        ({"fit.method": method, **ALONE, "fit.two_sided": False}, f"false, but {method} .*svd_llm")
+        for method in ("fwsvd", "kfac")
+    ),
     ({"data.source": "files", "data.evaluation.path": "b"}, r"data\.calibration\.path is missing"),
     ({"data.source": "files", "data.calibration.path": "a"}, r"data\.evaluation\.path is missing"),
     (

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
 from sharebasis.errors import SettingsError
-from sharebasis.settings import Settings
+from sharebasis.settings import METHODS, FitSettings, Settings
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
@@ -93,6 +93,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
+    _check_sides(fit, where)
     if fit.method != "basis_sharing" and fit.group_size != 1:
         raise SettingsError(
             f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "
@@ -103,6 +104,20 @@ def _check_together(settings: Settings, where: str) -> None:
             raise SettingsError(f"{where} is not valid: data.{use}.path is missing.")
     if data.source == "hub" and not data.hub_id:
         raise SettingsError(f"{where} is not valid: data.hub_id is missing.")
+
+
+def _check_sides(fit: FitSettings, where: str) -> None:
+    """Whether what `two_sided` says of the gradients is so."""
+    own = METHODS[fit.method]
+    if own.either or fit.two_sided == (own.gradients != "none"):
+        return
+    said, does, other = "false", "weighs by", "fit=svd_llm does without them"
+    if fit.two_sided:
+        said, does, other = "true", "does not look at", "fit=kfac does"
+    raise SettingsError(
+        f"{where} is not valid: fit.two_sided={said}, but {fit.method} {does} the gradients of "
+        f"outputs; {other}."
+    )
 
 
 def _explain(error: ValidationError) -> str:
