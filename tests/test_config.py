@@ -18,7 +18,7 @@ from conftest import REPOSITORY, with_changes
 from sharebasis import params as params_script
 from sharebasis.config import compose_params, load_settings, parse_settings
 from sharebasis.errors import SettingsError
-from sharebasis.settings import Settings
+from sharebasis.settings import LimitSettings, Settings
 
 CONF = REPOSITORY / "conf"
 MANDATORY: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -203,6 +203,12 @@ WRONG: list[tuple[str, Any]] = [
     ("fit.shared", ["q", "w"]),
     ("fit.shared", "q"),
     ("fit.shard_bytes", 0),
+    ("fit.exclude", "v"),
+    ("fit.limits", [{"sublayers": "v", "floor": -0.1}]),
+    ("fit.limits", [{"sublayers": "v", "cap": 0}]),
+    ("fit.limits", [{"sublayers": "v", "cap": 1.1}]),
+    ("fit.limits", [{"family": "v"}]),
+    ("fit.rank_multiple", 0),
     ("verify.prompt", ""),
     ("verify.new_tokens", 0),
     ("verify.lossless_windows", 0),
@@ -245,6 +251,19 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         ({"fit.method": method, **ALONE, "fit.two_sided": False}, f"false, but {method} .*svd_llm")
         for method in ("fwsvd", "kfac")
     ),
+    ({"fit.limits": [{"sublayers": "v"}]}, r"fit\.limits needs fit\.allocation=global"),
+    (
+        {
+            "fit.allocation": "global",
+            "fit.limits": [{"sublayers": "v", "floor": 0.6, "cap": 0.5}],
+        },
+        r"at least 0\.6 and at most 0\.5 of v",
+    ),
+    ({"fit.exclude": ["(a"]}, r"fit\.exclude: '\(a' is not a regular expression"),
+    (
+        {"fit.allocation": "global", "fit.limits": [{"sublayers": "*"}]},
+        r"fit\.limits: '\*' is not a regular expression",
+    ),
     ({"data.source": "files", "data.evaluation.path": "b"}, r"data\.calibration\.path is missing"),
     ({"data.source": "files", "data.calibration.path": "a"}, r"data\.evaluation\.path is missing"),
     (
@@ -260,6 +279,14 @@ def test_values_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(SettingsError, match=text):
         parse_settings(with_changes(params, changes), "params.yaml")
+
+
+def test_limits_can_be_given_on_the_command_line() -> None:
+    fit = _compose(
+        r"fit.exclude=['.*layers\.0\..*']", "fit.limits=[{sublayers: v, floor: 0.5}]"
+    ).fit
+    assert fit.exclude == (r".*layers\.0\..*",)
+    assert fit.limits == (LimitSettings("v", 0.5, 1.0),)
 
 
 @pytest.mark.parametrize(

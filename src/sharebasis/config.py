@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def _check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
     _check_sides(fit, where)
+    _check_limits(fit, where)
     if fit.method != "basis_sharing" and fit.group_size != 1:
         raise SettingsError(
             f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "
@@ -118,6 +120,30 @@ def _check_sides(fit: FitSettings, where: str) -> None:
         f"{where} is not valid: fit.two_sided={said}, but {fit.method} {does} the gradients of "
         f"outputs; {other}."
     )
+
+
+def _check_limits(fit: FitSettings, where: str) -> None:
+    """Whether limits can hold at all, before anyone knows the sublayers."""
+    if fit.limits and fit.allocation != "global":
+        raise SettingsError(
+            f"{where} is not valid: fit.limits needs fit.allocation=global; uniform takes the same "
+            "fraction of every sublayer (fit.exclude and fit.rank_multiple go with both)."
+        )
+    for own in fit.limits:
+        if own.floor > own.cap:
+            raise SettingsError(
+                f"{where} is not valid: fit.limits keeps at least {own.floor:.4g} and at most "
+                f"{own.cap:.4g} of {own.sublayers}."
+            )
+    patterns = [("exclude", pattern) for pattern in fit.exclude]
+    for key, pattern in [*patterns, *(("limits", own.sublayers) for own in fit.limits)]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise SettingsError(
+                f"{where} is not valid: fit.{key}: {pattern!r} is not a regular expression: "
+                f"{error}."
+            ) from None
 
 
 def _explain(error: ValidationError) -> str:

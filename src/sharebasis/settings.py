@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 SplitStrategy = Literal["none", "qkv", "heads"]
 Family = Literal["q", "k", "v", "o", "gate", "up", "down", "fused", "other"]
@@ -159,6 +159,21 @@ class SplitSettings:
 
 
 @dataclass(frozen=True)
+class LimitSettings:
+    """How much of some sublayers is stored, as fractions of the original numbers.
+
+    Where sublayers share a basis, of all that do. Where several limits name a sublayer, all hold.
+    """
+
+    sublayers: str
+    """A family, or a regular expression that a sublayer's whole HF name must match."""
+    floor: Annotated[float, Ge(0), Le(1)] = 0.0
+    """At least."""
+    cap: Annotated[float, Gt(0), Le(1)] = 1.0
+    """At most; below 1 the sublayer does not stay dense."""
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """Which factorization, and how much it may keep.
 
@@ -186,6 +201,12 @@ class FitSettings:
     """uniform: as much of every group; global: where it costs the least loss."""
     storage: Storage
     """plain: basis and coefficients; interpolative: rank² numbers fewer, the same product."""
+    exclude: tuple[str, ...]
+    """Regular expressions; a sublayer whose whole HF name matches one stays dense, and counts."""
+    limits: tuple[LimitSettings, ...]
+    """What some sublayers keep, at least and at most; needs allocation global."""
+    rank_multiple: PositiveInt
+    """Every rank is a multiple of this, as hardware likes it; a weight may stay dense."""
     shard_bytes: Annotated[int, Gt(0)]
     """Size at which a shard of the compressed model is closed, in bytes."""
 
