@@ -18,7 +18,7 @@ from conftest import REPOSITORY, with_changes
 from sharebasis import params as params_script
 from sharebasis.config import compose_params, load_settings, parse_settings
 from sharebasis.errors import SettingsError
-from sharebasis.settings import Settings
+from sharebasis.settings import LimitSettings, Settings
 
 CONF = REPOSITORY / "conf"
 MANDATORY: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -120,7 +120,7 @@ def test_local_paths_are_what_dvc_tracks() -> None:
     assert settings.data.evaluation.tracked == "b.txt"
 
 
-@pytest.mark.parametrize("fit", ["basis_sharing", "svd_llm", "svd"])
+@pytest.mark.parametrize("fit", [name for group, name in CHOICES if group == "fit"])
 def test_protocol_s_is_what_the_method_says(fit: str) -> None:
     settings = _compose(
         "experiment=protocol_s", f"fit={fit}", *MANDATORY["experiment", "protocol_s"]
@@ -203,6 +203,12 @@ WRONG: list[tuple[str, Any]] = [
     ("fit.shared", ["q", "w"]),
     ("fit.shared", "q"),
     ("fit.shard_bytes", 0),
+    ("fit.exclude", "v"),
+    ("fit.limits", [{"sublayers": "v", "floor": -0.1}]),
+    ("fit.limits", [{"sublayers": "v", "cap": 0}]),
+    ("fit.limits", [{"sublayers": "v", "cap": 1.1}]),
+    ("fit.limits", [{"family": "v"}]),
+    ("fit.rank_multiple", 0),
     ("verify.prompt", ""),
     ("verify.new_tokens", 0),
     ("verify.lossless_windows", 0),
@@ -234,8 +240,30 @@ def test_every_wrong_key_is_named_at_once(params: Mapping[str, Any]) -> None:
     assert all(key in str(raised.value) for key in changes)
 
 
+ALONE = {"fit.group_size": 1, "fit.shared": []}
 TOGETHER: list[tuple[Mapping[str, Any], str]] = [
     ({"fit.method": "svd", "fit.group_size": 2}, r"fit\.group_size=2, but svd"),
+    *(
+        ({"fit.method": method, **ALONE, "fit.two_sided": True}, f"true, but {method} .*fit=kfac")
+        for method in ("svd", "asvd", "svd_llm")
+    ),
+    *(
+        ({"fit.method": method, **ALONE, "fit.two_sided": False}, f"false, but {method} .*svd_llm")
+        for method in ("fwsvd", "kfac")
+    ),
+    ({"fit.limits": [{"sublayers": "v"}]}, r"fit\.limits needs fit\.allocation=global"),
+    (
+        {
+            "fit.allocation": "global",
+            "fit.limits": [{"sublayers": "v", "floor": 0.6, "cap": 0.5}],
+        },
+        r"at least 0\.6 and at most 0\.5 of v",
+    ),
+    ({"fit.exclude": ["(a"]}, r"fit\.exclude: '\(a' is not a regular expression"),
+    (
+        {"fit.allocation": "global", "fit.limits": [{"sublayers": "*"}]},
+        r"fit\.limits: '\*' is not a regular expression",
+    ),
     ({"data.source": "files", "data.evaluation.path": "b"}, r"data\.calibration\.path is missing"),
     ({"data.source": "files", "data.calibration.path": "a"}, r"data\.evaluation\.path is missing"),
     (
@@ -251,6 +279,14 @@ def test_values_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(SettingsError, match=text):
         parse_settings(with_changes(params, changes), "params.yaml")
+
+
+def test_limits_can_be_given_on_the_command_line() -> None:
+    fit = _compose(
+        r"fit.exclude=['.*layers\.0\..*']", "fit.limits=[{sublayers: v, floor: 0.5}]"
+    ).fit
+    assert fit.exclude == (r".*layers\.0\..*",)
+    assert fit.limits == (LimitSettings("v", 0.5, 1.0),)
 
 
 @pytest.mark.parametrize(

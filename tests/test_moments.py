@@ -73,6 +73,19 @@ def test_mean_and_second_are_averages_over_the_tokens():
     torch.testing.assert_close(moment.second, second, rtol=1e-12, atol=1e-13)
 
 
+def test_the_diagonal_is_a_power_of_the_mean_square_of_each_channel():
+    x = tokens(50, 6).double()
+    moment = gathered(x).diagonal(0.5)
+    torch.testing.assert_close(moment.second, x.square().mean(0).sqrt().diag(), rtol=1e-12, atol=0)
+
+
+def test_the_root_of_the_mean_square_is_the_mean_size_where_sizes_are_all_the_same():
+    signs, sizes = tokens(50, 6).sign().double(), torch.linspace(0.1, 9, 6).double()
+    x = signs * sizes
+    roots = gathered(x).diagonal(0.5).second
+    torch.testing.assert_close(roots, x.abs().mean(0).diag(), rtol=1e-12, atol=0)
+
+
 def test_a_moment_does_not_change_while_its_accumulator_goes_on():
     accumulator = MomentAccumulator("site", 5)
     accumulator.update(tokens(9, 5))

@@ -43,6 +43,19 @@ def _loss(errors: Sequence[Tensor], moment: Moment, gradients: Sequence[Moment])
     return sum(torch.trace(g.second @ e @ moment.second @ e.T).item() for e, g in pairs)
 
 
+@pytest.mark.parametrize("case", [((4, 5), 16), ((8, 14, 5), 18)], ids=["small", "large"])
+def test_a_group_has_no_more_directions_than_its_stacked_weight(
+    case: tuple[tuple[int, ...], int],
+) -> None:
+    d_outs, d_in = case
+    weights, gradients = _weights(*d_outs, d_in=d_in), [_moment(d, d).damped(1.0) for d in d_outs]
+    every = decompose_reads(weights, None, gradients)
+    assert every.full_rank == min(sum(d_outs), d_in)
+    torch.testing.assert_close(
+        every.coefficient @ every.basis, torch.cat(weights).double(), rtol=0, atol=1e-8
+    )
+
+
 CASES = {"wide": ((12,), 20), "tall": ((30,), 16), "group": ((8, 14, 5), 18), "small": ((4, 5), 16)}
 
 

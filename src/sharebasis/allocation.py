@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 
 from sharebasis.errors import BudgetError
 from sharebasis.grouping import Group
+from sharebasis.limits import Limit
 from sharebasis.settings import Storage
 
 DENSE = -1
 """In the place of a rank: the weights stay as they are."""
+
+SLACK = Fraction(1, 1000)
+"""Fraction of the dense numbers by which caps may fall short of the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,53 +31,119 @@ class Curve:
     stored: NDArray[np.int64]
     """Numbers stored."""
     loss: NDArray[np.float64]
+    """Infinite where a limit forbids the entry."""
 
     def rank(self, entry: int) -> int:
         return DENSE if entry == len(self.stored) - 1 else entry + 1
 
+    def within(self, limit: Limit) -> Curve:
+        """Without what the limit forbids.
 
-def uniform_ranks(groups: Sequence[Group], removed: float, storage: Storage = "plain") -> list[int]:
+        Raises:
+            BudgetError: nothing is left.
+        """
+        n = len(self.stored) - 1
+        kept = self.stored / self.stored[n]
+        allowed = kept >= limit.floor
+        if limit.cap < 1:  # what stores more than dense is never chosen, and needs no cap
+            allowed &= kept <= limit.cap
+        allowed[:n] &= np.arange(1, n + 1) % limit.multiple == 0
+        if limit.dense:
+            allowed = np.arange(n + 1) == n
+        if not allowed.any():
+            raise BudgetError(
+                f"{self.name} can be stored in no way that its limits allow ({limit}); dense and "
+                f"the ranks 1 to {n} store fractions of {kept.min():.4g} to 1. Widen fit.limits."
+            )
+        return replace(self, loss=np.where(allowed, self.loss, np.inf))
+
+    @property
+    def allowed(self) -> NDArray[np.int64]:
+        """Numbers stored by the entries that no limit forbids."""
+        return self.stored[np.isfinite(self.loss)]
+
+
+def uniform_ranks(
+    groups: Sequence[Group],
+    removed: float,
+    storage: Storage = "plain",
+    limits: Sequence[Limit] | None = None,
+) -> list[int]:
     """Give every group the largest rank that removes at least `removed` of its numbers.
+
+    Groups that stay dense count: the others remove so much more that it is `removed` of all.
 
     Args:
         groups: at most one for each part.
         removed: fraction of the original numbers to remove, in (0, 1).
         storage: form of the factors, which says what a rank costs.
+        limits: of every group; of them `dense` and `multiple`.
 
     Raises:
-        BudgetError: a group is too small to keep even rank 1.
+        BudgetError: a group is too small to keep even the least rank.
     """
-    # Exact, since 1 - 0.8 is not 0.2 in binary and a rank would be lost to the difference.
-    kept = 1 - Fraction(str(removed))
     ranks = []
-    for group in groups:
-        allowed = range(1, group.full_rank + 1)
+    given = limits or [Limit()] * len(groups)
+    kept = _kept_of_others(groups, removed, given)
+    for group, limit in zip(groups, given, strict=True):
+        if limit.dense:
+            ranks.append(DENSE)
+            continue
+        allowed = range(limit.multiple, group.full_rank + 1, limit.multiple)
         budget = int(kept * group.n_weights)
         # What a rank costs grows with the rank in either form.
-        rank = bisect_right(allowed, budget, key=partial(group.n_stored, storage=storage))
-        if rank < 1:
-            raise BudgetError(
-                f"Removing {removed:.4g} of {group.name}, stacked to ({group.d_out}, "
-                f"{group.d_in}), leaves no rank: rank 1 already stores "
-                f"{group.n_stored(1, storage)} of {group.n_weights} numbers. Lower fit.removed "
-                "or use a coarser split."
+        n = bisect_right(allowed, budget, key=partial(group.n_stored, storage=storage))
+        if n < 1:
+            least = limit.multiple
+            why = (
+                f"rank {least} already stores {group.n_stored(least, storage)} of "
+                f"{group.n_weights} numbers. Lower fit.removed or use a coarser split."
+                if least <= group.full_rank
+                else f"fit.rank_multiple={least} is more than its full rank, {group.full_rank}."
             )
-        ranks.append(rank)
+            raise BudgetError(
+                f"Removing {float(1 - kept):.4g} of {group.name}, stacked to ({group.d_out}, "
+                f"{group.d_in}), leaves no rank: {why}"
+            )
+        ranks.append(allowed[n - 1])
     return ranks
 
 
-def curve_of(group: Group, energies: NDArray[np.float64], storage: Storage) -> Curve:
+def _kept_of_others(groups: Sequence[Group], removed: float, limits: Sequence[Limit]) -> Fraction:
+    """What the groups that do not stay dense may keep of their numbers."""
+    # Exact, since 1 - 0.8 is not 0.2 in binary and a rank would be lost to the difference.
+    kept = 1 - Fraction(str(removed))
+    total = sum(group.n_weights for group in groups)
+    dense = sum(group.n_weights for group, own in zip(groups, limits, strict=True) if own.dense)
+    if not dense:
+        return kept
+    if dense >= kept * total:
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {int(kept * total)} numbers, but what fit.exclude "
+            f"keeps dense are {dense}. Lower fit.removed or exclude less."
+        )
+    return (kept * total - dense) / (total - dense)
+
+
+def curve_of(
+    group: Group, energies: NDArray[np.float64], storage: Storage, limit: Limit | None = None
+) -> Curve:
     """What every rank of a group stores and loses.
 
     Args:
         group: with its sizes.
         energies: what each direction saves, the largest first; its full rank of them.
         storage: form of the factors.
+        limit: what the group may store.
+
+    Raises:
+        BudgetError: the limit allows no rank, nor dense.
     """
     ranks = range(1, len(energies) + 1)
     stored = [*(group.n_stored(rank, storage) for rank in ranks), group.n_weights]
     tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
-    return Curve(group.name, np.array(stored), tails)
+    curve = Curve(group.name, np.array(stored), tails)
+    return curve.within(limit) if limit else curve
 
 
 def allocate(curves: Sequence[Curve], removed: float) -> list[int]:
@@ -91,15 +161,9 @@ def allocate(curves: Sequence[Curve], removed: float) -> list[int]:
         Index of the chosen entry of every curve.
 
     Raises:
-        BudgetError: rank 1 everywhere stores too much.
+        BudgetError: the least that is allowed everywhere stores too much, or the most too little.
     """
-    budget = int((1 - Fraction(str(removed))) * sum(int(curve.stored[-1]) for curve in curves))
-    least = sum(int(curve.stored.min()) for curve in curves)
-    if least > budget:
-        raise BudgetError(
-            f"Removing {removed:.4g} leaves {budget} numbers, but rank 1 everywhere already "
-            f"stores {least}. Lower fit.removed or use a coarser split."
-        )
+    budget = _budget(curves, removed)
     low, high = 0.0, 1.0  # low stores too much (or just enough), high fits
     while _stored(curves, _choose(curves, high)) > budget:
         low, high = high, 4 * high
@@ -110,6 +174,29 @@ def allocate(curves: Sequence[Curve], removed: float) -> list[int]:
     entries = _choose(curves, high)
     _fill(curves, entries, budget - _stored(curves, entries))
     return entries
+
+
+def _budget(curves: Sequence[Curve], removed: float) -> int:
+    """Numbers to be stored, once it is known that they can be."""
+    dense = sum(int(curve.stored[-1]) for curve in curves)
+    budget = int((1 - Fraction(str(removed))) * dense)
+    least = sum(int(curve.allowed.min()) for curve in curves)
+    if least > budget:
+        limited = any(np.isinf(curve.loss).any() for curve in curves)
+        what = "the least that limits allow" if limited else "rank 1 everywhere"
+        way = "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but {what} already stores {least}. "
+            f"Lower fit.removed or {way}."
+        )
+    most = sum(int(curve.allowed.max()) for curve in curves)
+    if most < budget - SLACK * dense:
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but limits allow no more than "
+            f"{most}, which is removing {1 - most / dense:.4g}. Raise fit.removed or the caps of "
+            "fit.limits."
+        )
+    return budget
 
 
 def _choose(curves: Sequence[Curve], price: float) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
 from sharebasis.errors import SettingsError
-from sharebasis.settings import Settings
+from sharebasis.settings import METHODS, FitSettings, Settings
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
@@ -93,6 +94,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
+    _check_sides(fit, where)
+    _check_limits(fit, where)
     if fit.method != "basis_sharing" and fit.group_size != 1:
         raise SettingsError(
             f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "
@@ -103,6 +106,44 @@ def _check_together(settings: Settings, where: str) -> None:
             raise SettingsError(f"{where} is not valid: data.{use}.path is missing.")
     if data.source == "hub" and not data.hub_id:
         raise SettingsError(f"{where} is not valid: data.hub_id is missing.")
+
+
+def _check_sides(fit: FitSettings, where: str) -> None:
+    """Whether what `two_sided` says of the gradients is so."""
+    own = METHODS[fit.method]
+    if own.either or fit.two_sided == (own.gradients != "none"):
+        return
+    said, does, other = "false", "weighs by", "fit=svd_llm does without them"
+    if fit.two_sided:
+        said, does, other = "true", "does not look at", "fit=kfac does"
+    raise SettingsError(
+        f"{where} is not valid: fit.two_sided={said}, but {fit.method} {does} the gradients of "
+        f"outputs; {other}."
+    )
+
+
+def _check_limits(fit: FitSettings, where: str) -> None:
+    """Whether limits can hold at all, before anyone knows the sublayers."""
+    if fit.limits and fit.allocation != "global":
+        raise SettingsError(
+            f"{where} is not valid: fit.limits needs fit.allocation=global; uniform takes the same "
+            "fraction of every sublayer (fit.exclude and fit.rank_multiple go with both)."
+        )
+    for own in fit.limits:
+        if own.floor > own.cap:
+            raise SettingsError(
+                f"{where} is not valid: fit.limits keeps at least {own.floor:.4g} and at most "
+                f"{own.cap:.4g} of {own.sublayers}."
+            )
+    patterns = [("exclude", pattern) for pattern in fit.exclude]
+    for key, pattern in [*patterns, *(("limits", own.sublayers) for own in fit.limits)]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise SettingsError(
+                f"{where} is not valid: fit.{key}: {pattern!r} is not a regular expression: "
+                f"{error}."
+            ) from None
 
 
 def _explain(error: ValidationError) -> str:

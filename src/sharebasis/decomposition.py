@@ -19,7 +19,7 @@ from sharebasis.grouping import Group, groups_of
 from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Moment
 from sharebasis.progress import progress
-from sharebasis.settings import FitSettings
+from sharebasis.settings import METHODS, FitSettings
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
 
@@ -151,21 +151,25 @@ class _Metric:
         device: torch.device,
     ) -> None:
         self._twins, self._settings, self._device = twins, settings, device
+        self._own = METHODS[settings.method]
         self._moments = None if settings.method == "svd" else moments
         self._pool = lru_cache(maxsize=1)(self._read_pool)
 
     def decompose(self, group: Group, originals: Sequence[Tensor]) -> tuple[Decomposition, bool]:
         """The factors, and whether calibration has seen what the group reads."""
-        moment, gradients = self._inputs(group), None
-        if moment is not None and self._settings.two_sided:
+        if self._moments is None:
+            return decompose_reads(originals, None), True
+        inputs, gradients = self._inputs(group), None
+        if inputs is None:
+            return decompose_reads(originals, None), False
+        if self._settings.two_sided:
             gradients = [self._gradient(part) for part in group.parts]
-        seen = moment is not None or self._moments is None
-        return decompose_reads(originals, moment, gradients), seen
+        counted = None if self._own.inputs == "none" else inputs
+        return decompose_reads(originals, counted, gradients), True
 
     def _inputs(self, group: Group) -> Moment | None:
-        """Of all that a group reads; None where it is not looked at, or there was nothing."""
-        if self._moments is None:
-            return None
+        """Of all that a group reads; None where there was nothing."""
+        assert self._moments is not None
         site = self._moments.site
         names = (name for part in group.parts for name in self._users(part))
         moment = self._pool(tuple(dict.fromkeys(map(site, names))))
@@ -174,7 +178,10 @@ class _Metric:
     def _read_pool(self, sites: tuple[str, ...]) -> Moment:
         assert self._moments is not None
         moment = reduce(add, map(self._moments.read, sites)).to(self._device)
-        return moment.damped(self._settings.damping_inputs) if moment.n_tokens else moment
+        if not moment.n_tokens:
+            return moment
+        damped = moment.damped(self._settings.damping_inputs)
+        return damped.diagonal(self._own.alpha) if self._own.inputs == "diagonal" else damped
 
     def _gradient(self, part: Part) -> Moment:
         """Of what a part puts out, weighed by how often it runs."""
@@ -183,7 +190,8 @@ class _Metric:
         whole = reduce(add, (moments.gradient(name) for name in self._users(part)))
         rows = torch.tensor(list(part.rows))
         own = Moment(whole.total[rows][:, rows], whole.sum[rows], moments.n_tokens, whole.site)
-        return own.to(self._device).damped(self._settings.damping_gradients)
+        damped = own.to(self._device).damped(self._settings.damping_gradients)
+        return damped.diagonal() if self._own.gradients == "diagonal" else damped
 
     def _users(self, part: Part) -> Iterator[str]:
         return iter((part.sublayer.name, *self._twins[part.sublayer.name]))

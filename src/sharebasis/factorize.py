@@ -172,11 +172,12 @@ def _from_inputs(
     stacked: Tensor, gram: Tensor, moment: Moment | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the whitened weights; (coefficient, basis, eigenvalues ascending)."""
+    full = min(stacked.shape)
     if moment is None:
         eigenvalues, vectors = torch.linalg.eigh(gram)
-        return stacked @ vectors, vectors.T, eigenvalues
+        top = vectors[:, -full:]
+        return stacked @ top, top.T, eigenvalues[-full:]
     root, inverse = whitening(moment)
     eigenvalues, vectors = torch.linalg.eigh(root @ gram @ root)
-    full = min(stacked.shape)
     top = vectors[:, -full:]
     return stacked @ (root @ top), top.T @ inverse, eigenvalues[-full:]

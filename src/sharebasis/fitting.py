@@ -18,6 +18,7 @@ from sharebasis.compressed_index import CompressedGroup, CompressedPart
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.decomposition import Spectra, read_part
 from sharebasis.grouping import Group
+from sharebasis.limits import limits_of
 from sharebasis.progress import progress
 from sharebasis.settings import FitSettings, Storage
 from sharebasis.splitting import Part
@@ -61,12 +62,13 @@ def fit(
         device: for the interpolative form.
 
     Raises:
-        BudgetError: a group is too small for the budget.
+        BudgetError: a group is too small for the budget, or limits do not go with it.
+        SelectionError: a pattern of excluded or limited sublayers matches nothing.
         WeightsError, StoreError: what is read is not usable.
     """
     source, dense = Spectra(spectra), DenseWeights(weights)
     energies = source.energies()
-    ranks = _ranks(source.groups, energies, settings)
+    ranks = _ranks(source, energies, settings)
     fitted = []
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
@@ -94,12 +96,13 @@ def fit(
 
 
 def _ranks(
-    groups: Sequence[Group], energies: Sequence[NDArray[np.float64]], settings: FitSettings
+    spectra: Spectra, energies: Sequence[NDArray[np.float64]], settings: FitSettings
 ) -> Sequence[int]:
+    limits = limits_of(spectra.groups, spectra.twins, settings)
     if settings.allocation == "uniform":
-        return uniform_ranks(groups, settings.removed, settings.storage)
-    pairs = zip(groups, energies, strict=True)
-    curves = [curve_of(group, own, settings.storage) for group, own in pairs]
+        return uniform_ranks(spectra.groups, settings.removed, settings.storage, limits)
+    of_each = zip(spectra.groups, energies, limits, strict=True)
+    curves = [curve_of(group, own, settings.storage, limit) for group, own, limit in of_each]
     entries = allocate(curves, settings.removed)
     return [curve.rank(entry) for curve, entry in zip(curves, entries, strict=True)]
 

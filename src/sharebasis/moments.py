@@ -43,6 +43,15 @@ class Moment:
         eye = torch.eye(len(self.sum), dtype=torch.float64, device=self.total.device)
         return replace(self, total=self.total + extra * eye)
 
+    def diagonal(self, power: float = 1.0) -> Moment:
+        """With E[x_j²]^power on the diagonal, and nothing beside it.
+
+        Raises:
+            CalibrationError: there were no tokens.
+        """
+        own = self.second.diagonal() ** power
+        return replace(self, total=torch.diag(own * self.n_tokens))
+
     def to(self, device: torch.device | str) -> Moment:
         return Moment(self.total.to(device), self.sum.to(device), self.n_tokens, self.site)
 

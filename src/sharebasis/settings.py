@@ -10,16 +10,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 SplitStrategy = Literal["none", "qkv", "heads"]
 Family = Literal["q", "k", "v", "o", "gate", "up", "down", "fused", "other"]
 DType = Literal["float32", "bfloat16", "float16"]
-Method = Literal["svd", "svd_llm", "basis_sharing", "auto"]
+Method = Literal["svd", "asvd", "svd_llm", "fwsvd", "kfac", "basis_sharing", "auto"]
+Weighing = Literal["none", "diagonal", "full"]
 Storage = Literal["plain", "interpolative"]
 Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
 PositiveInt = Annotated[int, Gt(0)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Which moments a method measures its loss in, and how much of each."""
+
+    inputs: Weighing = "none"
+    """C = E[x xᵀ], its diagonal, or the identity."""
+    gradients: Weighing = "none"
+    """G = E[g gᵀ] of the gradients of outputs, its diagonal, or the identity."""
+    alpha: float = 1.0
+    """Power of the diagonal of C."""
+    either: bool = False
+    """Whether `fit.two_sided` chooses if the gradients count; else it has to say what is so."""
+
+
+METHODS: Mapping[Method, Metric] = {
+    "svd": Metric(),
+    "asvd": Metric(inputs="diagonal", alpha=0.5),
+    "svd_llm": Metric(inputs="full"),
+    "fwsvd": Metric(gradients="diagonal"),
+    "kfac": Metric(inputs="full", gradients="full"),
+    "basis_sharing": Metric(inputs="full", gradients="full", either=True),
+    "auto": Metric(inputs="full", gradients="full", either=True),
+}
+"""The loss of every method, tr(G (W - Ŵ) C (W - Ŵ)ᵀ) with a G and a C of its own.
+
+asvd: ASVD (arXiv:2312.05821) scales channel j of the inputs by S_jj = (mean |x_j|)^alpha. Only
+    second moments are kept, so here S_jj = E[x_j²]^(alpha / 2). For one shape of distribution
+    the two are a constant factor apart, which changes no factorization; a channel with rarer
+    and larger outliers than the others weighs more here.
+fwsvd: FWSVD (arXiv:2207.00112) scales row i of the weight by the root of the row's sum of the
+    Fisher information, Σ_j E[g_i² x_j²]. Rows are outputs, as in W x. Taking g_i² and x_j² for
+    uncorrelated (K-FAC's assumption) that is E[g_i²] tr E[x xᵀ], so G = diag E[g_i²] up to a
+    factor of each sublayer, which only `allocation=global` would see.
+kfac: both moments whole; `auto` with the same fraction of every weight and plain storage.
+"""
 
 
 @dataclass(frozen=True)
@@ -121,6 +159,21 @@ class SplitSettings:
 
 
 @dataclass(frozen=True)
+class LimitSettings:
+    """How much of some sublayers is stored, as fractions of the original numbers.
+
+    Where sublayers share a basis, of all that do. Where several limits name a sublayer, all hold.
+    """
+
+    sublayers: str
+    """A family, or a regular expression that a sublayer's whole HF name must match."""
+    floor: Annotated[float, Ge(0), Le(1)] = 0.0
+    """At least."""
+    cap: Annotated[float, Gt(0), Le(1)] = 1.0
+    """At most; below 1 the sublayer does not stay dense."""
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """Which factorization, and how much it may keep.
 
@@ -128,7 +181,7 @@ class FitSettings:
     """
 
     method: Method
-    """svd: of the weights; the others: of the weights in the metric of the moments."""
+    """svd: of the weights; the others: of the weights in a metric of moments, see METHODS."""
     group_size: PositiveInt
     """Adjacent layers that share a basis."""
     shared: tuple[Family, ...]
@@ -148,6 +201,12 @@ class FitSettings:
     """uniform: as much of every group; global: where it costs the least loss."""
     storage: Storage
     """plain: basis and coefficients; interpolative: rank² numbers fewer, the same product."""
+    exclude: tuple[str, ...]
+    """Regular expressions; a sublayer whose whole HF name matches one stays dense, and counts."""
+    limits: tuple[LimitSettings, ...]
+    """What some sublayers keep, at least and at most; needs allocation global."""
+    rank_multiple: PositiveInt
+    """Every rank is a multiple of this, as hardware likes it; a weight may stay dense."""
     shard_bytes: Annotated[int, Gt(0)]
     """Size at which a shard of the compressed model is closed, in bytes."""
 

@@ -1,0 +1,140 @@
+"""Every method against the truncated SVD of the weight that it scales by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, MakeSettings
+from torch import Tensor
+
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.config import compose_params, parse_settings
+from sharebasis.decomposition import Spectra, decompose
+from sharebasis.grouping import Group
+from sharebasis.hub import load_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.settings import METHODS, FitSettings
+from sharebasis.splitting import Part, split_selected
+from sharebasis.weights import DenseWeights
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(1, 280, (12, 24), generator=torch.Generator().manual_seed(0))
+RANK = 5
+
+
+@pytest.fixture(scope="module")
+def calibrated(
+    llama_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Sequence[Part], MomentStore]:
+    target = tmp_path_factory.mktemp("calibrated")
+    model = load_model(llama_directory, "float32", CPU)
+    classification = classify_model(model)
+    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
+    found = calibrate(model, classification.selected, WINDOWS, 4, checkpoint, "text")
+    write_moments(target / "moments", *found)
+    return split_selected(classification, "none"), MomentStore(target / "moments")
+
+
+def _of(method: str) -> FitSettings:
+    params = compose_params(REPOSITORY / "conf", [f"fit={method}"])
+    return parse_settings(yaml.safe_load(params), method).fit
+
+
+def _diagonal(moment: Tensor, power: float = 1.0) -> Tensor:
+    return moment.diagonal().pow(power).diag()
+
+
+def _damped(moment: Tensor, fraction: float) -> Tensor:
+    return moment + fraction * moment.diagonal().mean() * torch.eye(len(moment)).double()
+
+
+def _scales(method: str, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, R) of the SVD of L W R, as the papers put it; Cholesky factors of what is whole."""
+    left, right = torch.eye(len(gradients)).double(), torch.eye(len(inputs)).double()
+    match method:
+        case "asvd":
+            right = _diagonal(inputs, 0.25)
+        case "svd_llm" | "basis_sharing":
+            right = torch.linalg.cholesky(inputs)
+        case "fwsvd":
+            left = _diagonal(gradients, 0.5)
+        case "kfac" | "auto":
+            right = torch.linalg.cholesky(_damped(inputs, 1e-4))
+            left = torch.linalg.cholesky(_damped(gradients, 0.05)).T
+    return left, right
+
+
+def _by_hand(left: Tensor, weight: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of rank RANK, and the squared singular values."""
+    u, s, v = torch.linalg.svd(left @ weight.double() @ right, full_matrices=False)
+    scaled = (u[:, :RANK] * s[:RANK]) @ v[:RANK]
+    return torch.linalg.solve(left, torch.linalg.solve(right.T, scaled.T).T), s.square()
+
+
+def _moments(store: MomentStore, group: Group) -> tuple[Tensor, Tensor]:
+    (part,) = group.parts
+    name = part.sublayer.name
+    return store.read(store.site(name)).second, store.gradient(name).second
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_are_the_truncated_svd_of_the_scaled_weight(
+    method: str,
+    calibrated: tuple[Sequence[Part], MomentStore],
+    llama_directory: Path,
+    make_settings: MakeSettings,
+    tmp_path: Path,
+) -> None:
+    parts, moments = calibrated
+    settings, dense = _of(method), DenseWeights(llama_directory)
+    if method == "basis_sharing":  # of groups of one
+        settings = make_settings({"fit.group_size": 1}).fit
+    decompose(llama_directory, parts, moments, settings, tmp_path / "spectra", CPU)
+    spectra = Spectra(tmp_path / "spectra")
+    assert len(spectra.groups) == len(parts)
+    for i, (group, energies) in enumerate(zip(spectra.groups, spectra.energies(), strict=True)):
+        weight = dense.read(f"{group.parts[0].sublayer.name}.weight", group.parts[0].rows)
+        left, right = _scales(method, *_moments(moments, group))
+        product, squares = _by_hand(left, weight, right)
+        basis, coefficient = spectra.factors(i, RANK)
+        scale = product.abs().max().item()
+        torch.testing.assert_close(coefficient @ basis, product, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            torch.from_numpy(energies), squares, rtol=1e-6, atol=1e-9 * squares.sum().item()
+        )
+
+
+def test_the_methods_differ_from_each_other(
+    calibrated: tuple[Sequence[Part], MomentStore], llama_directory: Path
+) -> None:
+    parts, moments = calibrated
+    weight = DenseWeights(llama_directory).read(f"{parts[0].sublayer.name}.weight")
+    own = _moments(moments, Group((parts[0],)))
+    methods = ["svd", "asvd", "svd_llm", "fwsvd", "kfac"]
+    products = [_by_hand(*_between(weight, _scales(method, *own)))[0] for method in methods]
+    for i, one in enumerate(products):
+        for other in products[:i]:
+            assert (one - other).norm() > 0.01 * weight.double().norm()
+
+
+def _between(weight: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return scales[0], weight, scales[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_a_choice_of_its_own(method: str) -> None:
+    assert _of(method).method == method
+
+
+@pytest.mark.parametrize("method", ["asvd", "fwsvd", "kfac"])
+def test_a_baseline_takes_the_same_of_every_weight_and_stores_plain_factors(method: str) -> None:
+    found: Mapping[str, Any] = vars(_of(method))
+    assert (found["allocation"], found["storage"], found["shared"]) == ("uniform", "plain", ())
