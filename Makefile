@@ -23,7 +23,7 @@ repro: env
 	python -m sharebasis.summary
 
 test: test-env check
-	python -m pytest
+	python -m pytest -n auto --dist loadfile
 
 check: test-env
 	ruff format --check .

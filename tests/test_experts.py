@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "olmoe": {},
     "gpt_oss": {},
+    "deepseek_v2": {},
     "deepseek_v3": {},
     "nemotron_h": NEMOTRON_H,
 }

@@ -170,7 +170,7 @@ def test_every_family_is_measured(name: str) -> None:
         for family, aligned in pair.aligned.items():
             assert 0 <= aligned <= pair.unaligned[family] <= 2
     closer = found.measured[0, 1]
-    if name != "deepseek_v3":  # whose first layer has another MLP than the others
+    if name not in ("deepseek_v2", "deepseek_v3"):  # whose first MLP is unlike the others
         assert closer.aligned["up"] < closer.unaligned["up"]
         assert closer.aligned["v"] < closer.unaligned["v"]
         assert found.families == list(closer.aligned)
