@@ -173,17 +173,17 @@ def write_recovered(
     replaced = {name for group in groups for name, _ in group.named()} | {
         part.pivots for group in groups for part in group.group.parts if part.pivots
     }
+    others = {n: file for n, file in index.files.items() if n not in replaced | of_dense}
     with store.writing(target) as out:
         writer = CompressedWriter(out, shard_bytes)
-        for name, tensor in reader.stream():
-            if name not in replaced and name not in of_dense:
-                writer.add(name, tensor)
+        for name, tensor in store.TensorReader(source, others).stream():
+            writer.add(name, tensor)
         for group in dense:
             names = {part.coefficient for part in group.parts}
             writer.add_dense(group, {name: reader.read(name) for name in sorted(names)})
         for one in groups:
             assert one.group.basis is not None
-            dtype = reader.read(one.group.basis).dtype
+            dtype = reader.read(one.group.basis, slice(0, 1)).dtype
             coefficients = {name: own.detach().double() for name, own in one.coefficients.items()}
             writer.add_factors(one.group, one.basis.detach().double(), coefficients, dtype)
         writer.finish(companions=source)
