@@ -23,10 +23,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from sharebasis.alignment import distances
 from sharebasis.classification import classify_model
 from sharebasis.hub import load_config, meta_model
-from sharebasis.layers import Layers
+from sharebasis.variation.alignment import distances
+from sharebasis.variation.layers import Layers
 from sharebasis.weights import DenseWeights
 
 

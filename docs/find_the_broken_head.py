@@ -13,8 +13,8 @@ import itertools
 import torch
 
 from sharebasis import load_compressed
-from sharebasis.activation_cache import Observer
-from sharebasis.attribution import attribute
+from sharebasis.attribution.cache import Observer
+from sharebasis.attribution.error_attribution import attribute
 from sharebasis.config import load_settings
 from sharebasis.head_views import head_views
 from sharebasis.hub import load_model, load_tokenizer

@@ -1,9 +1,9 @@
 """Stage `attribute`: both models and text -> who makes the error: table, figures, metrics."""
 
 from sharebasis import store
-from sharebasis.attribution import attribute
-from sharebasis.attribution_figures import components_figure, lens_figure
-from sharebasis.attribution_report import (
+from sharebasis.attribution.error_attribution import attribute
+from sharebasis.attribution.figures import components_figure, lens_figure
+from sharebasis.attribution.report import (
     attribute_metrics,
     components_csv,
     lens_csv,

@@ -5,16 +5,16 @@ from functools import partial
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config
-from sharebasis.layers import Layers
 from sharebasis.stage import METRICS, PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
-from sharebasis.variation import (
+from sharebasis.variation.distances import (
     measure_variation,
     print_variation,
     variation_metrics,
     write_distances,
 )
-from sharebasis.variation_figures import draw
+from sharebasis.variation.figures import draw
+from sharebasis.variation.layers import Layers
 from sharebasis.weights import DenseWeights
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import block_diag
 from torch import Tensor
 
-from sharebasis.gauge import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
+from sharebasis.variation.gauge import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
 
 EXACT = 1e-12
 """A distance in float64 that is none."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sharebasis.attribution import NORM, UNEMBEDDING, Attribution, attribute
-from sharebasis.attribution_figures import components_figure, lens_figure
-from sharebasis.attribution_report import attribute_metrics, components_csv, lens_csv, markdown
-from sharebasis.error_split import MEASURES, costs, depth_costs
+from sharebasis.attribution.error_attribution import NORM, UNEMBEDDING, Attribution, attribute
+from sharebasis.attribution.error_split import MEASURES, costs, depth_costs
+from sharebasis.attribution.figures import components_figure, lens_figure
+from sharebasis.attribution.report import attribute_metrics, components_csv, lens_csv, markdown
 from sharebasis.head_views import head_views
 
 D_VOCAB = 96

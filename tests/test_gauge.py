@@ -17,8 +17,9 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sharebasis.alignment import align, distances
-from sharebasis.gauge import (
+from sharebasis.settings import Alignment
+from sharebasis.variation.alignment import align, distances
+from sharebasis.variation.gauge import (
     Attention,
     AttentionGauge,
     Freedom,
@@ -27,9 +28,8 @@ from sharebasis.gauge import (
     Mlp,
     NeuronOrder,
 )
-from sharebasis.neuron_alignment import Scales, align_neurons
-from sharebasis.procrustes import WARM_START, best_matching, best_rotation
-from sharebasis.settings import Alignment
+from sharebasis.variation.neurons import Scales, align_neurons
+from sharebasis.variation.procrustes import WARM_START, best_matching, best_rotation
 
 D_MODEL, D_HEAD, D_MLP = 20, 8, 24
 HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))

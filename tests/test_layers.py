@@ -11,12 +11,12 @@ from gauges import EXACT, random_element
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.alignment import align, distances
 from sharebasis.classification import classify_model
-from sharebasis.freedom import POSITIONS
-from sharebasis.gauge import Attention, Freedom, Layer
 from sharebasis.hub import load_config, meta_model
-from sharebasis.layers import Layers, ModelTensors
+from sharebasis.variation.alignment import align, distances
+from sharebasis.variation.freedom import POSITIONS
+from sharebasis.variation.gauge import Attention, Freedom, Layer
+from sharebasis.variation.layers import Layers, ModelTensors
 from sharebasis.weights import DenseWeights
 
 TOKENS = torch.randint(1, 280, (2, 24), generator=torch.Generator().manual_seed(3))

@@ -59,11 +59,18 @@ def imported(script: Path, graph: grimp.ImportGraph) -> set[str]:
     return modules
 
 
+def source_file(module: str) -> str:
+    path = f"src/{module.replace('.', '/')}"
+    return f"{path}/__init__.py" if (REPOSITORY / path).is_dir() else f"{path}.py"
+
+
 def closure(script: Path, graph: grimp.ImportGraph) -> set[str]:
     """Path of every file of the package that a script runs, itself included."""
     direct = imported(script, graph)
     modules = direct.union(*(graph.find_upstream_modules(module) for module in direct))
-    files = {f"src/{module.replace('.', '/')}.py" for module in modules - {"sharebasis"}}
+    # To import a module is to run the packages it lies in.
+    packages = {module.rpartition(".")[0] for module in modules}
+    files = {source_file(module) for module in (modules | packages) - {"sharebasis"}}
     return files | {str(script.relative_to(REPOSITORY))}
 
 
@@ -105,7 +112,7 @@ def test_every_module_belongs_to_a_stage_or_is_for_people_to_use(
 ) -> None:
     used = {dep for stage in pipeline.values() for dep in stage["deps"]}
     modules = {
-        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src/sharebasis").glob("*.py")
+        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src/sharebasis").rglob("*.py")
     }
     for_people = ("__init__", "params", "summary")  # to import or to run
     assert modules - used == {f"src/sharebasis/{name}.py" for name in for_people}
@@ -239,5 +246,5 @@ def test_what_a_script_loads_is_what_the_graph_says(
     refusals: Mapping[str, Ended], graph: grimp.ImportGraph, stage: str
 ) -> None:
     script = REPOSITORY / "stages" / f"{stage}.py"
-    loaded = {f"src/{name.replace('.', '/')}.py" for name in refusals[stage].modules.split()}
+    loaded = {source_file(name) for name in refusals[stage].modules.split()}
     assert loaded == closure(script, graph) - {f"stages/{stage}.py"}

@@ -19,17 +19,16 @@ from conftest import REPOSITORY, SIZES, MakeDirectory, random_model, with_change
 from gauges import random_element
 from transformers import PreTrainedModel
 
-from sharebasis import store, variation
-from sharebasis.alignment import distances
+from sharebasis import store
 from sharebasis.classification import classify_model
 from sharebasis.errors import SelectionError, StoreError
-from sharebasis.gauge import Layer
 from sharebasis.hub import load_config, meta_model
-from sharebasis.layers import Layers, ModelTensors
 from sharebasis.rows import Rows
 from sharebasis.settings import Alignment, VarySettings
 from sharebasis.source import extract, find_source
-from sharebasis.variation import (
+from sharebasis.variation import distances as over_a_model
+from sharebasis.variation.alignment import distances
+from sharebasis.variation.distances import (
     Shuffled,
     Variation,
     measure_variation,
@@ -37,7 +36,9 @@ from sharebasis.variation import (
     variation_metrics,
     write_distances,
 )
-from sharebasis.variation_figures import matrices, over_depth
+from sharebasis.variation.figures import matrices, over_depth
+from sharebasis.variation.gauge import Layer
+from sharebasis.variation.layers import Layers, ModelTensors
 
 ALL = VarySettings("exact", "all", None)
 LLAMA = {"q", "k", "v", "o", "gate", "up", "down", "input_layernorm", "post_attention_layernorm"}
@@ -143,14 +144,16 @@ def test_large_layers_go_one_pair_after_the_other_with_the_same_result(
     llama: PreTrainedModel, of_llama: Variation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    executor = variation.ThreadPoolExecutor
-    monkeypatch.setattr(variation, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1])
+    executor = over_a_model.ThreadPoolExecutor
+    monkeypatch.setattr(
+        over_a_model, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1]
+    )
     torch.set_num_threads(2)
     try:
         assert measured(llama).measured == of_llama.measured
         assert used == [2]
         assert torch.get_num_threads() == 2
-        monkeypatch.setattr(variation, "SMALL", 0)
+        monkeypatch.setattr(over_a_model, "SMALL", 0)
         assert measured(llama).measured[0, 1].aligned == pytest.approx(
             of_llama.measured[0, 1].aligned, rel=1e-5
         )

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
-from sharebasis.gauge import Attention, AttentionGauge, Freedom
-from sharebasis.procrustes import best_rotation
+from sharebasis.variation.gauge import Attention, AttentionGauge, Freedom
+from sharebasis.variation.procrustes import best_rotation
 
 ROUNDS = 20
 """Of rotations and orders in turn; a handful is enough, as each one makes the sum larger."""

@@ -17,14 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sharebasis.activation_capture import FINAL, Captured, capture
-from sharebasis.activation_names import Name, Names, act_name, wanted
+from sharebasis.attribution.capture import FINAL, Captured, capture
+from sharebasis.attribution.names import Name, Names, act_name, wanted
+from sharebasis.attribution.residual import Norm, head_results, neuron_results
+from sharebasis.attribution.sites import find_sites
+from sharebasis.attribution.unembedding import Unembedding
 from sharebasis.errors import StreamError
 from sharebasis.head_views import LayerViews, head_views, sublayers_of
-from sharebasis.model_sites import find_sites
-from sharebasis.residual import Norm, head_results, neuron_results
 from sharebasis.sublayer import Classification
-from sharebasis.unembedding import Unembedding
 
 
 def run_with_cache(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sharebasis.experts import slices
-from sharebasis.freedom import freedom_of
-from sharebasis.gauge import Attention, Freedom, Layer, Mlp, Unit
 from sharebasis.rows import Rows
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Sublayer
+from sharebasis.variation.freedom import freedom_of
+from sharebasis.variation.gauge import Attention, Freedom, Layer, Mlp, Unit
 
 _QKVO = ("q", "k", "v", "o")
 _MLP = ("gate", "up", "down")

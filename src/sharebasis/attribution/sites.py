@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis import experts
-from sharebasis.activation_capture import Branch, LayerSites, Output, Sites
+from sharebasis.attribution.capture import Branch, LayerSites, Output, Sites
 from sharebasis.errors import SelectionError
 from sharebasis.head_views import by_head
 from sharebasis.rows import Rows

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
-from sharebasis.gauge import Turns
+from sharebasis.variation.gauge import Turns
 
 WARM_START = 256
 """Rows from which on a matching starts from dual prices, which take longer than it otherwise."""

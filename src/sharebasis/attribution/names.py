@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sharebasis.activation_capture import FINAL
+from sharebasis.attribution.capture import FINAL
 
 Name = str | tuple[Any, ...]
 Names = str | Iterable[str] | Callable[[str], bool] | None

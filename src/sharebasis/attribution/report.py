@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sharebasis.attribution import NORM, UNEMBEDDING, Attribution, Component
-from sharebasis.error_split import MEASURES
+from sharebasis.attribution.error_attribution import NORM, UNEMBEDDING, Attribution, Component
+from sharebasis.attribution.error_split import MEASURES
 
 
 def attribute_metrics(found: Attribution, top: int) -> dict[str, Any]:

@@ -15,8 +15,8 @@ Behind the last norm, whose scale is σ,
     n(x̂) - n(x) = w ⊙ C (x̂ - x) / σ + w ⊙ C x̂ (1/σ̂ - 1/σ),    x̂ - x = Σ_c [f̂_c(x̂_c) - f_c(x_c)],
 
 so that the change of the scale is one more term, and the error of the logits is a sum to the last
-number (sharebasis.error_split says what it costs). What an unembedding of its own adds is a term
-as well; it is rounding unless somebody has changed it.
+number (`error_split` says what it costs). What an unembedding of its own adds is a term as well; it
+is rounding unless somebody has changed it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.activation_cache import ActivationCache, Observer
-from sharebasis.activation_capture import FINAL
-from sharebasis.error_split import CHUNK, MEASURES, Costs, Measure, costs, depth_costs
+from sharebasis.attribution.cache import ActivationCache, Observer
+from sharebasis.attribution.capture import FINAL
+from sharebasis.attribution.error_split import CHUNK, MEASURES, Costs, Measure, costs, depth_costs
+from sharebasis.attribution.residual import Norm, along, along_heads
 from sharebasis.head_views import sublayers_of
 from sharebasis.progress import progress
-from sharebasis.residual import Norm, along, along_heads
 from sharebasis.sublayer import Classification
 
 NORM, UNEMBEDDING = "last norm's scale", "unembedding"

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sharebasis.attribution.residual import Norm
+from sharebasis.attribution.residual_sums import BlockSums, Kind, StreamSums, storage_key
 from sharebasis.errors import StreamError
-from sharebasis.residual import Norm
-from sharebasis.residual_sums import BlockSums, Kind, StreamSums, storage_key
 
 Branch = Literal["attn", "mlp"]
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sharebasis.gauge import Mlp, NeuronOrder, NeuronRotation
 from sharebasis.kernels import linear
-from sharebasis.procrustes import best_matching, best_rotation
+from sharebasis.variation.gauge import Mlp, NeuronOrder, NeuronRotation
+from sharebasis.variation.procrustes import best_matching, best_rotation
 
 Scales = Literal["any", "signs", "none"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sharebasis.attention_alignment import align_attention, align_heads_tied
-from sharebasis.gauge import Attention, Freedom, Gauge, Identity, Layer, Mlp, Unit
-from sharebasis.neuron_alignment import align_neurons, align_neurons_tied
 from sharebasis.settings import Alignment
+from sharebasis.variation.attention import align_attention, align_heads_tied
+from sharebasis.variation.gauge import Attention, Freedom, Gauge, Identity, Layer, Mlp, Unit
+from sharebasis.variation.neurons import align_neurons, align_neurons_tied
 
 ATTEMPTS = 4
 """Times that an alignment is sought, of all heads and then of heads that stay in place, before

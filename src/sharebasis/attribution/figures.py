@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from sharebasis.attribution import Attribution
+from sharebasis.attribution.error_attribution import Attribution
 
 _TITLES = {
     "made": "made\n(own weights, original's inputs)",

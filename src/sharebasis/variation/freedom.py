@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from sharebasis.architecture import Dims
-from sharebasis.gauge import Freedom
+from sharebasis.variation.gauge import Freedom
 
 Positions = Literal["halves", "neighbours", "learned", "slopes"]
 """How attention knows of positions. halves: rotary, coordinate i with i + n/2; neighbours:

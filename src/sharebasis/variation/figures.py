@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sharebasis.variation import Variation
+from sharebasis.variation.distances import Variation
 
 N_COLUMNS = 3
 PANEL = (3.6, 3.0)

@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import Tensor
 
 from sharebasis import store
-from sharebasis.alignment import Distances, distances
 from sharebasis.errors import SelectionError, StoreError
-from sharebasis.layers import Layers, Tensors
 from sharebasis.progress import progress
 from sharebasis.rows import Rows
 from sharebasis.settings import VarySettings
+from sharebasis.variation.alignment import Distances, distances
+from sharebasis.variation.layers import Layers, Tensors
 
 SMALL = 2**24
 """Numbers of a layer up to which a core works on a pair of its own; threads within one product

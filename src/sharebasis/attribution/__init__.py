@@ -1,0 +1,1 @@
+"""The residual stream: what is written to it, and which component an error came from."""

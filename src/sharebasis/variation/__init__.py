@@ -1,0 +1,1 @@
+"""What layers share: their distances once the freedoms of gauge are removed."""
