@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
@@ -143,14 +145,16 @@ def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> 
 
 
 def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:
-    """All fits against the dense model, by their names."""
+    """All fits against the dense model, by their names; those of one method are in memory."""
     settings = settings_of(arguments, "auto", 0.2)
     weights, device = arguments.work / "weights", pick_device(settings.device)
-    names = [name_of(point) for point in points_of(arguments)]
-    compressed = {name: load_compressed(arguments.work / name, device=device) for name in names}
     windows = read_windows(load_tokenizer(weights), settings.data, "evaluation", settings.seed)
-    dense = load_model(weights, "float32", device)
-    return compare(dense, compressed, windows, settings.data.batch)
+    dense, found = load_model(weights, "float32", device), dict[str, Fidelity]()
+    for _, points in groupby(points_of(arguments), key=itemgetter(0)):
+        names = map(name_of, points)
+        own = {name: load_compressed(arguments.work / name, device=device) for name in names}
+        found |= compare(dense, own, windows, settings.data.batch)
+    return found
 
 
 def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> None:
