@@ -59,6 +59,7 @@ def test_the_groups_are_all_there() -> None:
         "split",
         "fit",
         "recover",
+        "curve",
         "vary",
         "verify",
         "attribute",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -628,12 +629,24 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
         "device": "cpu",
         "split.strategy": "heads",
         "verify.new_tokens": 3,
+        "curve.windows": 3,
+        "curve.removed": [0.4, 0.2],
         "attribute.windows": 3,
         "attribute.window": 16,
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
     monkeypatch.chdir(tmp_path)
-    for stage in ("extract", "classify", "calibrate", "decompose", "fit", "verify", "attribute"):
+    stages = (
+        "extract",
+        "classify",
+        "calibrate",
+        "decompose",
+        "fit",
+        "verify",
+        "curve",
+        "attribute",
+    )
+    for stage in stages:
         runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
     metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
     assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21
@@ -647,6 +660,17 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert sum(value for part, value in split.items() if part != "whole") == pytest.approx(
         split["whole"], rel=1e-4
     )
+    low, high = metrics["curve"]["points"]["0.2"], metrics["curve"]["points"]["0.4"]
+    assert low["removed_fraction"] == metrics["fit"]["removed_fraction"]
+    for key in ("perplexity", "kl_mean", "top1_agreement"):  # the same budget, text and windows
+        assert low[key] == metrics["verify"]["compressed"][key]
+    assert 0.4 <= high["removed_fraction"] < 0.5
+    assert low["kl_mean"] < high["kl_mean"]
+    with Path("plots/curve.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert rows[0]["perplexity"] == metrics["verify"]["dense"]["perplexity"]
+    assert rows[1:] == [low, high]
+    assert not Path("artifacts/curve").exists()
     assert not Path("artifacts/checkpoints/calibrate").exists()
     assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
     runpy.run_module("sharebasis.summary", run_name="__main__")

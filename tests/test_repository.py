@@ -22,6 +22,7 @@ STAGES = (
     "fit",
     "recover",
     "verify",
+    "curve",
     "vary",
     "attribute",
 )

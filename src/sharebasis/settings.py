@@ -242,6 +242,16 @@ class RecoverSettings:
 
 
 @dataclass(frozen=True)
+class CurveSettings:
+    """The budgets at which the loss is measured, beside `fit.removed`."""
+
+    removed: Annotated[tuple[Annotated[float, Gt(0), Lt(1)], ...], MinLen(1)]
+    """Fractions of the selected sublayers' numbers to remove."""
+    windows: PositiveInt
+    """Windows of the evaluation text, from its start."""
+
+
+@dataclass(frozen=True)
 class VarySettings:
     """How the variation between layers is measured."""
 
@@ -292,6 +302,7 @@ class Settings:
     split: SplitSettings
     fit: FitSettings
     recover: RecoverSettings
+    curve: CurveSettings
     vary: VarySettings
     verify: VerifySettings
     attribute: AttributeSettings

@@ -1,0 +1,29 @@
+"""Stage `curve`: factors of every rank -> what is lost at every budget."""
+
+from sharebasis import store
+from sharebasis.config import load_settings
+from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
+from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.resources import pick_device
+from sharebasis.stage import CURVE, METRICS, PLOTS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.texts import cut, read_windows, require_positions
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    own, data = settings.curve, settings.data
+    require_positions(load_config(WEIGHTS), data.window)
+    text = cut(data, "evaluation", own.windows, data.window)
+    windows = read_windows(load_tokenizer(WEIGHTS), text, "evaluation", settings.seed)
+    dtype, device = settings.model.dtype, pick_device(settings.device)
+    curve = measure_curve(
+        WEIGHTS, SPECTRA, settings.fit, own.removed, windows, data.batch, dtype, CURVE, device
+    )
+    write_curve(PLOTS / "curve.csv", curve)
+    store.write_json(METRICS / "curve.json", curve_metrics(curve))
+    print_curve(curve)
+
+
+if __name__ == "__main__":
+    main()
