@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from sharebasis import interpolative
+from sharebasis import compressed_index, interpolative, store
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.interpolative import BOUND, interpolate
+from sharebasis.rows import Rows
 from sharebasis.share_linear import ShareLinear, SplitLinear
 
 SHAPES = {
@@ -82,3 +87,41 @@ def test_a_module_in_interpolative_form_computes_the_product(lengths: tuple[int,
     torch.testing.assert_close(module.weight, product, rtol=0, atol=1e-4)
     numbers = sum(p.numel() for p in module.parameters())
     assert numbers == 6 * (16 + sum(lengths)) - 36
+
+
+@pytest.mark.parametrize("rank", [6, 16], ids=["low rank", "full rank"])
+@pytest.mark.parametrize("interpolative", [True, False], ids=["interpolative", "plain"])
+@pytest.mark.parametrize("lengths", [(20,), (12, 8), (3, 17)])
+def test_weights_that_share_their_outputs_compute_their_products_in_as_few_numbers(
+    lengths: tuple[int, ...], interpolative: bool, rank: int, tmp_path: Path
+) -> None:
+    own, shared = _factors(sum(lengths), 16, rank)
+    coefficients = {f"{i}.coefficient": rows for i, rows in enumerate(own.split(lengths))}
+    pivots = "pivots" if interpolative else None
+    parts = tuple(CompressedPart(name[0], Rows(0, 16), name, pivots) for name in coefficients)
+    writer = CompressedWriter(tmp_path / "out", 10_000)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "companions").mkdir()
+    group = CompressedGroup("writes", "down", rank, "basis", parts, "output")
+    writer.add_factors(group, shared, coefficients, torch.float64)
+    writer.finish(tmp_path / "companions")
+    n_pivots = rank if interpolative else 0
+    assert writer.n_numbers == rank * (16 + sum(lengths)) - rank * n_pivots + n_pivots
+    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    stored = dict(store.TensorReader(tmp_path / "out", index.files).stream())
+    basis = torch.nn.Parameter(stored["basis"], requires_grad=False)
+    x, multiplied = torch.randn(5, max(lengths)).double(), 0
+    for rows, part in zip(coefficients.values(), index.groups[0].parts, strict=True):
+        linear = ShareLinear(torch.zeros(16, len(rows)).double())
+        chosen = stored["pivots"] if interpolative else None
+        linear.compress(basis, stored[part.coefficient], chosen, part.first, "output")
+        product = shared.T @ rows.T
+        inputs = x[:, : len(rows)]
+        torch.testing.assert_close(linear(inputs), inputs @ product.T, rtol=0, atol=1e-9)
+        torch.testing.assert_close(linear.dense(), product, rtol=0, atol=1e-10)
+        inner, outer = linear.factors()
+        torch.testing.assert_close(outer @ inner, product, rtol=0, atol=1e-10)
+        assert linear.basis is basis
+        multiplied += linear.coefficient.numel()
+        assert linear.extra_repr().endswith(f"rank={rank}, state=compressed")
+    assert multiplied + basis.numel() + n_pivots == writer.n_numbers

@@ -61,14 +61,10 @@ def load_compressed(
             f"{directory} lacks {len(lacking)} tensors that {compressed_index.FILE} names, "
             f"{min(lacking)} among them; write it again (dvc repro fit)."
         )
-    basis_of = {
-        part.coefficient: found[group.basis] if group.basis else None
-        for group in index.groups
-        for part in group.parts
-    }
+    group_of = {part.coefficient: group for group in index.groups for part in group.parts}
     for name, module in modules.items():
         for linear, part in zip(module.parts, parts[name], strict=True):
-            _fill(linear, part, basis_of[part.coefficient], found)
+            _fill(linear, part, group_of[part.coefficient], found)
     _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
 
@@ -116,18 +112,18 @@ def _parameter(tensor: Tensor) -> Tensor:
 
 
 def _fill(
-    linear: ShareLinear, part: CompressedPart, basis: Tensor | None, found: Mapping[str, Tensor]
+    linear: ShareLinear, part: CompressedPart, group: CompressedGroup, found: Mapping[str, Tensor]
 ) -> None:
     """Give a part what was stored for it."""
     if linear.state is State.COMPRESSED:  # in a module of several names
         return
     coefficient = found[part.coefficient]
-    if basis is None:
+    if group.basis is None:
         assert isinstance(coefficient, nn.Parameter)
         linear.weight = coefficient
         return
     pivots = found[part.pivots] if part.pivots else None
-    linear.compress(basis, coefficient, pivots, part.first)
+    linear.compress(found[group.basis], coefficient, pivots, part.first, group.side)
 
 
 def _is_in(modules: Modules, tensor: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sharebasis.rows import Rows
-from sharebasis.settings import Family
+from sharebasis.settings import Family, Side
 
 FILE = "sharebasis.json"
 """The index, as JSON."""
@@ -21,7 +21,8 @@ class CompressedPart:
     coefficient: str
     """Of a group without a basis: the rows themselves."""
     pivots: str | None = None
-    """Interpolative form: the rows of the part that are rows of the basis."""
+    """Interpolative form: the rows of the part that are rows of the basis. Of a group that shares
+    on the output side, one tensor of all parts: the rows that are those of the coefficients."""
     first: int = 0
     """The row of the basis that is the first of them."""
 
@@ -36,6 +37,8 @@ class CompressedGroup:
     basis: str | None
     """None: the parts are stored as they are."""
     parts: tuple[CompressedPart, ...]
+    side: Side = "input"
+    """input: a part is coefficient @ basis; output: basis @ coefficient."""
 
 
 @dataclass(frozen=True)

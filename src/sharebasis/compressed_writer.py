@@ -53,7 +53,7 @@ class CompressedWriter:
     def add_factors(
         self,
         group: CompressedGroup,
-        basis: Float64[Tensor, "rank d_in"],
+        basis: Float64[Tensor, "rank shared"],
         coefficients: Mapping[str, Float64[Tensor, "_ rank"]],
         dtype: torch.dtype,
     ) -> None:
@@ -61,26 +61,31 @@ class CompressedWriter:
 
         Args:
             group: what to call its tensors.
-            basis: that its parts share.
+            basis: that its parts share; transposed, if that is on the output side.
             coefficients: of its parts in their order, by the names of their tensors; a part
-                that has several names is there once.
+                that has several names is there once. Transposed like the basis.
             dtype: of what is stored.
         """
+        assert group.basis is not None
         parts = {part.coefficient: part for part in group.parts}
         pivots = {name: part.pivots for name, part in parts.items() if part.pivots}
         first = dict.fromkeys(coefficients, 0)
-        if pivots:
+        rank = len(basis)
+        if group.side == "output":
+            tensors = _of_writes(group.basis, basis, coefficients, pivots)
+        elif pivots:
             form = interpolate(torch.cat(list(coefficients.values())), basis)
             lengths = {name: len(own) for name, own in coefficients.items()}
             basis, coefficients, own_pivots, first = _cut(form, lengths)
-            for name, own in own_pivots.items():
-                self._writer.add(pivots[name], own.to("cpu", torch.int32))
-        assert group.basis is not None
-        self._writer.add(group.basis, basis.to("cpu", dtype))
-        for name, coefficient in coefficients.items():
-            self._writer.add(name, coefficient.to("cpu", dtype))
+            named = {pivots[name]: own for name, own in own_pivots.items()}
+            tensors = {**named, group.basis: basis, **coefficients}
+        else:
+            tensors = {group.basis: basis, **coefficients}
+        for name, tensor in tensors.items():
+            own = dtype if tensor.is_floating_point() else torch.int32
+            self._writer.add(name, tensor.to("cpu", own))
         placed = tuple(replace(part, first=first[part.coefficient]) for part in group.parts)
-        self._groups.append(replace(group, rank=len(basis), parts=placed))
+        self._groups.append(replace(group, rank=rank, parts=placed))
 
     def finish(self, companions: Path) -> None:
         """Write the index, and what else a directory in hub format holds.
@@ -98,6 +103,26 @@ class CompressedWriter:
 
 
 Named = dict[str, Tensor]
+
+
+def _of_writes(
+    name: str,
+    basis: Tensor,
+    coefficients: Mapping[str, Tensor],
+    pivots: Mapping[str, str],
+) -> Named:
+    """What is stored of a group that shares on the output side.
+
+    In interpolative form the coefficients, side by side, are rows of the weights, side by side;
+    the parts share which ones, and how the other rows are made of them.
+    """
+    if not pivots:
+        return {name: basis.T, **{key: own.T for key, own in coefficients.items()}}
+    form = interpolate(basis.T, torch.cat(list(coefficients.values())).T)
+    lengths = [len(own) for own in coefficients.values()]
+    own = dict(zip(coefficients, form.basis.split(lengths, dim=1), strict=True))
+    (shared,) = set(pivots.values())
+    return {shared: form.pivots, name: form.coefficient, **own}
 
 
 def _cut(

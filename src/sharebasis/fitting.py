@@ -120,12 +120,13 @@ def _entry(
     for part in group.parts:
         stem = _stem(part)
         tensor = f"{stem}.dense" if rank == DENSE else f"{stem}.coefficient"
-        pivots = f"{stem}.pivots" if rank != DENSE and storage == "interpolative" else None
+        owner = group.name if group.side == "output" else stem
+        pivots = f"{owner}.pivots" if rank != DENSE and storage == "interpolative" else None
         for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
             parts.append(CompressedPart(sublayer, part.rows, tensor, pivots))
     basis = None if rank == DENSE else f"{group.name}.basis"
     rank = group.full_rank if rank == DENSE else rank
-    return CompressedGroup(group.name, group.family, rank, basis, tuple(parts))
+    return CompressedGroup(group.name, group.family, rank, basis, tuple(parts), group.side)
 
 
 def _by_part(group: Group, stacked: Tensor) -> dict[str, Tensor]:

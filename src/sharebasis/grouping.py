@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sharebasis.settings import Family, Storage
+from sharebasis.settings import Family, Side, Storage
 from sharebasis.splitting import Part
 from sharebasis.sublayer import expert_slot
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parts that share one basis on their input side."""
+    """Parts that share one basis."""
 
     parts: tuple[Part, ...]
+    side: Side = "input"
+    """Where the basis lies: input, Ŵ_i = A_i B, of a residual read, or of one part of any kind;
+    output, Ŵ_i = B A_i, of a residual write. The parts are as wide there as each other."""
 
     @property
     def name(self) -> str:
@@ -32,11 +35,16 @@ class Group:
 
     @property
     def d_in(self) -> int:
+        """Columns of all parts, put side by side where they share on the output side."""
+        if self.side == "output":
+            return sum(part.shape[1] for part in self.parts)
         return self.parts[0].shape[1]
 
     @property
     def d_out(self) -> int:
-        """Rows of all parts stacked."""
+        """Rows of all parts, stacked where they share on the input side."""
+        if self.side == "output":
+            return self.parts[0].shape[0]
         return sum(part.shape[0] for part in self.parts)
 
     @property

@@ -32,8 +32,9 @@ class TrainableGroup:
 
     group: CompressedGroup
     basis: nn.Parameter
+    """(rank, d_in), or (d_out, rank) on the output side."""
     coefficients: Mapping[str, nn.Parameter]
-    """By the names of their tensors."""
+    """(d_out, rank), or (rank, d_in), by the names of their tensors."""
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         assert self.group.basis is not None
@@ -55,14 +56,16 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
     groups = []
     for group, linears in shared_factors(model, index):
         own = {name: linear.factors() for name, linear in linears.items()}
+        if group.side == "output":  # the same problem, transposed
+            own = {name: (outer.T, inner.T) for name, (inner, outer) in own.items()}
         stacked = torch.cat([coefficient for _, coefficient in own.values()]).double()
         basis = next(iter(own.values()))[0].double()
         lengths = [len(coefficient) for _, coefficient in own.values()]
         stacked, basis = balance(stacked, basis)
-        shared = nn.Parameter(basis.float().contiguous())
+        shared = nn.Parameter(_stored(group, basis).float().contiguous())
         coefficients = {}
         for name, rows in zip(own, stacked.split(lengths), strict=True):
-            coefficients[name] = nn.Parameter(rows.float().contiguous())
+            coefficients[name] = nn.Parameter(_stored(group, rows).float().contiguous())
             linears[name].refactor(shared, coefficients[name])
         groups.append(TrainableGroup(group, shared, coefficients))
     if not groups:
@@ -71,6 +74,11 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
             "Raise fit.removed, or set recover=none."
         )
     return groups
+
+
+def _stored(group: CompressedGroup, factor: Tensor) -> Tensor:
+    """(rank, shared) or (own, rank) <-> what is stored of it."""
+    return factor.T if group.side == "output" else factor
 
 
 def recovery_identity(
@@ -184,8 +192,12 @@ def write_recovered(
         for one in groups:
             assert one.group.basis is not None
             dtype = reader.read(one.group.basis, slice(0, 1)).dtype
-            coefficients = {name: own.detach().double() for name, own in one.coefficients.items()}
-            writer.add_factors(one.group, one.basis.detach().double(), coefficients, dtype)
+            basis = _stored(one.group, one.basis.detach()).double()
+            coefficients = {
+                name: _stored(one.group, own.detach()).double()
+                for name, own in one.coefficients.items()
+            }
+            writer.add_factors(one.group, basis, coefficients, dtype)
         writer.finish(companions=source)
         store.save_record(out / INDEX, recovery)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from sharebasis import kernels
 from sharebasis.errors import StateError
+from sharebasis.settings import Side
 
 Tracker = Callable[[Tensor], None]
 
@@ -24,11 +25,12 @@ class State(StrEnum):
     CALIBRATING = "calibrating"
     """The original weight; every input goes to a tracker."""
     COMPRESSED = "compressed"
-    """A coefficient after a basis; the original weight is released."""
+    """A coefficient after a basis, or before it; the original weight is released."""
 
 
 class ShareLinear(nn.Module):
-    """One part of a linear sublayer: y = x Wᵀ, or y = (x Bᵀ) Aᵀ once compressed.
+    """One part of a linear sublayer: y = x Wᵀ, or, once compressed, y = (x Bᵀ) Aᵀ if the basis is
+    on the input side and y = (x Aᵀ) Bᵀ if it is on the output side.
 
     The weight is a view of the original one as long as there is one; a basis is one
     Parameter that every part of a group registers, so it exists once in memory.
@@ -52,6 +54,7 @@ class ShareLinear(nn.Module):
         self.register_parameter("coefficient", None)
         self.register_buffer("order", None, persistent=False)
         self._own = slice(0, 0)
+        self._side: Side = "input"
         self._state = State.ORIGINAL
         self._tracker: Tracker | None = None
         self._gradient_tracker: Tracker | None = None
@@ -84,59 +87,65 @@ class ShareLinear(nn.Module):
 
     def compress(
         self,
-        basis: Float[Tensor, "rank d_in"] | nn.Parameter,
-        coefficient: Float[Tensor, "_ rank"] | nn.Parameter,
+        basis: Float[Tensor, "_ _"] | nn.Parameter,
+        coefficient: Float[Tensor, "_ _"] | nn.Parameter,
         pivots: Int[Tensor, " n"] | None = None,
         first: int = 0,
+        side: Side = "input",
     ) -> None:
-        """Replace the weight by `coefficient @ basis` and release it.
+        """Replace the weight by `coefficient @ basis`, or `basis @ coefficient`, and release it.
 
         In interpolative form (`sharebasis.interpolative`) some rows of the weight are rows of
-        the basis, and the coefficient is of the other rows only.
+        the factor that sees the inputs, and the other factor is of the other rows only.
 
         Args:
-            basis: pass the same Parameter to every part that shares it.
-            coefficient: of this part, (d_out, rank), or (d_out - n, rank) with `pivots`;
-                likewise for sublayers that share their weight.
-            pivots: rows of the weight that are rows `first`, `first` + 1, ... of the basis.
+            basis: pass the same Parameter to every part that shares it. (rank, d_in), or, on
+                the output side, (d_out, rank), or (d_out - n, rank) with `pivots`.
+            coefficient: of this part, (d_out, rank), or (d_out - n, rank) with `pivots`; on the
+                output side (rank, d_in). Likewise the same for sublayers that share their weight.
+            pivots: rows of the weight that are rows `first`, `first` + 1, ... of the factor that
+                sees the inputs.
             first: see `pivots`.
+            side: where the basis lies.
 
         Raises:
             StateError: already compressed, or the shapes do not fit the weight.
         """
-        rank, n_pivots = basis.shape[0], 0 if pivots is None else len(pivots)
-        wanted = (rank, self.in_features), (self.out_features - n_pivots, rank)
+        rank = (basis if side == "input" else coefficient).shape[0]
+        n_pivots = 0 if pivots is None else len(pivots)
+        shapes = [(rank, self.in_features), (self.out_features - n_pivots, rank)]
+        wanted = shapes if side == "input" else shapes[::-1]
         given = tuple(basis.shape), tuple(coefficient.shape)
-        if given != wanted:
+        if given != tuple(wanted):
             raise StateError(
                 f"A weight of shape ({self.out_features}, {self.in_features}) needs basis and "
                 f"coefficient of shapes {wanted[0]} and {wanted[1]}, not {given[0]} and {given[1]}."
             )
         self._leave(State.ORIGINAL, State.CALIBRATING, to=State.COMPRESSED)
         self.weight = self._tracker = self._gradient_tracker = None
-        self.basis, self.coefficient = _frozen(basis), _frozen(coefficient)
+        self.basis, self.coefficient, self._side = _frozen(basis), _frozen(coefficient), side
         if pivots is not None:
             self._own = slice(first, first + n_pivots)
             self.order = _order(pivots.long(), self.out_features)
 
-    def factors(self) -> tuple[nn.Parameter, Float[Tensor, "d_out rank"]]:
-        """The basis and the coefficient of every row, those of pivots included.
+    def factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+        """The two factors in plain form, that which sees the inputs first: basis and coefficient,
+        or, with a basis on the output side, coefficient and basis.
 
         Raises:
             StateError: not in state COMPRESSED.
         """
-        if self.basis is None or self.coefficient is None:
+        if (found := self._factors) is None:
             raise StateError(f"ShareLinear({self.extra_repr()}) has no factors.")
+        inner, outer = found
         if self.order is None:
-            return self.basis, self.coefficient
-        unit = torch.eye(len(self.basis), dtype=self.basis.dtype, device=self.basis.device)
-        rows = torch.cat([unit[self._own], self.coefficient])
-        return self.basis, rows.index_select(0, self.order)
+            return inner, outer
+        unit = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+        rows = torch.cat([unit[self._own], outer])
+        return inner, rows.index_select(0, self.order)
 
-    def refactor(
-        self, basis: Float[Tensor, "rank d_in"], coefficient: Float[Tensor, "d_out rank"]
-    ) -> None:
-        """Take other factors, in plain form.
+    def refactor(self, basis: Float[Tensor, "_ _"], coefficient: Float[Tensor, "_ _"]) -> None:
+        """Take other factors on the same side, in plain form.
 
         Raises:
             StateError: not in state COMPRESSED.
@@ -146,18 +155,20 @@ class ShareLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """The weight: the original one, or what the factors stand for."""
-        if self.basis is None or self.coefficient is None:
+        if (found := self._factors) is None:
             assert self.weight is not None
             return self.weight
-        rows = self.coefficient @ self.basis
+        inner, outer = found
+        rows = outer @ inner
         if self.order is None:
             return rows
-        return torch.cat([self.basis[self._own], rows]).index_select(0, self.order)
+        return torch.cat([inner[self._own], rows]).index_select(0, self.order)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        if self.basis is not None and self.coefficient is not None:
-            z = kernels.linear(x, self.basis)
-            y = kernels.linear(z, self.coefficient)
+        if (found := self._factors) is not None:
+            inner, outer = found
+            z = kernels.linear(x, inner)
+            y = kernels.linear(z, outer)
             if self.order is None:
                 return y
             return torch.cat([z[..., self._own], y], dim=-1).index_select(-1, self.order)
@@ -171,8 +182,17 @@ class ShareLinear(nn.Module):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        rank = f", rank={self.basis.shape[0]}" if self.basis is not None else ""
+        rank = "" if (found := self._factors) is None else f", rank={len(found[0])}"
         return f"{shape}{rank}, state={self._state}"
+
+    @property
+    def _factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """The one that sees the inputs, and the other."""
+        if self.basis is None or self.coefficient is None:
+            return None
+        if self._side == "input":
+            return self.basis, self.coefficient
+        return self.coefficient, self.basis
 
     def _leave(self, *allowed: State, to: State) -> None:
         if self._state not in allowed:
