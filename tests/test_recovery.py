@@ -249,7 +249,7 @@ def test_nothing_to_train_is_one_error(
     make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case("plain")
-    monkeypatch.setattr(recovery, "shared_factors", lambda *_: iter(()))
+    monkeypatch.setattr(recovery, "linears_by_group", lambda *_: iter(()))
     with pytest.raises(RecoveryError, match="no factors to train"):
         trainable(load_compressed(case.compressed), case.index)
 

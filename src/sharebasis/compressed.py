@@ -16,7 +16,7 @@ from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.resources import require_memory
 from sharebasis.share_linear import ShareLinear, SplitLinear, State
-from sharebasis.surgery import Modules, wrap
+from sharebasis.surgery import Modules, narrow, wrap
 
 
 def load_compressed(
@@ -47,6 +47,8 @@ def load_compressed(
     tied = repeated(model)
     parts = _parts_by_sublayer(index)
     rows = {name: [part.rows for part in own] for name, own in parts.items()}
+    for mlp in index.mlps:
+        narrow(model, mlp.reads, mlp.down, len(mlp.kept))
     modules = wrap(model, rows)
     names = {name for group in index.groups for name in _tensors(group)}
     found: dict[str, Tensor] = {}
@@ -69,10 +71,10 @@ def load_compressed(
     return _finish(model, directory, device)
 
 
-def shared_factors(
+def linears_by_group(
     model: PreTrainedModel, index: CompressedIndex
 ) -> Iterator[tuple[CompressedGroup, Mapping[str, ShareLinear]]]:
-    """Every group that has a basis, and its parts by the tensors of their coefficients.
+    """Every group, and its parts by the tensors of their coefficients.
 
     Args:
         model: from `load_compressed`.
@@ -85,8 +87,7 @@ def shared_factors(
         for part, linear in zip(own, module.parts, strict=True):
             linears.setdefault(part.coefficient, linear)
     for group in index.groups:
-        if group.basis is not None:
-            yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+        yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
 
 
 def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:

@@ -42,10 +42,24 @@ class CompressedGroup:
 
 
 @dataclass(frozen=True)
+class NarrowedMlp:
+    """An MLP without some of its neurons."""
+
+    reads: tuple[str, ...]
+    """Sublayers that lack their rows: up, and gate where there is one."""
+    down: str
+    """The sublayer that lacks their columns."""
+    kept: tuple[int, ...]
+    """The original numbers of the neurons that are there, in their order."""
+
+
+@dataclass(frozen=True)
 class CompressedIndex:
     """Which part uses which basis, and where the tensors are."""
 
     groups: tuple[CompressedGroup, ...]
     files: Mapping[str, str]
     """Tensor name -> file name."""
-    format: int = 2
+    mlps: tuple[NarrowedMlp, ...] = ()
+    """Those that are narrower than the model's config says."""
+    format: int = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from sharebasis import compressed_index, store
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex, NarrowedMlp
 from sharebasis.hub import MANIFEST
 from sharebasis.interpolative import Interpolative, interpolate
 
@@ -87,18 +87,19 @@ class CompressedWriter:
         placed = tuple(replace(part, first=first[part.coefficient]) for part in group.parts)
         self._groups.append(replace(group, rank=rank, parts=placed))
 
-    def finish(self, companions: Path) -> None:
+    def finish(self, companions: Path, mlps: Sequence[NarrowedMlp] = ()) -> None:
         """Write the index, and what else a directory in hub format holds.
 
         Args:
             companions: a directory whose files go along, but for those of weights.
+            mlps: that lack neurons.
         """
         self._writer.flush()
         for path in companions.iterdir():
             ours = path.name in (MANIFEST, compressed_index.FILE)
             if ".safetensors" not in path.name and not ours:
                 shutil.copyfile(path, self._directory / path.name)
-        index = CompressedIndex(tuple(self._groups), self._writer.files)
+        index = CompressedIndex(tuple(self._groups), self._writer.files, tuple(mlps))
         store.save_record(self._directory / compressed_index.FILE, index)
 
 

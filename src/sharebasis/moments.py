@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from sharebasis.errors import CalibrationError
@@ -51,6 +51,11 @@ class Moment:
         """
         own = self.second.diagonal() ** power
         return replace(self, total=torch.diag(own * self.n_tokens))
+
+    def at(self, coordinates: Int64[Tensor, " some"]) -> Moment:
+        """Of some coordinates of the inputs alone."""
+        total = self.total[coordinates][:, coordinates]
+        return replace(self, total=total, sum=self.sum[coordinates])
 
     def to(self, device: torch.device | str) -> Moment:
         return Moment(self.total.to(device), self.sum.to(device), self.n_tokens, self.site)

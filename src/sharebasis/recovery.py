@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, store
 from sharebasis.checkpoint import Checkpoint, digest_of
-from sharebasis.compressed import load_compressed, shared_factors
+from sharebasis.compressed import linears_by_group, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.errors import RecoveryError
 from sharebasis.factorize import balance
 from sharebasis.hub import MANIFEST, load_model
 from sharebasis.settings import DataSettings, RecoverSettings
+from sharebasis.share_linear import ShareLinear
 from sharebasis.texts import cut, read_windows
 from sharebasis.training import Recovery, distill
 
@@ -31,19 +32,21 @@ class TrainableGroup:
     """Factors of a group as parameters, in plain form while they are trained."""
 
     group: CompressedGroup
-    basis: nn.Parameter
-    """(rank, d_in), or (d_out, rank) on the output side."""
+    basis: nn.Parameter | None
+    """(rank, d_in), or (d_out, rank) on the output side; None: a weight that lacks neurons."""
     coefficients: Mapping[str, nn.Parameter]
-    """(d_out, rank), or (rank, d_in), by the names of their tensors."""
+    """(d_out, rank), or (rank, d_in), or that weight, by the names of their tensors."""
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        assert self.group.basis is not None
-        yield self.group.basis, self.basis
+        if self.group.basis is not None and self.basis is not None:
+            yield self.group.basis, self.basis
         yield from self.coefficients.items()
 
 
 def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[TrainableGroup]:
     """Make parameters of the factors of a compressed model, balanced and in float32.
+
+    So are the weights of MLPs that lack neurons: they are no longer the original's.
 
     Args:
         model: from `load_compressed`; nothing else of it is trained.
@@ -53,8 +56,13 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
         RecoveryError: it has no factors.
     """
     model.requires_grad_(False)
+    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
     groups = []
-    for group, linears in shared_factors(model, index):
+    for group, linears in linears_by_group(model, index):
+        if group.basis is None:
+            if group.parts[0].sublayer in narrowed:
+                groups.append(TrainableGroup(group, None, _weights(linears)))
+            continue
         own = {name: linear.factors() for name, linear in linears.items()}
         if group.side == "output":  # the same problem, transposed
             own = {name: (outer.T, inner.T) for name, (inner, outer) in own.items()}
@@ -74,6 +82,14 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
             "Raise fit.removed, or set recover=none."
         )
     return groups
+
+
+def _weights(linears: Mapping[str, ShareLinear]) -> Mapping[str, nn.Parameter]:
+    """Weights that are stored as they are, as parameters in float32."""
+    found = {}
+    for name, linear in linears.items():
+        found[name] = linear.weight = nn.Parameter(linear.dense().detach().float())
+    return found
 
 
 def _stored(group: CompressedGroup, factor: Tensor) -> Tensor:
@@ -176,7 +192,8 @@ def write_recovered(
         StoreError: the disk is full.
     """
     reader = store.TensorReader(source, index.files)
-    dense = [group for group in index.groups if group.basis is None]
+    trained = {one.group.name for one in groups}
+    dense = [group for group in index.groups if group.name not in trained]
     of_dense = {part.coefficient for group in dense for part in group.parts}
     replaced = {name for group in groups for name, _ in group.named()} | {
         part.pivots for group in groups for part in group.group.parts if part.pivots
@@ -190,7 +207,12 @@ def write_recovered(
             names = {part.coefficient for part in group.parts}
             writer.add_dense(group, {name: reader.read(name) for name in sorted(names)})
         for one in groups:
-            assert one.group.basis is not None
+            if one.group.basis is None or one.basis is None:
+                kept = {name: reader.read(name).dtype for name in one.coefficients}
+                own = one.coefficients.items()
+                weights = {name: weight.detach().to("cpu", kept[name]) for name, weight in own}
+                writer.add_dense(one.group, weights)
+                continue
             dtype = reader.read(one.group.basis, slice(0, 1)).dtype
             basis = _stored(one.group, one.basis.detach()).double()
             coefficients = {
@@ -198,7 +220,7 @@ def write_recovered(
                 for name, own in one.coefficients.items()
             }
             writer.add_factors(one.group, basis, coefficients, dtype)
-        writer.finish(companions=source)
+        writer.finish(companions=source, mlps=index.mlps)
         store.save_record(out / INDEX, recovery)
 
 

@@ -61,6 +61,29 @@ def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
     return modules
 
 
+def narrow(model: nn.Module, reads: Sequence[str], down: str, width: int) -> None:
+    """Let an MLP have only its first neurons; `wrap` comes after.
+
+    Args:
+        model: changed in place.
+        reads: HF names of up, and of gate where there is one.
+        down: HF name.
+        width: neurons.
+    """
+    for name in (*reads, down):
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear | Conv1D)
+        outputs = int(isinstance(module, Conv1D))  # which stores (d_in, d_out)
+        neurons = outputs if name != down else 1 - outputs
+        module.weight = _first(module.weight, neurons, width)
+        if name != down and module.bias is not None:
+            module.bias = _first(module.bias, 0, width)
+
+
+def _first(parameter: nn.Parameter, dimension: int, width: int) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().narrow(dimension, 0, width), requires_grad=False)
+
+
 def _wrapped(module: nn.Module, rows: Sequence[Rows]) -> SplitLinear:
     assert isinstance(module, nn.Linear | Conv1D)
     weight = module.weight.detach()
