@@ -48,4 +48,4 @@ class CompressedIndex:
     groups: tuple[CompressedGroup, ...]
     files: Mapping[str, str]
     """Tensor name -> file name."""
-    format: int = 2
+    format: int = 3
