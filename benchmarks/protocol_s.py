@@ -132,7 +132,8 @@ def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> 
     work, device, own = arguments.work, pick_device(settings.device), settings.recover
     weights, target, seed = work / "weights", work / name_of(point), settings.seed
     compressed = work / "fitted" if own.steps else target
-    fitted = fit(weights, work / "spectra", settings.fit, compressed, device)
+    moments = MomentStore(work / "moments")
+    fitted = fit(weights, work / "spectra", settings.fit, compressed, device, moments)
     metrics = target.with_suffix(f"{target.suffix}.json")
     store.write_json(metrics, fit_metrics(fitted, settings.fit))
     if not own.steps:

@@ -109,7 +109,7 @@ def fit_at_once(
     """The stages decompose and fit; the spectra go beside the target."""
     cpu, spectra = torch.device("cpu"), target.parent / "spectra"
     decompose(weights, parts, moments, settings, spectra, cpu)
-    return fit(weights, spectra, settings, target, cpu)
+    return fit(weights, spectra, settings, target, cpu, moments)
 
 
 MakeDirectory = Callable[..., Path]

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
 from sharebasis.errors import SettingsError
-from sharebasis.settings import METHODS, FitSettings, Settings
+from sharebasis.settings import FIXED, METHODS, PRIVATE, STRUCTURE, FitSettings, Settings
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
@@ -96,6 +96,7 @@ def _check_together(settings: Settings, where: str) -> None:
     fit, data = settings.fit, settings.data
     _check_sides(fit, where)
     _check_limits(fit, where)
+    _check_structures(fit, where)
     if fit.method != "basis_sharing" and fit.group_size != 1:
         raise SettingsError(
             f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "
@@ -120,6 +121,38 @@ def _check_sides(fit: FitSettings, where: str) -> None:
         f"{where} is not valid: fit.two_sided={said}, but {fit.method} {does} the gradients of "
         f"outputs; {other}."
     )
+
+
+def _check_structures(fit: FitSettings, where: str) -> None:
+    """Whether there are such structures, and a choice between them."""
+    for one in fit.structures:
+        if not re.fullmatch(STRUCTURE, one):
+            raise SettingsError(
+                f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, joint, "
+                "experts, shared:N (N from 2) and shared:all."
+            )
+    if fit.structures == (FIXED,):
+        return
+    if PRIVATE not in fit.structures or FIXED in fit.structures:
+        raise SettingsError(
+            f"{where} is not valid: fit.structures={list(fit.structures)} has to be [fixed], or to "
+            "have private among what the allocation may choose."
+        )
+    if len(fit.structures) > 1 and fit.allocation != "global":
+        raise SettingsError(
+            f"{where} is not valid: fit.structures={list(fit.structures)} is a choice by least "
+            "loss, which fit.allocation=global makes."
+        )
+    if fit.group_size != 1 or fit.share_experts:
+        raise SettingsError(
+            f"{where} is not valid: fit.group_size and fit.share_experts go with "
+            "fit.structures=[fixed]; offer shared:N and experts instead."
+        )
+    if not fit.shared and any(one.startswith("shared:") for one in fit.structures):
+        raise SettingsError(
+            f"{where} is not valid: fit.structures offers layers to share, but fit.shared names no "
+            "family that may."
+        )
 
 
 def _check_limits(fit: FitSettings, where: str) -> None:

@@ -18,11 +18,15 @@ class Group:
     side: Side = "input"
     """Where the basis lies: input, Ŵ_i = A_i B, of a residual read, or of one part of any kind;
     output, Ŵ_i = B A_i, of a residual write. The parts are as wide there as each other."""
+    structure: str = "fixed"
+    """By which of `fit.structures` the parts are together."""
 
     @property
     def name(self) -> str:
         """The common name of the parts, with ranges for the numbers of layers and experts."""
         first, last = self.parts[0], self.parts[-1]
+        if self.structure == "joint":
+            return self._joint_name
         slot, label = first.sublayer.slot, f".{first.label}" if first.label else ""
         if first.sublayer.expert != last.sublayer.expert:
             experts = f"{first.sublayer.expert}-{last.sublayer.expert}"
@@ -30,8 +34,19 @@ class Group:
         return slot.replace("*", _range(first.sublayer.layer, last.sublayer.layer)) + label
 
     @property
+    def _joint_name(self) -> str:
+        """Of parts of one layer: what their names begin with, and their families."""
+        first = self.parts[0].sublayer
+        block = first.slot[: first.slot.index("*")] + str(first.layer)
+        families = "+".join(dict.fromkeys(part.family for part in self.parts))
+        expert = "" if first.expert is None else f".experts.{first.expert}"
+        return f"{block}{expert}.{families}"
+
+    @property
     def family(self) -> Family:
-        return self.parts[0].family
+        """That of its parts; `fused` where they have several."""
+        families = {part.family for part in self.parts}
+        return families.pop() if len(families) == 1 else "fused"
 
     @property
     def d_in(self) -> int:
@@ -92,7 +107,7 @@ def expert_groups(parts: Iterable[Part]) -> Sequence[Group]:
 
 
 def adjacent_groups(
-    parts: Iterable[Part], group_size: int, shared: Collection[Family]
+    parts: Iterable[Part], group_size: int, shared: Collection[Family], structure: str = "fixed"
 ) -> Sequence[Group]:
     """Let the same part of `group_size` adjacent layers share; the last run may be shorter.
 
@@ -102,6 +117,7 @@ def adjacent_groups(
         parts: of all selected sublayers.
         group_size: layers in a group.
         shared: families that share; every part of another family is a group of its own.
+        structure: what to call it.
     """
     by_slot: dict[tuple[str, str, int], list[Part]] = {}
     for part in parts:
@@ -110,7 +126,7 @@ def adjacent_groups(
     for same in by_slot.values():
         same.sort(key=lambda part: part.sublayer.layer)
         size = group_size if same[0].family in shared else 1
-        groups += [Group(run) for run in _runs(same, size)]
+        groups += [Group(run, structure=structure) for run in _runs(same, size)]
     return groups
 
 

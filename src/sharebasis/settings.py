@@ -23,6 +23,10 @@ Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
 PositiveInt = Annotated[int, Gt(0)]
 
+FIXED, PRIVATE = "fixed", "private"
+STRUCTURE = r"fixed|private|joint|experts|shared:(all|[2-9]|[1-9]\d+)"
+"""Regular expression of what `fit.structures` may hold."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -186,10 +190,15 @@ class FitSettings:
     group_size: PositiveInt
     """Adjacent layers that share a basis."""
     shared: tuple[Family, ...]
-    """Families that share; the others keep a basis for each part."""
+    """Families that share over layers; the others keep a basis for each part."""
     share_experts: bool
     """Whether the same matrix of all experts of a layer shares one basis, instead of that of
     the same expert of adjacent layers."""
+    structures: tuple[str, ...]
+    """What the allocation chooses from, by least loss. private: every part alone, which is always
+    there; joint: q, k and v of a layer, gate and up, o and down; shared:N, shared:all: the same
+    part of N adjacent layers, of the families `shared`; experts: the same matrix of all experts
+    of a layer. [fixed]: what `group_size`, `shared` and `share_experts` say, and no choice."""
     two_sided: bool
     """Whether the loss weighs outputs by the moment of their gradients (calibrate.gradients)."""
     damping_inputs: Annotated[float, Ge(0)]
