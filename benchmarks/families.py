@@ -105,7 +105,7 @@ def compress(work: Path, selected: Any, parts: Any, windows: Tensor, dtype: DTyp
     settings = parse_settings(yaml.safe_load(compose_params(overrides=[])), "the benchmark").fit
     moments = MomentStore(work / "moments")
     decompose(work / "weights", parts, moments, settings, work / "spectra", CPU)
-    fit(work / "weights", work / "spectra", settings, work / "compressed", CPU)
+    fit(work / "weights", work / "spectra", settings, work / "compressed", CPU, moments)
 
 
 def main() -> None:

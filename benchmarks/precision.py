@@ -25,6 +25,7 @@ from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.config import compose_params, parse_settings
+from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_model, load_tokenizer
 from sharebasis.moment_store import MomentStore, write_moments
@@ -51,9 +52,9 @@ def run(work: Path, dtype: DType, settings: Settings) -> list[str]:
     write_moments(
         work / "moments", *calibrate(dense, model.selected, calibration, batch, checkpoint)
     )
-    fit(
-        work / "weights", parts, MomentStore(work / "moments"), settings.fit, work / "small", device
-    )
+    weights, spectra, moments = work / "weights", work / "spectra", MomentStore(work / "moments")
+    decompose(weights, parts, moments, settings.fit, spectra, device)
+    fit(weights, spectra, settings.fit, work / "small", device, moments)
     small = load_compressed(work / "small", device=device)
     dense = load_model(work / "weights", dtype, device)
     fidelity = compare(dense, {"small": small}, evaluation, batch)["small"]

@@ -67,7 +67,8 @@ METHODS = {
     "fwsvd": ["fit=fwsvd"],
     "kfac": ["fit=kfac"],
     "auto-one_sided": ["fit=auto", "fit.two_sided=false"],
-    "auto-uniform": ["fit=auto", "fit.allocation=uniform"],
+    "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
+    "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-recovered": ["fit=auto", "recover=distill"],
 }

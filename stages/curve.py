@@ -4,8 +4,9 @@ from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
 from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.moment_store import MomentStore
 from sharebasis.resources import pick_device
-from sharebasis.stage import CURVE, METRICS, PLOTS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.stage import CURVE, METRICS, MOMENTS, PLOTS, SPECTRA, WEIGHTS, report_errors
 from sharebasis.texts import cut, read_windows, require_positions
 
 
@@ -18,7 +19,16 @@ def main() -> None:
     windows = read_windows(load_tokenizer(WEIGHTS), text, "evaluation", settings.seed)
     dtype, device = settings.model.dtype, pick_device(settings.device)
     curve = measure_curve(
-        WEIGHTS, SPECTRA, settings.fit, own.removed, windows, data.batch, dtype, CURVE, device
+        WEIGHTS,
+        SPECTRA,
+        MomentStore(MOMENTS),
+        settings.fit,
+        own.removed,
+        windows,
+        data.batch,
+        dtype,
+        CURVE,
+        device,
     )
     write_curve(PLOTS / "curve.csv", curve)
     store.write_json(METRICS / "curve.json", curve_metrics(curve))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sharebasis import compressed_index, store
 from sharebasis.architecture import ARCHITECTURES
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import CompressedIndex, NarrowedMlp
 from sharebasis.decomposition import decompose
 from sharebasis.experts import unstack
 from sharebasis.fitting import fit, fit_metrics
@@ -35,6 +38,7 @@ AUTO = {
     "fit.method": "auto",
     "fit.group_size": 1,
     "fit.shared": [],
+    "fit.structures": ["private", "narrowed"],
     "fit.two_sided": True,
     "fit.damping_gradients": 0.05,
     "fit.allocation": "global",
@@ -83,14 +87,26 @@ def test_the_wrap_alone_changes_nothing(weights: Path, strategy: str) -> None:
 
 
 @torch.no_grad()
-def _with_products(dense: PreTrainedModel, small: PreTrainedModel) -> PreTrainedModel:
-    """The dense model with the weights that a compressed one's factors stand for."""
+def _with_products(
+    dense: PreTrainedModel, small: PreTrainedModel, mlps: Sequence[NarrowedMlp]
+) -> PreTrainedModel:
+    """The dense model with the weights that a compressed one's factors stand for.
+
+    Neurons that are not there any more are there, but down does not read them.
+    """
     unstack(dense)
+    rows = {name: list(mlp.kept) for mlp in mlps for name in mlp.reads}
+    columns = {mlp.down: list(mlp.kept) for mlp in mlps}
     for name, split in small.named_modules():
         if isinstance(split, SplitLinear):
             module = dense.get_submodule(name)
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            weight.copy_(split.weight)
+            if name in rows:
+                weight[rows[name]] = split.weight
+            elif name in columns:
+                weight.zero_()[:, columns[name]] = split.weight
+            else:
+                weight.copy_(split.weight)
     return dense
 
 
@@ -105,14 +121,16 @@ def test_it_is_compressed_and_loads(
     write_moments(tmp_path / "moments", sites, sums)
     parts = split_selected(found, strategy)  # type: ignore[arg-type]
     settings = make_settings(AUTO).fit
-    decompose(
-        weights, parts, MomentStore(tmp_path / "moments"), settings, tmp_path / "spectra", CPU
-    )
-    fitted = fit(weights, tmp_path / "spectra", settings, tmp_path / "small", CPU)
+    moments = MomentStore(tmp_path / "moments")
+    decompose(weights, parts, moments, settings, tmp_path / "spectra", CPU)
+    fitted = fit(weights, tmp_path / "spectra", settings, tmp_path / "small", CPU, moments)
     small = load_compressed(tmp_path / "small")
+    index = store.load_record(tmp_path / "small" / compressed_index.FILE, CompressedIndex)
     torch.testing.assert_close(
         small(input_ids=_windows(1)).logits,
-        _with_products(load_model(weights, "float32", CPU), small)(input_ids=_windows(1)).logits,
+        _with_products(load_model(weights, "float32", CPU), small, index.mlps)(
+            input_ids=_windows(1)
+        ).logits,
         rtol=0,
         atol=2e-4,
     )

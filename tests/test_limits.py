@@ -320,7 +320,7 @@ def test_what_is_excluded_is_stored_as_it_was_and_the_others_make_up_for_it(
             "fit.rank_multiple": 2,
         },
     )
-    fitted = fit(llama_directory, decomposed, own, tmp_path / "compressed", CPU)
+    fitted = fit(llama_directory, decomposed, own, tmp_path / "compressed", CPU, None)
     excluded = {f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down")}
     excluded |= {f"model.layers.{i}.self_attn.v_proj" for i in range(3)}
     assert _dense(fitted) >= excluded
@@ -351,7 +351,7 @@ def test_limits_reach_the_model_with_no_other_decomposition(
     for given_limits in ([], limits):
         changes = {"fit.allocation": "global", "fit.limits": given_limits}
         own = _alone(make_settings, {**changes, "fit.storage": "interpolative"})
-        fitted = fit(llama_directory, decomposed, own, tmp_path / "compressed", CPU)
+        fitted = fit(llama_directory, decomposed, own, tmp_path / "compressed", CPU, None)
         losses.append(sum(one.loss for one in fitted.groups))
     kept = {one.group.name: one.n_stored / one.group.n_weights for one in fitted.groups}
     for layer in range(3):

@@ -588,7 +588,7 @@ FIT_AND_DIE = """
 
     store.TensorWriter.flush = die
     device = torch.device("cpu")
-    fit(target / "weights", target / "spectra", settings, target / "compressed", device)
+    fit(target / "weights", target / "spectra", settings, target / "compressed", device, None)
 """
 
 
@@ -602,7 +602,7 @@ def test_a_kill_in_the_middle_of_fit_leaves_the_earlier_result(
     assert len(list((tmp_path / ".compressed.partial").iterdir())) == 3
     assert contents(llama_run.compressed) == earlier
     target = llama_run.compressed
-    fit(llama_run.weights, target.parent / "spectra", llama_run.settings, target, CPU)
+    fit(llama_run.weights, target.parent / "spectra", llama_run.settings, target, CPU, None)
     assert contents(target) == earlier  # nothing in the fit is random
     assert not (tmp_path / ".compressed.partial").exists()
 

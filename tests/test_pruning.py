@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_weights_are_the_regression_on_what_stays_and_losses_those_of_the_output
         assert one.loss == pytest.approx(measured, rel=1e-6, abs=1e-6)
     losses = [one.loss for one in found]
     assert losses == sorted(losses)
-    for larger, smaller in zip(found, found[1:], strict=False):
+    for larger, smaller in pairwise(found):
         assert set(smaller.kept.tolist()) < set(larger.kept.tolist())
 
 

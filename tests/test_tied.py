@@ -106,7 +106,7 @@ def _compress(weights: Path, target: Path, settings: FitSettings) -> FittedModel
     parts = split_selected(found, "none")
     moments = MomentStore(target / "moments")
     decompose(weights, parts, moments, settings, target / "spectra", CPU)
-    return fit(weights, target / "spectra", settings, target / "small", CPU)
+    return fit(weights, target / "spectra", settings, target / "small", CPU, moments)
 
 
 def test_a_shared_weight_is_recognised_by_its_storage(weights: Path) -> None:

@@ -44,7 +44,7 @@ class Curve:
         Raises:
             BudgetError: nothing is left.
         """
-        limited = self._limited(limit)
+        limited = self.limited(limit)
         if not np.isfinite(limited.loss).any():
             n = len(self.stored) - 1
             least = (self.stored / self.stored[n]).min()
@@ -61,12 +61,18 @@ class Curve:
         if len(limits) != 1:
             return replace(self, loss=np.full_like(self.loss, np.inf))
         (limit,) = limits
-        limited = self._limited(limit)
+        limited = self.limited(limit)
         return replace(limited, loss=np.append(limited.loss[:-1], np.inf))
 
-    def _limited(self, limit: Limit) -> Curve:
+    def limited(self, limit: Limit, original: int | None = None) -> Curve:
+        """Without what a limit forbids, be that all.
+
+        Args:
+            limit: in fractions of the original numbers.
+            original: how many those are; None: as many as the last entry stores.
+        """
         n = len(self.stored) - 1
-        kept = self.stored / self.stored[n]
+        kept = self.stored / (original or self.stored[n])
         allowed = kept >= limit.floor
         if limit.cap < 1:  # what stores more than dense is never chosen, and needs no cap
             allowed &= kept <= limit.cap

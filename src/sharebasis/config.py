@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
 from sharebasis.errors import SettingsError
-from sharebasis.settings import FIXED, METHODS, PRIVATE, STRUCTURE, FitSettings, Settings
+from sharebasis.settings import FIXED, METHODS, NARROWED, PRIVATE, STRUCTURE, FitSettings, Settings
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
@@ -128,11 +128,16 @@ def _check_structures(fit: FitSettings, where: str) -> None:
     for one in fit.structures:
         if not re.fullmatch(STRUCTURE, one):
             raise SettingsError(
-                f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, joint, "
-                "experts, shared:N (N from 2) and shared:all."
+                f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, "
+                "narrowed, joint, experts, shared:N (N from 2) and shared:all."
             )
     if fit.structures == (FIXED,):
         return
+    if NARROWED in fit.structures and METHODS[fit.method].inputs != "full":
+        raise SettingsError(
+            f"{where} is not valid: fit.structures offers narrowed MLPs, but {fit.method} does not "
+            "look at how neurons are correlated."
+        )
     if PRIVATE not in fit.structures or FIXED in fit.structures:
         raise SettingsError(
             f"{where} is not valid: fit.structures={list(fit.structures)} has to be [fixed], or to "

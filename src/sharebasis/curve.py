@@ -20,6 +20,7 @@ from sharebasis import store
 from sharebasis.compressed import load_compressed
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import DTYPES, load_model
+from sharebasis.moment_store import MomentStore
 from sharebasis.settings import DType, FitSettings
 from sharebasis.verification import compare
 
@@ -50,6 +51,7 @@ class LossCurve:
 def measure_curve(
     weights: Path,
     spectra: Path,
+    moments: MomentStore,
     settings: FitSettings,
     removed: Sequence[float],
     windows: Int64[Tensor, "windows window"],
@@ -65,6 +67,7 @@ def measure_curve(
     Args:
         weights: artifacts/weights.
         spectra: artifacts/spectra, which holds every budget.
+        moments: that they were made by.
         settings: everything but the budget.
         removed: the budgets, as fractions in (0, 1); at least one.
         windows: token ids, one sequence a row.
@@ -81,7 +84,7 @@ def measure_curve(
     try:
         for budget in sorted(removed):
             own = replace(settings, removed=budget)
-            stored = fit_metrics(fit(weights, spectra, own, scratch, device), own)
+            stored = fit_metrics(fit(weights, spectra, own, scratch, device, moments), own)
             model = load_compressed(scratch, DTYPES[dtype], device)
             fidelity = compare(original, {"compressed": model}, windows, batch)["compressed"]
             points.append(

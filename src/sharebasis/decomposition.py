@@ -15,9 +15,10 @@ from sharebasis import store
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
+from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
 from sharebasis.progress import progress
-from sharebasis.settings import FitSettings
-from sharebasis.shared_basis import energies, pooled_basis
+from sharebasis.settings import NARROWED, FitSettings
+from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
 from sharebasis.weights import DenseWeights
@@ -41,6 +42,9 @@ class SpectraIndex:
     """Groups whose inputs calibration never saw; their energies are in units of their own."""
     files: Mapping[str, str]
     """Tensor name -> file name."""
+    mlps: tuple[Mlp, ...] = ()
+    """Offered with fewer neurons, too: of MLP j there is `mlpj.neurons`, `mlpj.losses` by width,
+    and `mlpj.WIDTH.i` for the energies of its part i."""
 
 
 class Spectra:
@@ -54,7 +58,7 @@ class Spectra:
         self._index = store.load_record(directory / INDEX, SpectraIndex)
         self._reader = store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
-        self.n_given = self._index.n_given
+        self.n_given, self.mlps = self._index.n_given, self._index.mlps
 
     def energies(self) -> Sequence[NDArray[np.float64]]:
         """What each direction of every group saves of the loss, the largest first.
@@ -72,6 +76,20 @@ class Spectra:
             if peers:
                 found[i] = found[i] * (np.mean(peers) / found[i].sum())
         return found
+
+    def widths(self, j: int) -> Widths:
+        """What MLP `j` loses at each of its widths."""
+        mlp, stem = self.mlps[j], f"mlp{j}"
+        energies = tuple(
+            tuple(self._reader.read(f"{stem}.{width}.{i}").numpy() for i in range(len(mlp.parts)))
+            for width in mlp.widths
+        )
+        losses = self._reader.read(f"{stem}.losses").tolist()
+        return Widths(self.neurons(j), tuple(losses), energies)
+
+    def neurons(self, j: int) -> Tensor:
+        """Of MLP `j`: at every width, the first so many of these stay."""
+        return self._reader.read(f"mlp{j}.neurons").long()
 
     def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """(basis, coefficient) of a given group `i` and a rank, in float64."""
@@ -110,7 +128,8 @@ def decompose(
         _by_layer(groups) for groups in (given_groups(own, settings), offered_groups(own, settings))
     )
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
-    n_groups = len(given) + len(offered)
+    mlps = find_mlps(given, twins, dense.shapes) if NARROWED in settings.structures else ()
+    n_groups = len(given) + len(offered) + len(mlps)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
         writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
         for i, group in enumerate(given):
@@ -130,9 +149,43 @@ def decompose(
                 writer.add(f"{len(groups)}.energies", saved.cpu())
                 groups.append(group)
             advance()
+        narrowed: list[Mlp] = []
+        for mlp in mlps:
+            if found := _measured(mlp, dense, metric, device):
+                _write_widths(writer, f"mlp{len(narrowed)}", mlp, found)
+                narrowed.append(mlp)
+            advance()
         writer.flush()
-        index = SpectraIndex(tuple(groups), len(given), twins, tuple(unseen), writer.files)
+        index = SpectraIndex(
+            tuple(groups), len(given), twins, tuple(unseen), writer.files, tuple(narrowed)
+        )
         store.save_record(out / INDEX, index)
+
+
+def members_of(
+    mlp: Mlp, dense: DenseWeights, metric: Metric, device: torch.device
+) -> Sequence[Member] | None:
+    """The parts of an MLP; None where calibration has not seen what one of them reads."""
+    found: list[Member] = []
+    for part in mlp.parts:
+        members = metric.members(Group((part,)), [read_part(dense, part).to(device)])
+        if members is None:
+            return None
+        found += members
+    return found
+
+
+def _measured(mlp: Mlp, dense: DenseWeights, metric: Metric, device: torch.device) -> Widths | None:
+    members = members_of(mlp, dense, metric, device)
+    return measure(mlp, members) if members else None
+
+
+def _write_widths(writer: store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:
+    writer.add(f"{stem}.neurons", found.neurons.to("cpu", torch.int32))
+    writer.add(f"{stem}.losses", torch.tensor(found.losses, dtype=torch.float64))
+    for width, of_parts in zip(mlp.widths, found.energies, strict=True):
+        for i, own in enumerate(of_parts):
+            writer.add(f"{stem}.{width}.{i}", torch.from_numpy(own.copy()))
 
 
 def _by_layer(groups: Iterable[Group]) -> Sequence[Group]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from torch import Tensor
 
 from sharebasis import store
 from sharebasis.allocation import DENSE, allocate_structures, curve_of, uniform_ranks
-from sharebasis.compressed_index import CompressedGroup, CompressedPart
+from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.cover import Choice, Cover
-from sharebasis.decomposition import Spectra, read_part
+from sharebasis.decomposition import Spectra, members_of, read_part
 from sharebasis.errors import CalibrationError
+from sharebasis.factorize import decompose_reads
 from sharebasis.grouping import Group
 from sharebasis.limits import limits_of
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
+from sharebasis.narrowing import Mlp, Plan, curve_of_plans, narrowed_members, plans_of
 from sharebasis.progress import progress
-from sharebasis.settings import FIXED, PRIVATE, FitSettings, Storage
+from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Storage
 from sharebasis.shared_basis import fit_shared_basis
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
@@ -36,6 +38,8 @@ class FittedGroup:
     """What became of a group, for metrics."""
 
     group: Group
+    n_original: int
+    """Numbers in the original weights, of all their neurons."""
     rank: int
     n_stored: int
     loss: float
@@ -50,7 +54,9 @@ class FittedModel:
 
     groups: tuple[FittedGroup, ...]
     n_others: int
-    """Numbers that are stored as they were: embeddings, norms, biases, what is not selected."""
+    """Numbers that are not selected: embeddings, norms, biases."""
+    n_others_stored: int
+    """Of them, those that are stored: biases go with their neurons."""
 
 
 def fit(
@@ -59,7 +65,7 @@ def fit(
     settings: FitSettings,
     target: Path,
     device: torch.device,
-    moments: MomentStore | None = None,
+    moments: MomentStore | None,
 ) -> FittedModel:
     """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
@@ -71,86 +77,169 @@ def fit(
         settings: budget and storage; what the spectra were made by is as it was then.
         target: artifacts/compressed.
         device: for the interpolative form, and for groups that share by choice.
-        moments: that the spectra were made by, for those groups; without, given ones are taken.
+        moments: that the spectra were made by, for what is offered; None leaves that out.
 
     Raises:
         BudgetError: a group is too small for the budget, or limits do not go with it.
         SelectionError: a pattern of excluded or limited sublayers matches nothing.
         WeightsError, CalibrationError, StoreError: what is read is not usable.
     """
-    source, dense = Spectra(spectra), DenseWeights(weights)
+    source = Spectra(spectra)
     energies = source.energies()
-    n_usable = len(source.groups) if moments else source.n_given
-    usable = source.groups[:n_usable]
-    chosen = _chosen(usable, energies[:n_usable], source.n_given, source.twins, settings)
+    ranks, plans = _chosen(source, energies, settings, offered=moments is not None)
     metric = Metric(moments, source.twins, settings, device)
-    fitted = []
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
-        for name, tensor in dense.stream(without=_fitted_names(source)):
-            writer.add(name, tensor)
-        n_others = writer.n_numbers
-        with progress("fit", len(chosen), "groups") as advance:
-            for i, rank in chosen.items():
-                group, before, own = source.groups[i], writer.n_numbers, energies[i]
-                loss = 0.0 if rank == DENSE else float(own[rank:].sum())
-                entry = _entry(group, rank, source.twins, settings.storage)
-                if rank == DENSE:
-                    originals = (read_part(dense, part) for part in group.parts)
-                    names = (f"{_stem(part)}.dense" for part in group.parts)
-                    writer.add_dense(entry, dict(zip(names, originals, strict=True)))
-                else:
-                    dtype = dense.dtype(f"{group.parts[0].sublayer.name}.weight")
-                    if i < source.n_given:
-                        basis, stacked = (one.to(device) for one in source.factors(i, rank))
-                    else:
-                        basis, stacked, lost = _shared(group, rank, dense, metric, device)
-                        loss = lost * float(own.sum())
-                    writer.add_factors(entry, basis, _by_part(group, stacked), dtype)
-                n_stored, energy = writer.n_numbers - before, float(own.sum())
-                fitted.append(FittedGroup(group, entry.rank, n_stored, loss, energy, rank == DENSE))
+        one = _Fit(source, energies, DenseWeights(weights), metric, settings, writer, device)
+        mlps = {j: _narrowed(source, j, plan) for j, plan in plans.items()}
+        n_others = one.add_others(mlps.values())
+        n_stored = writer.n_numbers
+        fitted = []
+        with progress("fit", len(ranks) + len(plans), "groups") as advance:
+            for i, rank in ranks.items():
+                fitted.append(one.add_group(i, rank))
                 advance()
-        writer.finish(companions=weights)
-    return FittedModel(tuple(fitted), n_others)
+            for j, plan in plans.items():
+                fitted += one.add_mlp(source.mlps[j], plan, mlps[j].kept)
+                advance()
+        writer.finish(weights, list(mlps.values()))
+    return FittedModel(tuple(fitted), n_others, n_stored)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """What is read and written for one group after the other."""
+
+    source: Spectra
+    energies: Sequence[NDArray[np.float64]]
+    dense: DenseWeights
+    metric: Metric
+    settings: FitSettings
+    writer: CompressedWriter
+    device: torch.device
+
+    def add_others(self, mlps: Iterable[NarrowedMlp]) -> int:
+        """Write what is not selected, and return how many numbers the original has of it."""
+        neurons = {f"{name}.bias": list(mlp.kept) for mlp in mlps for name in mlp.reads}
+        n_numbers = 0
+        for name, tensor in self.dense.stream(without=_fitted_names(self.source)):
+            n_numbers += tensor.numel()
+            self.writer.add(name, tensor[neurons[name]] if name in neurons else tensor)
+        return n_numbers
+
+    def add_group(self, i: int, rank: int) -> FittedGroup:
+        """A given or an offered group."""
+        group, energy = self.source.groups[i], float(self.energies[i].sum())
+        if rank == DENSE:
+            weights = [read_part(self.dense, part) for part in group.parts]
+            return self._add(group, rank, group.n_weights, 0.0, energy, weights=weights)
+        loss = float(self.energies[i][rank:].sum())
+        if i < self.source.n_given:
+            basis, stacked = (own.to(self.device) for own in self.source.factors(i, rank))
+        else:
+            basis, stacked, lost = _shared(group, rank, self.dense, self.metric, self.device)
+            loss = lost * energy
+        return self._add(group, rank, group.n_weights, loss, energy, factors=(basis, stacked))
+
+    def add_mlp(self, mlp: Mlp, plan: Plan, kept: Sequence[int]) -> Iterator[FittedGroup]:
+        """An MLP that lacks neurons."""
+        members = members_of(mlp, self.dense, self.metric, self.device)
+        assert members is not None  # it was measured
+        narrowed = narrowed_members(members, torch.tensor(kept, device=self.device))
+        numbers = {group.parts[0].name: i for i, group in enumerate(self.source.groups)}
+        groups = mlp.groups(plan.width)
+        for part, group, member, rank, loss in zip(
+            mlp.parts, groups, narrowed, plan.ranks, plan.losses, strict=True
+        ):
+            energy = float(self.energies[numbers[part.name]].sum())
+            n_original = part.shape[0] * part.shape[1]
+            if rank == DENSE:
+                weights = [member.weight.to("cpu", self._dtype(group))]
+                yield self._add(group, rank, n_original, loss, energy, weights=weights)
+                continue
+            gradients = None if member.own is None else [member.own]
+            every = decompose_reads([member.weight], member.shared, gradients)
+            factors = every.basis[:rank], every.coefficient[:, :rank]
+            yield self._add(group, rank, n_original, loss, energy, factors=factors)
+
+    def _add(
+        self,
+        group: Group,
+        rank: int,
+        n_original: int,
+        loss: float,
+        energy: float,
+        weights: Sequence[Tensor] = (),
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> FittedGroup:
+        before = self.writer.n_numbers
+        entry = _entry(group, rank, self.source.twins, self.settings.storage)
+        if factors is None:
+            names = (f"{_stem(part)}.dense" for part in group.parts)
+            self.writer.add_dense(entry, dict(zip(names, weights, strict=True)))
+        else:
+            basis, stacked = factors
+            self.writer.add_factors(entry, basis, _by_part(group, stacked), self._dtype(group))
+        n_stored = self.writer.n_numbers - before
+        return FittedGroup(group, n_original, entry.rank, n_stored, loss, energy, factors is None)
+
+    def _dtype(self, group: Group) -> torch.dtype:
+        return self.dense.dtype(f"{group.parts[0].sublayer.name}.weight")
+
+
+def _narrowed(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
+    mlp, kept = source.mlps[j], source.neurons(j)[: plan.width].sort().values
+    reads = tuple(part.sublayer.name for part in mlp.reads)
+    return NarrowedMlp(reads, mlp.down.sublayer.name, tuple(kept.tolist()))
 
 
 def _chosen(
-    groups: Sequence[Group],
+    source: Spectra,
     energies: Sequence[NDArray[np.float64]],
-    n_given: int,
-    twins: Mapping[str, Sequence[str]],
     settings: FitSettings,
-) -> Mapping[int, int]:
-    """Number of every group that there will be, and its rank."""
-    given = groups[:n_given]
-    limits = limits_of(given, twins, settings)
+    offered: bool,
+) -> tuple[Mapping[int, int], Mapping[int, Plan]]:
+    """Number of every group that there will be, and its rank; of every MLP that lacks neurons."""
+    n_given = source.n_given
+    given = source.groups[:n_given]
+    limits = limits_of(given, source.twins, settings)
     if settings.allocation == "uniform":
-        return dict(enumerate(uniform_ranks(given, settings.removed, settings.storage, limits)))
+        ranks = uniform_ranks(given, settings.removed, settings.storage, limits)
+        return dict(enumerate(ranks)), {}
     pairs = zip(given, limits, strict=True)
     of_part = {part.name: limit for group, limit in pairs for part in group.parts}
+    groups = source.groups if offered else given
     curves = []
-    for i, (group, own) in enumerate(zip(groups, energies, strict=True)):
+    for i, group in enumerate(groups):
+        curve = curve_of(group, energies[i], settings.storage)
         all_limits = {of_part[part.name] for part in group.parts}
-        if i < n_given:
-            curves.append(curve_of(group, own, settings.storage, limits[i]))
-        else:
-            curves.append(curve_of(group, own, settings.storage).offered(all_limits))
-    cover = Cover(_choices(groups, n_given))
+        curves.append(curve.within(limits[i]) if i < n_given else curve.offered(all_limits))
+    mlps = source.mlps if offered else ()
+    plans = []
+    for j, mlp in enumerate(mlps):
+        own = [of_part[part.name] for part in mlp.parts]
+        plans.append(plans_of(mlp, source.widths(j), own, settings.storage))
+        curves.append(curve_of_plans(mlp.down.name, mlp.n_weights, plans[j]))
+    cover = Cover(_choices(groups, n_given, mlps))
     entries = allocate_structures(curves, cover, n_given, settings.removed)
-    return {i: curves[i].rank(entry) for i, entry in entries.items()}
+    n = len(groups)
+    return (
+        {i: curves[i].rank(entry) for i, entry in entries.items() if i < n},
+        {i - n: plans[i - n][entry] for i, entry in entries.items() if i >= n},
+    )
 
 
-def _choices(groups: Sequence[Group], n_given: int) -> Sequence[Choice]:
+def _choices(groups: Sequence[Group], n_given: int, mlps: Sequence[Mlp]) -> Sequence[Choice]:
     names = (part.name for group in groups[:n_given] for part in group.parts)
     numbers = {name: i for i, name in enumerate(names)}
-    return [
-        Choice(
-            number=i,
-            parts=frozenset(numbers[part.name] for part in group.parts),
-            structure=group.structure if i >= n_given else "",
-        )
-        for i, group in enumerate(groups)
-    ]
+    structures = [group.structure if i >= n_given else "" for i, group in enumerate(groups)]
+    structures += [NARROWED] * len(mlps)
+    every: Sequence[Group | Mlp] = [*groups, *mlps]
+    choices = []
+    for number, (one, structure) in enumerate(zip(every, structures, strict=True)):
+        parts = frozenset(numbers[part.name] for part in one.parts)
+        choices.append(Choice(number, parts, structure))
+    return choices
 
 
 def _shared(
@@ -221,13 +310,13 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
         "families": {family: _counts(own) for family, own in sorted(by_family.items())},
         "whole_model": _removed(
             selected["original_numbers"] + fitted.n_others,
-            selected["stored_numbers"] + fitted.n_others,
+            selected["stored_numbers"] + fitted.n_others_stored,
         ),
     }
 
 
 def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
-    original = sum(one.group.n_weights for one in fitted)
+    original = sum(one.n_original for one in fitted)
     stored = sum(one.n_stored for one in fitted)
     energy = sum(one.energy for one in fitted)
     return {

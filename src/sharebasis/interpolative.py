@@ -49,7 +49,9 @@ def interpolate(
     small = coefficient @ torch.linalg.qr(basis.T).R.T
     order = torch.from_numpy(qr(small.T.cpu().numpy(), mode="r", pivoting=True)[-1]).long()
     chosen, others = order[:rank].to(small.device), order[rank:].to(small.device)
-    table = torch.linalg.solve(small[chosen], small[others], left=False)
+    table, singular = torch.linalg.solve_ex(small[chosen], small[others], left=False)
+    if singular:  # fewer rows than `rank` already span the product
+        table = small[others] @ torch.linalg.pinv(small[chosen])
     chosen, others, table = _bounded(chosen, others, table)
     pivots, rows, columns = chosen.sort().values, others.argsort(), chosen.argsort()
     return Interpolative(pivots, coefficient[pivots] @ basis, table[rows][:, columns])

@@ -23,8 +23,8 @@ Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
 PositiveInt = Annotated[int, Gt(0)]
 
-FIXED, PRIVATE = "fixed", "private"
-STRUCTURE = r"fixed|private|joint|experts|shared:(all|[2-9]|[1-9]\d+)"
+FIXED, PRIVATE, NARROWED = "fixed", "private", "narrowed"
+STRUCTURE = r"fixed|private|narrowed|joint|experts|shared:(all|[2-9]|[1-9]\d+)"
 """Regular expression of what `fit.structures` may hold."""
 
 
@@ -196,9 +196,10 @@ class FitSettings:
     the same expert of adjacent layers."""
     structures: tuple[str, ...]
     """What the allocation chooses from, by least loss. private: every part alone, which is always
-    there; joint: q, k and v of a layer, gate and up, o and down; shared:N, shared:all: the same
-    part of N adjacent layers, of the families `shared`; experts: the same matrix of all experts
-    of a layer. [fixed]: what `group_size`, `shared` and `share_experts` say, and no choice."""
+    there; narrowed: MLPs without some of their neurons, down refitted to the others; joint: q, k
+    and v of a layer, gate and up, o and down; shared:N, shared:all: the same part of N adjacent
+    layers, of the families `shared`; experts: the same matrix of all experts of a layer.
+    [fixed]: what `group_size`, `shared` and `share_experts` say, and no choice."""
     two_sided: bool
     """Whether the loss weighs outputs by the moment of their gradients (calibrate.gradients)."""
     damping_inputs: Annotated[float, Ge(0)]

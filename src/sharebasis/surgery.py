@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.experts import unstack
@@ -80,7 +80,7 @@ def narrow(model: nn.Module, reads: Sequence[str], down: str, width: int) -> Non
             module.bias = _first(module.bias, 0, width)
 
 
-def _first(parameter: nn.Parameter, dimension: int, width: int) -> nn.Parameter:
+def _first(parameter: Tensor, dimension: int, width: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().narrow(dimension, 0, width), requires_grad=False)
 
 

@@ -7,7 +7,7 @@ the model keeps in one tensor. transformers knows how to convert it; this asks i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ class DenseWeights:
         tensor = self._slice(self._slices[name]) if name in self._slices else self._whole(name)
         tensor = tensor.T if transposed else tensor
         return tensor if rows is None else rows.take(tensor)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every parameter of the model."""
+        return {name: tuple(own.shape) for name, own in self._model.named_parameters()}
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a tensor is stored; of what transformers makes of several, that of the first."""

@@ -1,0 +1,254 @@
+"""MLPs that may lose neurons: what they lose at every width, and what they are made of then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sharebasis.allocation import Curve, curve_of
+from sharebasis.factorize import spectrum
+from sharebasis.grouping import Group
+from sharebasis.limits import Limit
+from sharebasis.pruning import narrow, refit
+from sharebasis.rows import Rows
+from sharebasis.settings import NARROWED, Storage
+from sharebasis.shared_basis import Member
+from sharebasis.splitting import Part
+
+WIDTHS = 12
+"""Widths that an MLP may have, evenly spaced; the largest of them is the original."""
+
+PRICES = 10 ** np.linspace(-4, 2, 300)
+"""At which the ways to store an MLP are compared; in units of its loss a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """The sublayers between which neurons lie."""
+
+    reads: tuple[Part, ...]
+    """gate where there is one, and up: a row for each neuron."""
+    down: Part
+    """A column for each neuron."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.reads, self.down)
+
+    @property
+    def d_mlp(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def n_weights(self) -> int:
+        return sum(map(_n_weights, self.parts))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of neurons that it may have instead of all, the largest first."""
+        widths = {round(self.d_mlp * i / WIDTHS) for i in range(1, WIDTHS)}
+        return tuple(sorted(widths - {0, self.d_mlp}, reverse=True))
+
+    def groups(self, width: int) -> tuple[Group, ...]:
+        """One for each part, of the sizes that it has with so many neurons."""
+        reads = (_resized(part, (width, part.shape[1])) for part in self.reads)
+        down = _resized(self.down, (self.down.shape[0], width))
+        return tuple(Group((part,), structure=NARROWED) for part in (*reads, down))
+
+
+def find_mlps(
+    groups: Sequence[Group],
+    twins: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Sequence[Mlp]:
+    """The MLPs that may lose neurons: one up, one down and at most one gate of the same neurons.
+
+    Each is a group of its own and a whole sublayer, and the module that they are in has nothing
+    else that is as wide as the neurons: a norm of theirs would let them know of each other.
+
+    Args:
+        groups: that cover every part once.
+        twins: sublayer -> those that use its weight, too.
+        shapes: of every tensor of the model.
+    """
+    found: dict[str, dict[str, Part]] = {}
+    for group in groups:
+        part, name = group.parts[0], group.parts[0].sublayer.name
+        role = "write" if part.family == "down" else "read"
+        alone = len(group.parts) == 1 and not part.label and not twins[name]
+        if alone and part.family in ("gate", "up", "down") and part.sublayer.role == role:
+            found.setdefault(name.rpartition(".")[0], {})[part.family] = part
+    mlps = []
+    for module, parts in found.items():
+        if {"up", "down"} <= set(parts):
+            mlp = Mlp(tuple(parts[f] for f in ("gate", "up") if f in parts), parts["down"])
+            if _is_whole(mlp) and not _others(mlp, module, shapes):
+                mlps.append(mlp)
+    return mlps
+
+
+def _is_whole(mlp: Mlp) -> bool:
+    d_model = mlp.down.shape[0]
+    return bool(mlp.widths) and all(part.shape == (mlp.d_mlp, d_model) for part in mlp.reads)
+
+
+def _others(mlp: Mlp, module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What else there is under a module that is as wide as the neurons."""
+    own = {f"{part.sublayer.name}.{last}" for part in mlp.parts for last in ("weight", "bias")}
+    return [
+        name
+        for name, shape in shapes.items()
+        if name.startswith(f"{module}.") and name not in own and mlp.d_mlp in shape
+    ]
+
+
+def _resized(part: Part, shape: tuple[int, int]) -> Part:
+    return replace(part, sublayer=replace(part.sublayer, shape=shape), rows=Rows(0, shape[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What an MLP loses at each of its widths."""
+
+    neurons: Int64[Tensor, " d_mlp"]
+    """At every width, the first so many of these stay."""
+    losses: tuple[float, ...]
+    """What the neurons that went take along, by width."""
+    energies: tuple[tuple[NDArray[np.float64], ...], ...]
+    """By width and part: what each direction saves, the largest first."""
+
+
+def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
+    """Work out what is lost at every width and rank.
+
+    Args:
+        mlp: to be narrowed.
+        members: its parts' weights, and moments of what they read and put out.
+    """
+    *reads, down = members
+    assert down.shared is not None
+    narrowed = list(narrow(down.weight, down.shared, mlp.widths, down.own))
+    order = [narrowed[-1].kept]
+    for larger, smaller in zip(narrowed[-2::-1], narrowed[:0:-1], strict=True):
+        order.append(_without(larger.kept, smaller.kept))
+    every = torch.arange(mlp.d_mlp, device=down.weight.device)
+    order.append(_without(every, narrowed[0].kept))
+    of_parts = [[_energies(_rows(read, one.kept)) for one in narrowed] for read in reads]
+    of_parts.append([_energies(_columns(down, one.kept, one.weight)) for one in narrowed])
+    losses = tuple(one.loss for one in narrowed)
+    return Widths(torch.cat(order), losses, tuple(zip(*of_parts, strict=True)))
+
+
+def narrowed_members(members: Sequence[Member], kept: Int64[Tensor, " kept"]) -> Sequence[Member]:
+    """The parts of an MLP with some of its neurons; down makes up for the others."""
+    *reads, down = members
+    assert down.shared is not None
+    weight = refit(down.weight, down.shared, kept)
+    return [*(_rows(read, kept) for read in reads), _columns(down, kept, weight)]
+
+
+def _without(some: Tensor, others: Tensor) -> Tensor:
+    return some[~torch.isin(some, others)]
+
+
+def _rows(read: Member, kept: Tensor) -> Member:
+    own = None if read.own is None else read.own.at(kept)
+    return Member(read.weight[kept], read.shared, own)
+
+
+def _columns(down: Member, kept: Tensor, weight: Tensor) -> Member:
+    assert down.shared is not None
+    return Member(weight, down.shared.at(kept), down.own)
+
+
+def _energies(member: Member) -> NDArray[np.float64]:
+    own: NDArray[np.float64] = spectrum(member.weight, member.shared, member.own).cpu().numpy()
+    return own
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an MLP that lacks neurons is stored."""
+
+    width: int
+    ranks: tuple[int, ...]
+    """Of each part; DENSE: its narrowed weight as it is."""
+    losses: tuple[float, ...]
+    """Of each part; what went with the neurons is down's."""
+    stored: int
+    """Numbers."""
+
+
+def plans_of(mlp: Mlp, found: Widths, limits: Sequence[Limit], storage: Storage) -> Sequence[Plan]:
+    """All that is worth doing with an MLP at any price, by what it stores.
+
+    At a price a number, a width costs its loss and, for each part, what is least of loss + price ·
+    stored. The plans are the cheapest at prices so close to each other that none between them
+    would differ by much.
+
+    Args:
+        mlp: to be narrowed.
+        found: what it loses.
+        limits: of each part.
+        storage: form of the factors.
+    """
+    options = list(_options(mlp, found, limits, storage))
+    scale = max((loss for _, loss, _ in options), default=0.0) / mlp.n_weights
+    plans: set[Plan] = set()
+    for price in (scale or 1.0) * PRICES:
+        at_price = [_cheapest(option, price) for option in options]
+        cost, plan = min(at_price, key=itemgetter(0), default=(np.inf, None))
+        if plan is not None and np.isfinite(cost):
+            plans.add(plan)
+    return sorted(plans, key=lambda plan: plan.stored)
+
+
+Option = tuple[int, float, Sequence[Curve]]
+"""(width, loss, curve of each part)"""
+
+
+def _options(
+    mlp: Mlp, found: Widths, limits: Sequence[Limit], storage: Storage
+) -> Iterator[Option]:
+    if any(limit.dense for limit in limits):
+        return
+    for width, loss, energies in zip(mlp.widths, found.losses, found.energies, strict=True):
+        if any(width % limit.multiple for limit in limits):
+            continue
+        triples = zip(mlp.parts, mlp.groups(width), energies, limits, strict=True)
+        yield (
+            width,
+            loss,
+            [
+                curve_of(group, own, storage).limited(limit, _n_weights(part))
+                for part, group, own, limit in triples
+            ],
+        )
+
+
+def _cheapest(option: Option, price: float) -> tuple[float, Plan]:
+    width, loss, curves = option
+    entries = [int(np.argmin(curve.loss + price * curve.stored)) for curve in curves]
+    pairs = list(zip(curves, entries, strict=True))
+    losses = [float(curve.loss[entry]) for curve, entry in pairs]
+    losses[-1] += loss
+    ranks = tuple(curve.rank(entry) for curve, entry in pairs)
+    plan = Plan(width, ranks, tuple(losses), sum(int(c.stored[entry]) for c, entry in pairs))
+    return sum(losses) + price * plan.stored, plan
+
+
+def _n_weights(part: Part) -> int:
+    return part.shape[0] * part.shape[1]
+
+
+def curve_of_plans(name: str, n_weights: int, plans: Sequence[Plan]) -> Curve:
+    """Plans as entries of a curve; the last entry, which nobody may choose, is the original."""
+    stored = [*(plan.stored for plan in plans), n_weights]
+    return Curve(name, np.array(stored), np.array([*(sum(p.losses) for p in plans), np.inf]))

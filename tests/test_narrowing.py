@@ -1,0 +1,243 @@
+"""MLPs with fewer neurons, from the moments to a model that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeDirectory, MakeSettings, random_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharebasis import compressed_index, store
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import CompressedIndex
+from sharebasis.decomposition import Spectra, decompose
+from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.grouping import Group
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.narrowing import find_mlps
+from sharebasis.recovery import trainable, write_recovered
+from sharebasis.settings import FitSettings
+from sharebasis.splitting import split_selected
+from sharebasis.training import Recovery
+
+CPU = torch.device("cpu")
+
+
+def _tokens(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 280, (n, 16), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A small model and its moments."""
+
+    weights: Path
+    moments: MomentStore
+    directory: Path
+
+    def fit(self, settings: FitSettings, name: str = "small") -> FittedModel:
+        found = classify_model(meta_model(load_config(self.weights)))
+        parts, spectra = split_selected(found, "none"), self.directory / "spectra"
+        decompose(self.weights, parts, self.moments, settings, spectra, CPU)
+        return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
+
+    def index(self, name: str = "small") -> CompressedIndex:
+        return store.load_record(self.directory / name / compressed_index.FILE, CompressedIndex)
+
+
+Calibrate = Callable[..., Calibrated]
+
+
+@pytest.fixture
+def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
+    """`calibrated(family, change=)`: `change` is applied to the model before anything else."""
+
+    def make(family: str, change: Callable[[PreTrainedModel], None] | None = None) -> Calibrated:
+        weights = make_directory(family)
+        model = load_model(weights, "float32", CPU)
+        if change:
+            with torch.no_grad():
+                change(model)
+            weights = tmp_path / "weights"
+            model.save_pretrained(weights)
+        selected = classify_model(model).selected
+        checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
+        write_moments(
+            tmp_path / "moments", *calibrate(model, selected, _tokens(24), 8, checkpoint, "text")
+        )
+        return Calibrated(weights, MomentStore(tmp_path / "moments"), tmp_path)
+
+    return make
+
+
+AUTO = {
+    "method": "auto",
+    "group_size": 1,
+    "shared": [],
+    "structures": ["private", "narrowed"],
+    "two_sided": True,
+    "damping_gradients": 0.05,
+    "allocation": "global",
+    "storage": "interpolative",
+}
+
+
+def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
+    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+
+
+def _repeat_neurons(model: PreTrainedModel) -> None:
+    """Every other neuron is the one before it again."""
+    for layer in model.model.layers:
+        for read in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            read.weight[1::2] = read.weight[::2]
+
+
+@torch.no_grad()
+def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama", _repeat_neurons)
+    dense = load_model(run.weights, "float32", CPU)
+    d_mlp = dense.config.intermediate_size
+    fitted = run.fit(_settings(make_settings, removed=0.2))
+    assert run.index().mlps
+    for mlp in run.index().mlps:
+        assert len(mlp.kept) >= d_mlp // 2
+    assert fit_metrics(fitted, _settings(make_settings, removed=0.2))["relative_loss"] < 1e-6
+    small = load_compressed(run.directory / "small")
+    wanted = dense(input_ids=_tokens(4, 1)).logits
+    assert (small(input_ids=_tokens(4, 1)).logits - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_reported_losses_are_those_of_the_stored_weights(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated(family)
+    settings = _settings(make_settings, removed=0.5, damping_inputs=0.0, damping_gradients=0.0)
+    fitted = run.fit(settings)
+    mlps = run.index().mlps
+    assert mlps
+    dense = load_model(run.weights, "float32", CPU)
+    small = load_compressed(run.directory / "small")
+    losses = {one.group.parts[0].sublayer.name: one.loss for one in fitted.groups}
+    for mlp in mlps:
+        kept = list(mlp.kept)
+        for name in (*mlp.reads, mlp.down):
+            original = dense.get_submodule(name).weight.double()
+            if family == "gpt2":
+                original = original.T
+            stored = small.get_submodule(name).weight.double()
+            gradient, inputs = run.moments.gradient(name), run.moments.read(run.moments.site(name))
+            g = gradient.total / run.moments.n_tokens
+            if name == mlp.down:
+                error = original.clone()
+                error[:, kept] -= stored
+            else:
+                error, g = original[kept] - stored, g[kept][:, kept]
+            loss = (g @ error @ inputs.second * error).sum().item()
+            scale = (g @ original[: len(g)] @ inputs.second * original[: len(g)]).sum().item()
+            assert losses[name] == pytest.approx(loss, rel=1e-3, abs=1e-6 * scale)
+
+
+def test_more_to_choose_from_never_loses_more_and_the_budget_is_exact(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    for removed in (0.3, 0.6):
+        losses = []
+        for structures in (["private"], ["private", "narrowed"]):
+            settings = _settings(make_settings, removed=removed, structures=structures)
+            fitted = run.fit(settings)
+            metrics = fit_metrics(fitted, settings)
+            assert removed - 1e-9 <= metrics["removed_fraction"] < removed + 0.01
+            losses.append(sum(one.loss for one in fitted.groups))
+        assert losses[1] <= losses[0]
+
+
+def test_limits_hold_for_what_is_narrowed(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    limits = [{"sublayers": "up", "floor": 0.8, "cap": 1.0}]
+    exclude = [r".*layers\.0\.mlp\.down_proj"]
+    settings = _settings(
+        make_settings, removed=0.5, limits=limits, exclude=exclude, rank_multiple=4
+    )
+    fitted = run.fit(settings)
+    narrowed = {
+        one.group.parts[0].sublayer.layer
+        for one in fitted.groups
+        if one.group.structure == "narrowed"
+    }
+    assert 0 not in narrowed
+    for one in fitted.groups:
+        if one.group.family == "up":
+            assert one.n_stored >= 0.8 * one.n_original
+    assert all(len(mlp.kept) % 4 == 0 for mlp in run.index().mlps)
+
+
+def test_an_mlp_with_a_norm_among_its_neurons_is_left_alone() -> None:
+    model = random_model("llama", 288)
+    found = classify_model(model)
+    groups = [Group((part,)) for part in split_selected(found, "none")]
+    twins = {sublayer.name: () for sublayer in found.selected}
+    shapes = {name: tuple(own.shape) for name, own in model.named_parameters()}
+    d_mlp, n_layers = model.config.intermediate_size, model.config.num_hidden_layers
+    assert len(find_mlps(groups, twins, shapes)) == n_layers
+    normed = {**shapes, "model.layers.0.mlp.norm.weight": (d_mlp,)}
+    assert len(find_mlps(groups, twins, normed)) == n_layers - 1
+    shared = {**twins, "model.layers.1.mlp.up_proj": ("model.layers.2.mlp.up_proj",)}
+    assert len(find_mlps(groups, shared, shapes)) == n_layers - 1
+
+
+def test_it_is_trained_and_written_again(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    run.fit(_settings(make_settings, removed=0.6))
+    small, target = run.directory / "small", run.directory / "recovered"
+    model = load_compressed(small, torch.float32)
+    index = run.index()
+    groups = trainable(model, index)
+    trained = {name for group in groups for name, _ in group.named()}
+    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
+    of_narrowed = [g for g in index.groups if g.parts[0].sublayer in narrowed]
+    assert of_narrowed
+    assert all(part.coefficient in trained for g in of_narrowed for part in g.parts)
+    with torch.no_grad():
+        for group in groups:
+            for _, own in group.named():
+                own.mul_(1.01)
+        logits = model(input_ids=_tokens(2)).logits
+    write_recovered(target, small, index, groups, Recovery(1, 1, 1, ()), 10_000)
+    again = load_compressed(target)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=_tokens(2)).logits, logits, rtol=0, atol=2e-4)
+    assert run.index("recovered").mlps == index.mlps
+
+
+def test_the_spectra_say_what_every_width_loses(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    run.fit(_settings(make_settings, removed=0.4))
+    spectra = Spectra(run.directory / "spectra")
+    assert spectra.mlps
+    for j, mlp in enumerate(spectra.mlps):
+        widths = spectra.widths(j)
+        assert list(widths.losses) == sorted(widths.losses)
+        assert sorted(widths.neurons.tolist()) == list(range(mlp.d_mlp))
