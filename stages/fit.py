@@ -1,17 +1,23 @@
 """Stage `fit`: factors of every rank -> compressed ShareLinear state within a budget."""
 
-from sharebasis import store
+import torch
+
 from sharebasis.config import load_settings
+from sharebasis.decomposition import Spectra
 from sharebasis.fitting import fit, fit_metrics
+from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import COMPRESSED, METRICS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.stage import COMPRESSED, SPECTRA, WEIGHTS, report_errors
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
-    fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, pick_device(settings.device))
-    store.write_json(METRICS / "fit.json", fit_metrics(fitted, settings.fit))
+    device = pick_device(settings.device)
+    fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device)
+    energies = torch.cat([torch.from_numpy(own) for own in Spectra(SPECTRA).energies()])
+    metrics = fit_metrics(fitted, settings.fit)
+    write_metrics("fit", metrics, settings, device, weights=WEIGHTS, spectra=energies)
 
 
 if __name__ == "__main__":
