@@ -25,6 +25,8 @@ RECOVERED = Path("artifacts/recovered")
 ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+RESULTS = Path("results")
+REPORT = Path("report")
 
 
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:
