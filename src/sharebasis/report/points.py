@@ -93,7 +93,14 @@ class Point:
         return found
 
 
-_RECORD = TypeAdapter(Point)
+@dataclass(frozen=True)
+class Points:
+    """What results/NAME/points.json holds."""
+
+    points: tuple[Point, ...]
+
+
+_POINT = TypeAdapter(Point)
 
 
 def collect(patterns: Sequence[str], repository: Path = Path()) -> list[Point]:
@@ -169,8 +176,8 @@ def workspace_point() -> Point:
 def write_points(name: str, points: Sequence[Point], results: Path = RESULTS) -> Path:
     """Write results/NAME/points.json, a line for each point."""
     path = results / name / FILE
-    lines = (json.dumps(_RECORD.dump_python(point, mode="json")) for point in points)
-    store.write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    lines = (json.dumps(_POINT.dump_python(point, mode="json")) for point in points)
+    store.write_text(path, '{"points": [\n' + ",\n".join(lines) + "\n]}\n")
     return path
 
 
@@ -180,7 +187,7 @@ def read_points(path: Path) -> tuple[Point, ...]:
     Raises:
         StoreError: the file is missing or was written by another version.
     """
-    return tuple(store.load_record(path, list[Point]))
+    return store.load_record(path, Points).points
 
 
 def overrides(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
