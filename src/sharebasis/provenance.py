@@ -20,9 +20,8 @@ from sharebasis.config import PARAMS
 from sharebasis.git import git
 from sharebasis.hub import MANIFEST
 from sharebasis.settings import Settings
-from sharebasis.stage import METRICS
+from sharebasis.stage import METRICS, PROVENANCE
 
-KEY = "provenance"
 PIPELINE = Path("dvc.yaml")
 SOURCE = Path(__file__).parent
 CODE = ("src", "stages", "requirements")
@@ -51,7 +50,7 @@ def write_metrics(
         data: what it read, by name: token ids, a tensor, or a directory that `extract` wrote.
     """
     found = provenance(stage, settings, data, device or torch.device("cpu"))
-    store.write_json(METRICS / f"{stage}.json", {**metrics, KEY: [found]})
+    store.write_json(METRICS / f"{stage}.json", {**metrics, PROVENANCE: [found]})
 
 
 def provenance(

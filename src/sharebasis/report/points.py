@@ -33,6 +33,8 @@ from sharebasis.stage import METRICS, PLOTS, RESULTS, report_errors
 FILE = "points.json"
 PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 RANKS, SPECTRUM = PLOTS / "fit" / "ranks.csv", PLOTS / "fit" / "spectrum.csv"
+OWN = ("classify", "calibrate", "fit", "verify")
+"""Stages whose metrics the workspace's own point has."""
 EXPERIMENTS = "refs/exps/"
 RUNNING = ("exec/", "stash", "celery/", "apply/")
 """Below EXPERIMENTS, what is no experiment that has ended."""
@@ -155,8 +157,12 @@ def experiment_point(name: str, commit: str, baseline: str, repository: Path = P
     )
 
 
-def workspace_point() -> Point:
-    """What the files here say; not dvc.lock, which belongs to no stage."""
+def workspace_point(stages: Sequence[str] = OWN) -> Point:
+    """What the files here say; not dvc.lock, which belongs to no stage.
+
+    Args:
+        stages: whose metrics are read.
+    """
 
     def read(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.exists() else ""
@@ -166,7 +172,7 @@ def workspace_point() -> Point:
         None,
         "dvc repro",
         yaml.safe_load(read(PARAMS)) or {},
-        {path.stem: _json(read(path)) for path in sorted(METRICS.glob("*.json"))},
+        {stage: _json(text) for stage in stages if (text := read(METRICS / f"{stage}.json"))},
         {},
         _cells(read(RANKS)),
         _spectrum(read(SPECTRUM)),
@@ -229,8 +235,9 @@ def _experiments(repository: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _natural(name: str) -> list[Any]:
-    """A key by which part 10 comes after part 9."""
-    return [int(run) if run.isdigit() else run for run in re.split(r"(\d+)", name)]
+    """A key by which part 10 comes after part 9, and 0.5 after 0.25."""
+    runs = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(run) if i % 2 else run for i, run in enumerate(runs)]
 
 
 def _is_json(path: Path) -> bool:
