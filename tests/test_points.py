@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import run_command
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,26 +61,6 @@ CONF = {"fit": {"method": "auto", "removed": 0.2, "note": None, "shared": [], "l
 RUNS = {"wide-10": ["fit.removed=0.5", r"fit.note='it\'s: 1, 2'"], "wide-9": ["fit.method=svd"]}
 
 
-def _run(directory: Path, *command: str) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    identity = {
-        f"GIT_{who}_{what}": "a@b.c"
-        for who in ("AUTHOR", "COMMITTER")
-        for what in ("NAME", "EMAIL")
-    }
-    ran = subprocess.run(
-        command,
-        cwd=directory,
-        env={**os.environ, **identity, "PATH": path, "DVC_NO_ANALYTICS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC repository with the experiments of RUNS; not to be changed but by experiments."""
@@ -91,22 +70,22 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "params.yaml").write_text(yaml.safe_dump(CONF))
     (directory / "fit.py").write_text(SCRIPT)
     (directory / "dvc.yaml").write_text(PIPELINE)
-    _run(directory, "git", "init", "--quiet")
-    _run(directory, "dvc", "init", "--quiet")
-    _run(directory, "dvc", "config", "hydra.enabled", "True")
-    _run(directory, "dvc", "repro", "--quiet")
-    _run(directory, "git", "add", ".")
-    _run(directory, "git", "commit", "--quiet", "--message=one")
+    run_command(directory, "git", "init", "--quiet")
+    run_command(directory, "dvc", "init", "--quiet")
+    run_command(directory, "dvc", "config", "hydra.enabled", "True")
+    run_command(directory, "dvc", "repro", "--quiet")
+    run_command(directory, "git", "add", ".")
+    run_command(directory, "git", "commit", "--quiet", "--message=one")
     for name, given_settings in RUNS.items():
         told = [word for one in given_settings for word in ("-S", one)]
-        _run(directory, "dvc", "exp", "run", "--quiet", "--name", name, *told)
+        run_command(directory, "dvc", "exp", "run", "--quiet", "--name", name, *told)
     return directory
 
 
 def test_a_point_is_what_its_experiment_holds(repository: Path) -> None:
     nine, ten = collect(["wide-*"], repository)
     assert (nine.name, ten.name) == ("wide-9", "wide-10")
-    listed = _run(repository, "git", "for-each-ref", "--format=%(objectname) %(refname)")
+    listed = run_command(repository, "git", "for-each-ref", "--format=%(objectname) %(refname)")
     assert any(
         f"{nine.commit} refs/exps/" in row and "/wide-9" in row for row in listed.split("\n")
     )
@@ -118,7 +97,7 @@ def test_a_point_is_what_its_experiment_holds(repository: Path) -> None:
     (cell,) = ten.cells
     assert (cell.family, cell.layer, cell.rank, cell.stored, cell.original) == ("q", 0, 3, 30, 64)
     assert ten.spectrum == {"q": (1.0, 0.5)}
-    locked = yaml.safe_load(_run(repository, "git", "show", f"{ten.commit}:dvc.lock"))
+    locked = yaml.safe_load(run_command(repository, "git", "show", f"{ten.commit}:dvc.lock"))
     (of_stage,) = locked["stages"].values()
     md5 = {out["path"]: out["md5"] for out in of_stage["outs"]}
     assert ten.artefacts == md5
@@ -136,8 +115,8 @@ def test_a_number_that_is_none_is_missing(repository: Path) -> None:
 def test_the_command_of_a_point_does_it_again(repository: Path) -> None:
     (ten,) = collect(["wide-10"], repository)
     checkout, again = ten.command.split(" && ")
-    assert checkout == f"git checkout {_run(repository, 'git', 'rev-parse', 'HEAD').strip()}"
-    _run(repository, *shlex.split(again), "--quiet", "--force", "--name", "again")
+    assert checkout == f"git checkout {run_command(repository, 'git', 'rev-parse', 'HEAD').strip()}"
+    run_command(repository, *shlex.split(again), "--quiet", "--force", "--name", "again")
     (other,) = collect(["again"], repository)
     assert other.parameters == ten.parameters
     assert other.metrics == ten.metrics
@@ -167,7 +146,7 @@ def test_the_file_outlives_the_experiments(repository: Path, tmp_path: Path) -> 
 
 def test_the_command_line_writes_the_file(repository: Path) -> None:
     command = (sys.executable, "-m", "sharebasis.report.points", "own", "wide-9", "wide-10")
-    assert _run(repository, *command) == "results/own/points.json: 2 points\n"
+    assert run_command(repository, *command) == "results/own/points.json: 2 points\n"
     own = read_points(repository / "results/own/points.json")
     assert list(own) == collect(["wide-*"], repository)
 

@@ -147,7 +147,7 @@ def test_the_tables_show_the_metrics(
     missing = MISSING if write is markdown else "--"
     rows = read(write(measured_columns(points), points))
     shown = [row["perplexity"] for row in rows]
-    assert shown == ["34.00", "55.00", "36.25", "90.40", missing, "1424.33", missing]
+    assert shown == ["34.00", "55.00", "36.25", "90.40", missing, "1,424.33", missing]
     assert {row["stored"] for row in rows} == {"12,345,678", missing}
     assert rows[6]["KL, nats"] == missing
     assert [row["removed"] for row in rows[:3]] == ["0.2000", "0.5000", "0.2500"]
@@ -190,6 +190,15 @@ def test_the_lines_of_the_figure_are_the_metrics(
     assert kl["svd_llm"] == [
         point.metric("verify", "compressed", "kl_mean") for point in points[3:6]
     ]
+
+
+def test_a_line_that_is_far_off_does_not_hide_the_others(points: Sequence[Point]) -> None:
+    off = [make_point("svd", removed, 3e7) for removed in (0.2, 0.5)]
+    left, right = figures([*points, *off])["quality"].axes
+    told = [line.get_label() for line in left.lines]
+    assert told == ["auto", "svd_llm", "svd (above the axis)", "dense, 29.53"]
+    assert left.get_ylim()[1] == pytest.approx(100 * 34)
+    assert all("above" not in str(line.get_label()) for line in right.lines)
 
 
 def test_ranks_and_stored_numbers_are_those_of_the_cells(
@@ -320,9 +329,9 @@ def test_the_page_renders_sorts_and_opens_in_chromium(
     seen = json.loads(text)
     values = [point.metric("verify", "compressed", "perplexity") for point in points]
     known = sorted(value for value in values if value is not None)
-    shown = [f"{value:.2f}" for value in known]
+    shown = [f"{value:,.2f}" for value in known]
     assert seen["heads"] == [column.title for column in measured_columns(points)]
-    assert seen["before"] == [MISSING if v is None else f"{v:.2f}" for v in values]
+    assert seen["before"] == [MISSING if v is None else f"{v:,.2f}" for v in values]
     assert seen["rising"] == [*shown, MISSING, MISSING]
     assert seen["falling"] == [*reversed(shown), MISSING, MISSING]
     assert seen["names"][0] == EVIL  # text, and no element of the page

@@ -16,6 +16,8 @@ from sharebasis.report.series import at_one_budget, in_order, series
 
 MARKERS = "os^Dv<>Pp*X"
 N_COLUMNS = 4
+SPAN = 100
+"""How many times its lowest value an axis of the quality shows: what is far off hides the rest."""
 DETERMINED: Mapping[str, dict[str, Any]] = {
     "pdf": {"metadata": {"CreationDate": None}},
     "png": {"dpi": 130, "metadata": {"Software": None}},
@@ -57,7 +59,7 @@ def quality(points: Sequence[Point]) -> Figure:
             _line(axes, own, "recovered", metric, i, f"{label}, recovered")
         _logarithmic(axes)
         axes.set(xlabel="removed fraction of the compressed weights", ylabel=title)
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     dense = {point.metric("verify", "dense", "perplexity") for point in points} - {None}
     for value in sorted(dense):
         left.axhline(value, color="0.5", linestyle=":", label=f"dense, {value:.2f}")
@@ -156,7 +158,15 @@ def _line(axes: Axes, own: Sequence[Point], model: str, metric: str, i: int, lab
 
 
 def _logarithmic(axes: Axes) -> None:
+    """Logarithmic, with plain numbers, and cut off where a line would hide all others."""
     axes.set_yscale("log")
+    heights = [np.asarray(line.get_ydata(), float) for line in axes.lines]
+    lowest = min((float(own.min()) for own in heights), default=0.0)
+    if heights and max(float(own.max()) for own in heights) > SPAN * lowest:
+        axes.set_ylim(0.8 * lowest, SPAN * lowest)
+        for line, own in zip(axes.lines, heights, strict=True):
+            if own.min() > SPAN * lowest:
+                line.set_label(f"{line.get_label()} (above the axis)")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
     low, high = axes.get_ylim()
