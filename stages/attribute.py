@@ -13,8 +13,9 @@ from sharebasis.attribution.report import (
 from sharebasis.compressed import load_compressed
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import ATTRIBUTION, COMPRESSED, METRICS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import ATTRIBUTION, COMPRESSED, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.texts import cut, read_windows, require_positions
 
@@ -41,7 +42,8 @@ def main() -> None:
         store.write_text(out / "lens.csv", lens_csv(found))
         components_figure(found).savefig(out / "components.png", dpi=150)
         lens_figure(found).savefig(out / "lens.png", dpi=150)
-    store.write_json(METRICS / "attribute.json", attribute_metrics(found, attribution.top))
+    metrics = attribute_metrics(found, attribution.top)
+    write_metrics("attribute", metrics, settings, device, weights=WEIGHTS, evaluation=windows)
     show(found, attribution.top)
 
 

@@ -5,7 +5,8 @@ from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, load_model, load_tokenizer
-from sharebasis.moment_store import write_moments
+from sharebasis.moment_store import tokens_of, write_moments
+from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.stage import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
@@ -34,6 +35,15 @@ def main() -> None:
     sites, sums = calibrate(model, sublayers, windows, batch, checkpoint, gradients)
     write_moments(MOMENTS, sites, sums)
     checkpoint.remove()
+    counts = list(tokens_of(sums).values())
+    write_metrics(
+        "calibrate",
+        {"n_tokens": windows.numel(), "n_moments": len(counts), "n_unseen": counts.count(0)},
+        settings,
+        device,
+        weights=WEIGHTS,
+        calibration=windows,
+    )
 
 
 if __name__ == "__main__":

@@ -7,23 +7,24 @@ from sharebasis import store
 from sharebasis.classification import classify_model
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, meta_model
-from sharebasis.stage import METRICS, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.provenance import write_metrics
+from sharebasis.stage import SUBLAYERS, WEIGHTS, report_errors
 
 log = logging.getLogger(__name__)
 
 
 @report_errors
 def main() -> None:
-    settings = load_settings().model
+    settings = load_settings()
     model = meta_model(load_config(WEIGHTS))
-    found = classify_model(model, settings.block_pattern, settings.weight_types)
+    found = classify_model(model, settings.model.block_pattern, settings.model.weight_types)
     store.save_record(SUBLAYERS, found)
     sublayers = found.sublayers
     for sublayer in sublayers:
         if sublayer.disagreement:
             log.warning("%s: %s; it is %s.", sublayer.name, sublayer.disagreement, sublayer.role)
-    store.write_json(
-        METRICS / "classify.json",
+    write_metrics(
+        "classify",
         {
             "n_sublayers": len(sublayers),
             "n_selected": len(found.selected),
@@ -34,6 +35,8 @@ def main() -> None:
             "n_tied": sum(sublayer.tied_to is not None for sublayer in sublayers),
             "family": Counter(sublayer.family for sublayer in sublayers),
         },
+        settings,
+        weights=WEIGHTS,
     )
 
 

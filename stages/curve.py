@@ -1,12 +1,12 @@
 """Stage `curve`: factors of every rank -> what is lost at every budget."""
 
-from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
 from sharebasis.hub import load_config, load_tokenizer
 from sharebasis.moment_store import MomentStore
+from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import CURVE, METRICS, MOMENTS, PLOTS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.stage import CURVE, MOMENTS, PLOTS, SPECTRA, WEIGHTS, report_errors
 from sharebasis.texts import cut, read_windows, require_positions
 
 
@@ -31,7 +31,8 @@ def main() -> None:
         device,
     )
     write_curve(PLOTS / "curve.csv", curve)
-    store.write_json(METRICS / "curve.json", curve_metrics(curve))
+    metrics = curve_metrics(curve)
+    write_metrics("curve", metrics, settings, device, weights=WEIGHTS, evaluation=windows)
     print_curve(curve)
 
 

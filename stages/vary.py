@@ -5,7 +5,8 @@ from functools import partial
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config
-from sharebasis.stage import METRICS, PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
+from sharebasis.provenance import write_metrics
+from sharebasis.stage import PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.variation.distances import (
     measure_variation,
@@ -29,7 +30,7 @@ def main() -> None:
         draw(variation, settings.vary.alignment, directory)
     write_distances(VARIATION, variation)
     metrics = variation_metrics(variation, settings.vary)
-    store.write_json(METRICS / "vary.json", metrics)
+    write_metrics("vary", metrics, settings, weights=WEIGHTS)
     print_variation(metrics)
 
 

@@ -4,9 +4,10 @@ from sharebasis import compressed_index, store
 from sharebasis.compressed import load_compressed
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import COMPRESSED, METRICS, RECOVERED, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import COMPRESSED, RECOVERED, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.texts import read_windows, require_positions
 from sharebasis.verification import (
@@ -35,7 +36,7 @@ def main() -> None:
         compressed["recovered"] = load_compressed(RECOVERED, DTYPES[dtype], device)
     fidelity = compare(original, compressed, windows, settings.data.batch)
     metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
-    store.write_json(METRICS / "verify.json", metrics)
+    write_metrics("verify", metrics, settings, device, weights=WEIGHTS, evaluation=windows)
     models = {"original": original, **compressed}
     texts = continuations(models, tokenizer, verify.prompt, verify.new_tokens)
     side_by_side(verify.prompt, texts)

@@ -195,6 +195,24 @@ def run_python() -> RunPython:
     return run
 
 
+def run_command(directory: Path, *command: str) -> str:
+    """What a command prints that has to end well, as git and dvc in a repository of a test."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    names = [f"GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
+    environment = {**os.environ, **dict.fromkeys(names, "a@b.c"), "PATH": path}
+    ran = subprocess.run(
+        command,
+        cwd=directory,
+        env={**environment, "DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by its path in it."""
     return {

@@ -716,6 +716,7 @@ def test_the_metrics_of_classify_count_every_sublayer(
 ) -> None:
     metrics = classify_metrics(small_config("qwen2_moe"))
     assert not [record for record in caplog.records if record.name == "__main__"]
+    assert metrics.pop("provenance")
     n_layer = {"attention": 4, "experts": 2 * 4, "shared expert": 3}
     gates = 3
     assert metrics == {

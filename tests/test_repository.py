@@ -25,6 +25,7 @@ STAGES = (
     "curve",
     "vary",
     "attribute",
+    "report",
 )
 
 
@@ -119,11 +120,18 @@ def test_every_module_belongs_to_a_stage_or_is_for_people_to_use(
     assert modules - used == {f"src/sharebasis/{name}.py" for name in for_people}
 
 
+def test_what_a_module_reads_beside_itself_is_listed_with_it(pipeline: Mapping[str, Any]) -> None:
+    package = REPOSITORY / "src/sharebasis"
+    data = {path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc", ".typed")}
+    listed = {dep for stage in pipeline.values() for dep in stage["deps"]}
+    assert {str(path.relative_to(REPOSITORY)) for path in data} <= listed
+
+
 def test_parameters_of_a_stage_exist(
     pipeline: Mapping[str, Any], params: Mapping[str, Any]
 ) -> None:
     for name, stage in pipeline.items():
-        for key in stage["params"]:
+        for key in stage.get("params", ()):
             section: Any = params
             for step in key.split("."):
                 assert step in section, f"{name}: {key}"
@@ -133,7 +141,7 @@ def test_parameters_of_a_stage_exist(
 def test_every_parameter_makes_some_stage_run_again_or_cannot_change_a_result(
     pipeline: Mapping[str, Any], params: Mapping[str, Any]
 ) -> None:
-    listed = {key for stage in pipeline.values() for key in stage["params"]}
+    listed = {key for stage in pipeline.values() for key in stage.get("params", ())}
     leaves = {
         f"{section}.{key}" if isinstance(content, Mapping) else section
         for section, content in params.items()

@@ -389,7 +389,7 @@ def test_more_structures_never_lose_more(llama: Calibrated, tmp_path: Path) -> N
 def test_without_moments_the_given_groups_are_taken(llama: Calibrated, tmp_path: Path) -> None:
     settings = _settings(EVERY)
     llama.decompose(tmp_path / "spectra", settings)
-    fitted = fit(llama.weights, tmp_path / "spectra", settings, tmp_path / "out", CPU)
+    fitted = fit(llama.weights, tmp_path / "spectra", settings, tmp_path / "out", CPU, None)
     assert {one.group.structure for one in fitted.groups} == {"private"}
 
 

@@ -26,6 +26,10 @@ RECOVERED = Path("artifacts/recovered")
 ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+RESULTS = Path("results")
+REPORT = Path("report")
+PROVENANCE = "provenance"
+"""In a metrics file, what its numbers came from."""
 
 
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:

@@ -1,0 +1,87 @@
+"""Where a fit put its numbers, and what every rank would have cost, by layer and family, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharebasis.fitting import FittedModel
+from sharebasis.grouping import Group
+
+RANKS = "ranks.csv"
+SPECTRUM = "spectrum.csv"
+STEPS = 16
+"""Ranks in the spectrum, evenly spaced from 0 to just below the full one."""
+
+Cell = tuple[str, int]
+"""Family and layer."""
+
+
+def ranks_csv(fitted: FittedModel) -> str:
+    """A row for each family of each layer: what its parts keep.
+
+    Columns: family, layer, parts, dense (how many of those are stored as they were), rank and
+    full_rank (their means), stored and original (numbers). A basis counts for each part that
+    uses it by the part's share of the group's weights.
+    """
+    cells: dict[Cell, NDArray[np.float64]] = {}
+    for one in fitted.groups:
+        for cell, share in _parts(one.group):
+            row = [1, one.dense, one.rank, one.group.full_rank, share * one.n_stored]
+            own = np.array([*row, share * one.n_original], dtype=np.float64)
+            cells[cell] = cells.get(cell, 0) + own
+    rows = [
+        [*cell, int(n), int(dense), f"{rank / n:.6g}", f"{full / n:.6g}", round(own), round(whole)]
+        for cell, (n, dense, rank, full, own, whole) in sorted(cells.items())
+    ]
+    columns = ("family", "layer", "parts", "dense", "rank", "full_rank", "stored", "original")
+    return _csv(columns, rows)
+
+
+def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:
+    """The loss that is left when a family of a layer is cut to a fraction of its full rank.
+
+    Relative to the loss of rank 0; by the method's own measure.
+
+    Args:
+        groups: that cover every part once.
+        energies: of each, the largest first.
+    """
+    cells: dict[Cell, NDArray[np.float64]] = {}
+    for group, own in zip(groups, energies, strict=True):
+        for cell, share in _parts(group):
+            cells[cell] = cells.get(cell, 0) + share * _left(own, group.full_rank)
+    rows = [
+        [*cell, step / STEPS, f"{left:.4g}"]
+        for cell, losses in sorted(cells.items())
+        for step, left in enumerate(losses / losses[0] if losses[0] else losses)
+    ]
+    return _csv(("family", "layer", "rank_fraction", "loss"), rows)
+
+
+def _left(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
+    """The loss at every step's rank."""
+    after = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    ranks = np.minimum(np.arange(STEPS) * full_rank // STEPS, len(energies))
+    left: NDArray[np.float64] = after[ranks]
+    return left
+
+
+def _parts(group: Group) -> Iterator[tuple[Cell, float]]:
+    """The cell of every part, and its share of the group's weights."""
+    for part in group.parts:
+        share = part.shape[0] * part.shape[1] / group.n_weights
+        yield (part.family, part.sublayer.layer), share
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,42 @@
+"""Stage `report`: results/ and what the workspace measured -> tables, figures, an HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sharebasis import store
+from sharebasis.config import load_settings
+from sharebasis.report.figures import DETERMINED, figures
+from sharebasis.report.page import Section, page, section
+from sharebasis.report.points import FILE, Point, read_points, workspace_point
+from sharebasis.report.tables import family_columns, latex, markdown, measured_columns, points_csv
+from sharebasis.stage import REPORT, RESULTS, report_errors
+
+
+@report_errors
+def main() -> None:
+    load_settings()  # a point is shown with parameters that hold
+    files = sorted(RESULTS.glob(f"*/{FILE}"))
+    results = {path.parent.name: read_points(path) for path in files}
+    results["workspace"] = (workspace_point(),)
+    with store.writing(REPORT) as out:
+        sections = [write(name, points, out / name) for name, points in results.items()]
+        store.write_text(out / "index.html", page(sections))
+    print(f"{REPORT / 'index.html'}: {sum(map(len, results.values()))} points")
+
+
+def write(name: str, points: Sequence[Point], directory: Path) -> Section:
+    directory.mkdir()
+    store.write_text(directory / "points.csv", points_csv(points))
+    tables = {"points": measured_columns(points), "families": family_columns(points)}
+    for table, columns in tables.items():
+        store.write_text(directory / f"{table}.md", markdown(columns, points))
+        store.write_text(directory / f"{table}.tex", latex(columns, points))
+    drawn = figures(points)
+    for figure_name, figure in drawn.items():
+        for kind in ("pdf", "png"):
+            figure.savefig(directory / f"{figure_name}.{kind}", **DETERMINED[kind])
+    return section(name, points, drawn)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Tables, figures and the page against the points they show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, contents
+from matplotlib.figure import Figure
+
+from sharebasis.report.figures import figures
+from sharebasis.report.page import page, section
+from sharebasis.report.points import Cell, Point, write_points
+from sharebasis.report.series import at_one_budget, labels, series
+from sharebasis.report.tables import (
+    MISSING,
+    escaped,
+    family_columns,
+    latex,
+    markdown,
+    measured_columns,
+    points_csv,
+)
+
+FAMILIES = ("up", "q")
+EVIL = "a_b & 50% of #1 | {x}^2 ~ \\ $<b>"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def make_point(method: str, removed: float, perplexity: float | None, **changes: Any) -> Point:
+    """A point with numbers that no other has."""
+    seed = len(method) + removed
+    own = {"hash": "12ab", "own": None}
+    provenance = {"commit": "c0ffee", "dirty": True, "parameters": f"p{seed}", "data": own}
+    machine = {"device": "cpu (x)", "threads": 1, "dtype": "float32", "seed": 0}
+    provenance |= machine | {"versions": {"torch": "9.9.9", "scipy": None}}
+    families = {name: {"removed_fraction": removed / 2} for name in FAMILIES}
+    fit = {"removed_fraction": removed + 1e-6, "stored_numbers": 12345678, "families": families}
+    compressed = {"perplexity": perplexity, "kl_mean": seed / 7, "top1_agreement": seed / 9}
+    verify = {"dense": {"perplexity": 29.531234}, "compressed": compressed, "n_predictions": 511}
+    return replace(
+        Point(
+            f"{method}-{removed}",
+            "e" * 40,
+            f"git checkout d00d && dvc exp run -S fit.removed={removed}",
+            {"fit": {"method": method, "removed": removed}, "split": {"strategy": "none"}},
+            {"fit": fit | {"provenance": [provenance]}, "verify": verify},
+            {"artifacts/weights": "5eed.dir"},
+            tuple(
+                Cell(name, layer, 1, 0, 8 * (1 - removed), 8.0, round(100 * (1 - removed)), 100)
+                for name in FAMILIES
+                for layer in range(3)
+            ),
+            dict.fromkeys(FAMILIES, (1.0, 0.1 * removed, 0.01)),
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def points() -> list[Point]:
+    """Two methods at three budgets, one value missing, and one that stopped."""
+    stopped = Point(EVIL, None, "true", {"fit": {"method": "auto", "removed": 0.6}}, {}, {})
+    return [
+        *(make_point("auto", removed, 30 + 100 * removed**2) for removed in (0.2, 0.5, 0.25)),
+        *(make_point("svd_llm", removed, ppl) for removed, ppl in ((0.2, 90.4), (0.3, None))),
+        make_point("svd_llm", 0.5, 1424.33),
+        replace(stopped, error="BudgetError: too small"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(points: list[Point]) -> Mapping[str, Figure]:
+    """All figures of them; not to be changed."""
+    return figures(points)
+
+
+# Lines of a figure
+
+
+def test_a_label_says_in_what_points_of_a_method_differ() -> None:
+    def own(method: str, budget: float, **settings: Any) -> Point:
+        fit = {"method": method, "removed": budget, "two_sided": method == "auto", **settings}
+        return Point("p", None, "", {"fit": fit, "split": {"strategy": "none"}}, {}, {})
+
+    told = labels([own("auto", 0.2), own("auto", 0.3), own("svd", 0.2)])
+    assert told == ["auto", "auto", "svd"]
+    told = labels([own("share", 0.2, shared=["q", "k"]), own("share", 0.2, shared=[]), own("a", 1)])
+    assert told == ["share, shared=q+k", "share, shared=none", "a"]
+
+
+def test_one_budget_is_chosen_and_every_method_that_has_it(points: Sequence[Point]) -> None:
+    assert list(series(points)["auto"]) == [points[0], points[2], points[1], points[6]]
+    budget, chosen = at_one_budget(points)
+    assert (budget, chosen) == (0.2, {"auto": points[0], "svd_llm": points[3]})
+    budget, chosen = at_one_budget([points[0], points[1], points[5]])
+    assert (budget, chosen) == (0.5, {"auto": points[1], "svd_llm": points[5]})
+    assert at_one_budget(points[6:]) == (None, {})
+
+
+# Tables
+
+
+def test_the_csv_holds_every_number_in_full(points: Sequence[Point]) -> None:
+    rows = list(csv.DictReader(io.StringIO(points_csv(points))))
+    assert [row["point"] for row in rows] == [point.name for point in points]
+    for row, point in zip(rows, points, strict=True):
+        perplexity = point.metric("verify", "compressed", "perplexity")
+        told = row["verify.compressed.perplexity"]
+        assert told == ("" if perplexity is None else repr(perplexity))
+        assert float(row["params.fit.removed"]) == point.parameter("fit.removed")
+        assert row["command"] == point.command
+    assert rows[0]["fit.provenance.commit"] == "c0ffee"
+    assert rows[0]["fit.provenance.data.hash"] == "12ab"
+    assert rows[0]["md5.artifacts/weights"] == "5eed.dir"
+
+
+def _markdown(table: str) -> list[dict[str, str]]:
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+    names, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _latex(table: str) -> list[dict[str, str]]:
+    body = [line.removesuffix(r" \\") for line in table.splitlines() if line.endswith(r" \\")]
+    names, *rows = [re.split(r"(?<!\\) & ", line) for line in body]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize(("write", "read"), [(markdown, _markdown), (latex, _latex)])
+def test_the_tables_show_the_metrics(
+    points: Sequence[Point],
+    write: Callable[..., str],
+    read: Callable[[str], list[dict[str, str]]],
+) -> None:
+    missing = MISSING if write is markdown else "--"
+    rows = read(write(measured_columns(points), points))
+    shown = [row["perplexity"] for row in rows]
+    assert shown == ["34.00", "55.00", "36.25", "90.40", missing, "1,424.33", missing]
+    assert {row["stored"] for row in rows} == {"12,345,678", missing}
+    assert rows[6]["KL, nats"] == missing
+    assert [row["removed"] for row in rows[:3]] == ["0.2000", "0.5000", "0.2500"]
+    kept = read(write(family_columns(points), points))
+    assert list(kept[0]) == ["point", "q", "up", "all"]  # in the order of a layer
+    assert [kept[1][name] for name in ("q", "all")] == ["0.750", "0.500"]
+
+
+def test_a_column_that_no_point_has_is_left_out(points: Sequence[Point]) -> None:
+    titles = [column.title for column in measured_columns(points)]
+    assert "perplexity, recovered" not in titles
+    recovered = replace(points[0], metrics={"verify": {"recovered": {"perplexity": 31.0}}})
+    assert "perplexity, recovered" in [own.title for own in measured_columns([recovered])]
+
+
+def test_latex_says_special_characters_literally(points: Sequence[Point]) -> None:
+    assert escaped("a_b & 50% #{x}^~\\$") == (
+        r"a\_b \& 50\% \#\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\$"
+    )
+    table = latex(measured_columns(points), points)
+    lines = [line for line in table.splitlines() if line.endswith(r" \\")]
+    ends = {len(re.findall(r"(?<!\\)&", line)) for line in lines}
+    assert len(ends) == 1  # no row has a column more than another
+    assert table.startswith(r"\begin{tabular}{lll")
+    assert r"\toprule" in table
+
+
+# Figures
+
+
+def test_the_lines_of_the_figure_are_the_metrics(
+    points: Sequence[Point], drawn: Mapping[str, Figure]
+) -> None:
+    left, right = drawn["quality"].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert lines["auto"] == [[0.200001, 34.0], [0.250001, 36.25], [0.500001, 55.0]]
+    assert lines["svd_llm"] == [[0.200001, 90.4], [0.500001, 1424.33]]  # what is missing is not 0
+    assert lines["dense, 29.53"][0][1] == 29.531234
+    kl = {line.get_label(): line.get_ydata().tolist() for line in right.lines}
+    assert kl["svd_llm"] == [
+        point.metric("verify", "compressed", "kl_mean") for point in points[3:6]
+    ]
+
+
+def test_a_line_that_is_far_off_does_not_hide_the_others(points: Sequence[Point]) -> None:
+    off = [make_point("svd", removed, 3e7) for removed in (0.2, 0.5)]
+    left, right = figures([*points, *off])["quality"].axes
+    told = [line.get_label() for line in left.lines]
+    assert told == ["auto", "svd_llm", "svd (above the axis)", "dense, 29.53"]
+    assert left.get_ylim()[1] == pytest.approx(100 * 34)
+    assert all("above" not in str(line.get_label()) for line in right.lines)
+
+
+def test_ranks_and_stored_numbers_are_those_of_the_cells(
+    points: Sequence[Point], drawn: Mapping[str, Figure]
+) -> None:
+    q, up = drawn["ranks"].axes
+    assert (q.get_title(), up.get_title()) == ("q", "up")
+    assert {tuple(line.get_ydata()) for line in q.lines} == {(0.8,) * 3}
+    texts = [text.get_text() for text in drawn["families"].axes[0].texts]
+    assert texts == ["0.80"] * 6
+    assert [line.get_ydata().tolist() for line in drawn["depth"].axes[0].lines] == [[0.8] * 3] * 2
+    alone = figures(points[:1])
+    assert "quality" not in alone
+    heights = [bar.get_height() for bar in alone["depth"].axes[0].patches]
+    assert heights == [80] * 6 + [40] * 3  # q and up of three layers, and what was removed of both
+    assert figures(points[6:]) == {}
+
+
+def test_the_same_points_give_the_same_page(points: Sequence[Point]) -> None:
+    once, again = (page([section("one", points[:4], figures(points[:4]))]) for _ in range(2))
+    assert once == again
+
+
+# The stage
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, params: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository's own metrics, and parameters."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(params)))
+    shutil.copytree(REPOSITORY / "metrics", tmp_path / "metrics")
+    return tmp_path
+
+
+def _report() -> dict[str, bytes]:
+    runpy.run_path(str(REPOSITORY / "stages/report.py"), run_name="__main__")
+    return contents(Path("report"))
+
+
+def test_without_results_the_workspace_is_reported(workspace: Path) -> None:
+    written = _report()
+    assert written == _report()
+    assert {"index.html", "workspace/points.csv", "workspace/points.tex"} <= written.keys()
+    (row,) = csv.DictReader(io.StringIO(written["workspace/points.csv"].decode()))
+    verify = json.loads((REPOSITORY / "metrics/verify.json").read_text())
+    told = row["verify.compressed.perplexity"]
+    assert float(told) == verify["compressed"]["perplexity"]
+    assert f"{float(told):.2f}" in written["workspace/points.md"].decode()
+
+
+def test_results_are_reported_with_their_figures(workspace: Path, points: list[Point]) -> None:
+    write_points("ladder", points, workspace / "results")
+    written = _report()
+    for name in ("quality", "ranks", "families", "depth", "spectrum"):
+        assert written[f"ladder/{name}.pdf"].startswith(b"%PDF")
+        assert b"CreationDate" not in written[f"ladder/{name}.pdf"]
+        assert written[f"ladder/{name}.png"].startswith(b"\x89PNG")
+    assert len(list(csv.DictReader(io.StringIO(written["ladder/points.csv"].decode())))) == 7
+
+
+# The page in a browser
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const table = document.querySelector("table.sortable");
+  const heads = [...table.tHead.rows[0].cells].map(head => head.textContent);
+  const column = name => [...table.tBodies[0].rows].map(
+    row => row.cells[heads.indexOf(name)].textContent.trim());
+  const click = name => [...table.querySelectorAll("th button")].find(
+    button => button.textContent === name).click();
+  const seen = { heads, before: column("perplexity") };
+  click("perplexity"); seen.rising = column("perplexity");
+  click("perplexity"); seen.falling = column("perplexity");
+  click("point"); seen.names = column("point");
+  table.querySelector("tbody a").click();
+  setTimeout(() => {
+    seen.opened = [...document.querySelectorAll("section > details[open]")].map(
+      own => own.querySelector("summary").textContent);
+    seen.behind = document.querySelector("section > details[open]").textContent;
+    seen.images = [...document.images].map(image => image.naturalWidth);
+    seen.fetched = performance.getEntriesByType("resource").map(own => own.name)
+      .filter(name => !name.startsWith("data:"));
+    seen.bold = document.querySelectorAll("td b").length;
+    const result = document.createElement("pre");
+    result.id = "seen"; result.textContent = JSON.stringify(seen);
+    document.body.append(result);
+  }, 300);
+});
+</script>
+"""
+
+
+def _browse(file: Path, directory: Path) -> tuple[str, list[str]]:
+    """The page's elements after its scripts, and what its console said."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser on this machine, none of {', '.join(BROWSERS)}")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0")
+    ran = subprocess.run(
+        [
+            browser,
+            *flags,
+            f"--user-data-dir={directory / 'profile'}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return ran.stdout, re.findall(r":CONSOLE[:(].*", ran.stderr)
+
+
+def test_the_page_renders_sorts_and_opens_in_chromium(
+    points: list[Point], drawn: Mapping[str, Figure], tmp_path: Path
+) -> None:
+    html = page([section("ladder", points, drawn)])
+    (tmp_path / "page.html").write_text(html.replace("</body>", PROBE + "</body>"))
+    dom, console = _browse(tmp_path / "page.html", tmp_path)
+    assert console == []
+    found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
+    assert found, dom[-500:]
+    text = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    seen = json.loads(text)
+    values = [point.metric("verify", "compressed", "perplexity") for point in points]
+    known = sorted(value for value in values if value is not None)
+    shown = [f"{value:,.2f}" for value in known]
+    assert seen["heads"] == [column.title for column in measured_columns(points)]
+    assert seen["before"] == [MISSING if v is None else f"{v:,.2f}" for v in values]
+    assert seen["rising"] == [*shown, MISSING, MISSING]
+    assert seen["falling"] == [*reversed(shown), MISSING, MISSING]
+    assert seen["names"][0] == EVIL  # text, and no element of the page
+    assert seen["bold"] == 0
+    assert sorted(seen["names"][1:]) == seen["names"][1:]
+    assert seen["opened"] == [EVIL]
+    assert "BudgetError: too small" in seen["behind"]
+    assert len(seen["images"]) == 5
+    assert min(seen["images"]) > 200
+    assert seen["fetched"] == []
+
+
+def test_an_error_on_the_console_would_be_noticed(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<body><script>nothing.at.all()</script></body>")
+    _, console = _browse(tmp_path / "page.html", tmp_path)
+    assert any("nothing is not defined" in line for line in console)
+
+
+def test_behind_every_number_stands_what_made_it(points: Sequence[Point]) -> None:
+    html = page([section("ladder", points, {})])
+    for own in ("c0ffee", "12ab", "torch 9.9.9", "5eed.dir", "cpu (x)", "changes that were not"):
+        assert own in html
+    assert "git checkout d00d &amp;&amp; dvc exp run -S fit.removed=0.2" in html
+    assert not re.search(r'(src|href)="(?!#|data:)', html)
+    assert "nan" not in re.findall(r'data-value="([^"]*)"', html)
