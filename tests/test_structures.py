@@ -235,7 +235,8 @@ def _take(
     """Let `fit` take, of every family, the first group of a structure, and the rest dense."""
     names: list[str] = []
 
-    def chosen(groups: Any, energies: Any, n_given: int, *_: object) -> dict[int, int]:
+    def chosen(source: Spectra, *_: object, **__: object) -> tuple[dict[int, int], dict[int, Any]]:
+        groups, n_given = source.groups, source.n_given
         found: dict[int, int] = {}
         covered: set[str] = set()
         for structure, families in wanted.items():
@@ -249,7 +250,7 @@ def _take(
                 covered |= {part.name for part in groups[i].parts}
                 found[i] = rank or groups[i].full_rank
         rest = (i for i in range(n_given) if groups[i].parts[0].name not in covered)
-        return {**found, **dict.fromkeys(rest, DENSE)}
+        return {**found, **dict.fromkeys(rest, DENSE)}, {}
 
     monkeypatch.setattr(fitting, "_chosen", chosen)
     return names
