@@ -180,6 +180,11 @@ def test_an_unembedding_that_was_changed_answers_for_it() -> None:
     assert max(map(abs, made.values())) < 1e-6
 
 
+def test_a_lens_of_less_than_a_prediction_a_batch_has_one_of_each() -> None:
+    found = attribute(*models("llama"), WINDOWS, batch=1, lens_predictions=1)
+    assert found.n_lens_predictions == len(WINDOWS)
+
+
 def test_batches_add_up() -> None:
     one = attribute(*models("llama"), WINDOWS, batch=1, lens_predictions=100)
     for a, b in zip(one.components, attributed("llama").components, strict=True):
