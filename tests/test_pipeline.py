@@ -633,7 +633,8 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
     monkeypatch.chdir(tmp_path)
-    for stage in ("extract", "classify", "calibrate", "decompose", "fit", "verify", "attribute"):
+    before_fit = ("extract", "classify", "calibrate", "decompose", "sensitivity")
+    for stage in (*before_fit, "fit", "verify", "attribute"):
         runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
     metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
     assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21

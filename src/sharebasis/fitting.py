@@ -20,7 +20,8 @@ from sharebasis.decomposition import Spectra, read_part
 from sharebasis.grouping import Group
 from sharebasis.limits import limits_of
 from sharebasis.progress import progress
-from sharebasis.settings import FitSettings, Storage
+from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
+from sharebasis.settings import FitSettings, Sensing, Storage
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
 
@@ -36,6 +37,8 @@ class FittedGroup:
     energy: float
     dense: bool
     """Whether its weights are stored as they were."""
+    weight: float = 1.0
+    """What its loss counted in the allocation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,16 @@ class FittedModel:
     groups: tuple[FittedGroup, ...]
     n_others: int
     """Numbers that are stored as they were: embeddings, norms, biases, what is not selected."""
+    weighed_by: Sensing = "none"
 
 
 def fit(
-    weights: Path, spectra: Path, settings: FitSettings, target: Path, device: torch.device
+    weights: Path,
+    spectra: Path,
+    settings: FitSettings,
+    target: Path,
+    device: torch.device,
+    sensitivity: Sensitivity = UNWEIGHED,
 ) -> FittedModel:
     """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
@@ -60,6 +69,7 @@ def fit(
         settings: budget and storage.
         target: artifacts/compressed.
         device: for the interpolative form.
+        sensitivity: what the losses of every part count in the allocation.
 
     Raises:
         BudgetError: a group is too small for the budget, or limits do not go with it.
@@ -68,7 +78,7 @@ def fit(
     """
     source, dense = Spectra(spectra), DenseWeights(weights)
     energies = source.energies()
-    ranks = _ranks(source, energies, settings)
+    ranks = choose_ranks(source, sensitivity.weigh(source.groups, energies), settings)
     fitted = []
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
@@ -89,13 +99,14 @@ def fit(
                     writer.add_factors(entry, basis, _by_part(group, stacked), dtype)
                 loss = 0.0 if rank == DENSE else float(own[rank:].sum())
                 n_stored, energy = writer.n_numbers - before, float(own.sum())
-                fitted.append(FittedGroup(group, entry.rank, n_stored, loss, energy, rank == DENSE))
+                weight, kept = sensitivity.weight(group), rank == DENSE
+                fitted.append(FittedGroup(group, entry.rank, n_stored, loss, energy, kept, weight))
                 advance()
         writer.finish(companions=weights)
-    return FittedModel(tuple(fitted), n_others)
+    return FittedModel(tuple(fitted), n_others, sensitivity.by)
 
 
-def _ranks(
+def choose_ranks(
     spectra: Spectra, energies: Sequence[NDArray[np.float64]], settings: FitSettings
 ) -> Sequence[int]:
     limits = limits_of(spectra.groups, spectra.twins, settings)
@@ -142,7 +153,9 @@ def _stem(part: Part) -> str:
 def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     """What was stored, in all and by family; counts are of the tensors as written.
 
-    The top level is about the selected sublayers, `whole_model` about every tensor.
+    The top level is about the selected sublayers, `whole_model` about every tensor. A relative
+    loss is the quadratic one as predicted; that of `sensitivity`, which the allocation minimised,
+    counts every group by its weight.
     """
     by_family: dict[str, list[FittedGroup]] = {}
     for one in fitted.groups:
@@ -151,11 +164,24 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     return {
         "method": settings.method,
         **selected,
+        "sensitivity": _weighed(fitted),
         "families": {family: _counts(own) for family, own in sorted(by_family.items())},
         "whole_model": _removed(
             selected["original_numbers"] + fitted.n_others,
             selected["stored_numbers"] + fitted.n_others,
         ),
+    }
+
+
+def _weighed(fitted: FittedModel) -> dict[str, Any]:
+    weights = [one.weight for one in fitted.groups]
+    energy = sum(one.weight * one.energy for one in fitted.groups)
+    loss = sum(one.weight * one.loss for one in fitted.groups)
+    return {
+        "by": fitted.weighed_by,
+        "min_weight": min(weights),
+        "max_weight": max(weights),
+        "relative_weighed_loss": loss / energy if energy else 0.0,
     }
 
 
