@@ -23,6 +23,8 @@ VARIATION = Path("artifacts/variation.csv")
 COMPRESSED = Path("artifacts/compressed")
 RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
 RECOVERED = Path("artifacts/recovered")
+MODELS = (COMPRESSED, RECOVERED)
+"""In the order in which one is made of the other; those of optional stages may hold none."""
 ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
