@@ -148,7 +148,11 @@ def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(case: C
 def test_where_the_loss_is_small_half_of_it_is_the_divergence(
     make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    """Labels drawn by the model, many of them: the Fisher information is the curvature."""
+    """Labels drawn by the model, many of them: the Fisher information is the curvature.
+
+    What is left is what K-FAC neglects; without the half, or the count of tokens, it would be
+    off by 2 and more.
+    """
     weights = make_directory("llama")
     model = load_model(weights, "float32", CPU)
     found = classify_model(model)
@@ -158,11 +162,11 @@ def test_where_the_loss_is_small_half_of_it_is_the_divergence(
     own = replace(make_settings(AUTO).fit, removed=0.02, damping_gradients=0.0)
     parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "m")
     decompose(weights, parts, moments, own, tmp_path / "spectra", CPU)
-    sensing = replace(PROBES, runs=1, windows=64, batch=32)
+    sensing = replace(PROBES, runs=1, windows=16, batch=16)
     one = measure_sensitivity(
-        weights, tmp_path / "spectra", found, windows[:64], sensing, own, "float32", CPU
+        weights, tmp_path / "spectra", found, windows[:16], sensing, own, "float32", CPU
     )
-    assert one.ratio == pytest.approx(1.0, abs=0.5)
+    assert one.ratio == pytest.approx(1.0, abs=0.35)
 
 
 def _scaled(case: Case, target: Path, groups: set[int], factor: float) -> Case:
