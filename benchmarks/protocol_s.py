@@ -34,12 +34,14 @@ from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.recovery import recover, recovery_identity, recovery_windows
 from sharebasis.resources import pick_device
+from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
+from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
 from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows
+from sharebasis.texts import cut, read_windows
 from sharebasis.verification import compare
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
@@ -71,6 +73,8 @@ METHODS = {
     "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-recovered": ["fit=auto", "recover=distill"],
+    "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
+    "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
 }
 """Method -> overrides; those of `auto` without one ingredient are the ablation."""
 
@@ -133,8 +137,8 @@ def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> 
     work, device, own = arguments.work, pick_device(settings.device), settings.recover
     weights, target, seed = work / "weights", work / name_of(point), settings.seed
     compressed = work / "fitted" if own.steps else target
-    moments = MomentStore(work / "moments")
-    fitted = fit(weights, work / "spectra", settings.fit, compressed, device, moments)
+    moments, sensitivity = MomentStore(work / "moments"), sense(work, settings)
+    fitted = fit(weights, work / "spectra", settings.fit, compressed, device, moments, sensitivity)
     metrics = target.with_suffix(f"{target.suffix}.json")
     store.write_json(metrics, fit_metrics(fitted, settings.fit))
     if not own.steps:
@@ -144,6 +148,18 @@ def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> 
     checkpoint = Checkpoint(work / "recovery", identity, own.checkpoint_seconds)
     shard_bytes = settings.fit.shard_bytes
     recover(weights, compressed, windows, own, seed, checkpoint, target, shard_bytes, device)
+
+
+def sense(work: Path, settings: Settings) -> Sensitivity:
+    own, weights, device = settings.sensitivity, work / "weights", pick_device(settings.device)
+    if own.by == "none":
+        return UNWEIGHED
+    data = cut(settings.data, "calibration", own.windows, own.window)
+    windows = read_windows(load_tokenizer(weights), data, "calibration", settings.seed)
+    model, dtype = classify_model(meta_model(load_config(weights))), settings.model.dtype
+    return measure_sensitivity(
+        weights, work / "spectra", model, windows, own, settings.fit, dtype, device
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:

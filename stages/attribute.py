@@ -1,4 +1,4 @@
-"""Stage `attribute`: both models and text -> who makes the error: table, figures, metrics."""
+"""Stage `attribute`: two models and text -> who makes the error of the last one made."""
 
 from sharebasis import store
 from sharebasis.attribution.error_attribution import attribute
@@ -11,11 +11,12 @@ from sharebasis.attribution.report import (
     show,
 )
 from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import present
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import ATTRIBUTION, COMPRESSED, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import ATTRIBUTION, MODELS, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.texts import cut, read_windows, require_positions
 
@@ -24,13 +25,13 @@ from sharebasis.texts import cut, read_windows, require_positions
 def main() -> None:
     settings = load_settings()
     attribution, dtype = settings.attribute, settings.model.dtype
-    device = pick_device(settings.device)
+    device, model = pick_device(settings.device), present(MODELS)[-1]
     data = cut(settings.data, "evaluation", attribution.windows, attribution.window)
-    require_positions(load_config(COMPRESSED), attribution.window, "attribute.window")
-    windows = read_windows(load_tokenizer(COMPRESSED), data, "evaluation", settings.seed)
+    require_positions(load_config(model), attribution.window, "attribute.window")
+    windows = read_windows(load_tokenizer(model), data, "evaluation", settings.seed)
     found = attribute(
         load_model(WEIGHTS, dtype, device),
-        load_compressed(COMPRESSED, DTYPES[dtype], device),
+        load_compressed(model, DTYPES[dtype], device),
         windows,
         attribution.batch,
         attribution.lens_predictions,
@@ -40,9 +41,9 @@ def main() -> None:
         store.write_text(out / "components.csv", components_csv(found))
         store.write_text(out / "components.md", markdown(found, attribution.top))
         store.write_text(out / "lens.csv", lens_csv(found))
-        components_figure(found).savefig(out / "components.png", dpi=150)
-        lens_figure(found).savefig(out / "lens.png", dpi=150)
-    metrics = attribute_metrics(found, attribution.top)
+        components_figure(found, model.name).savefig(out / "components.png", dpi=150)
+        lens_figure(found, model.name).savefig(out / "lens.png", dpi=150)
+    metrics = {"model": model.name, **attribute_metrics(found, attribution.top)}
     write_metrics("attribute", metrics, settings, device, weights=WEIGHTS, evaluation=windows)
     show(found, attribution.top)
 

@@ -1,12 +1,14 @@
 """Stage `curve`: factors of every rank -> what is lost at every budget."""
 
+from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
 from sharebasis.hub import load_config, load_tokenizer
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import CURVE, MOMENTS, PLOTS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.sensitivity.corrections import Sensitivity
+from sharebasis.stage import CURVE, MOMENTS, PLOTS, SENSITIVITY, SPECTRA, WEIGHTS, report_errors
 from sharebasis.texts import cut, read_windows, require_positions
 
 
@@ -22,6 +24,7 @@ def main() -> None:
         WEIGHTS,
         SPECTRA,
         MomentStore(MOMENTS),
+        store.load_record(SENSITIVITY, Sensitivity),
         settings.fit,
         own.removed,
         windows,

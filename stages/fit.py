@@ -10,14 +10,24 @@ from sharebasis.fitting import fit, fit_metrics
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.stage import COMPRESSED, MOMENTS, PLOTS, SPECTRA, WEIGHTS, report_errors
+from sharebasis.sensitivity.corrections import Sensitivity
+from sharebasis.stage import (
+    COMPRESSED,
+    MOMENTS,
+    PLOTS,
+    SENSITIVITY,
+    SPECTRA,
+    WEIGHTS,
+    report_errors,
+)
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
     device, moments = pick_device(settings.device), MomentStore(MOMENTS)
-    fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments)
+    sensitivity = store.load_record(SENSITIVITY, Sensitivity)
+    fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments, sensitivity)
     source = Spectra(SPECTRA)
     energies = source.energies()
     given = source.groups[: source.n_given]

@@ -1,13 +1,14 @@
 """Stage `verify`: the compressed directory against the original, on text not calibrated on."""
 
-from sharebasis import compressed_index, store
+from sharebasis import store
 from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import present
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import COMPRESSED, RECOVERED, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import COMPRESSED, MODELS, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
 from sharebasis.texts import read_windows, require_positions
 from sharebasis.verification import (
@@ -31,9 +32,9 @@ def main() -> None:
     rows = rows_by_sublayer(split_selected(classification, settings.split.strategy))
     first = windows[: verify.lossless_windows]
     lossless = lossless_difference(original, rows, first)
-    compressed = {"compressed": load_compressed(COMPRESSED, DTYPES[dtype], device)}
-    if (RECOVERED / compressed_index.FILE).exists():
-        compressed["recovered"] = load_compressed(RECOVERED, DTYPES[dtype], device)
+    compressed = {
+        model.name: load_compressed(model, DTYPES[dtype], device) for model in present(MODELS)
+    }
     fidelity = compare(original, compressed, windows, settings.data.batch)
     metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
     write_metrics("verify", metrics, settings, device, weights=WEIGHTS, evaluation=windows)

@@ -50,7 +50,7 @@ def assert_rounding(a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_pass_is_the_models_own(name: str) -> None:
-    model = passed(name)[1]._observer.model
+    model = passed(name)[1]._anatomy.model
     with torch.no_grad():
         assert torch.equal(passed(name)[0], model(input_ids=TOKENS, use_cache=False).logits)
     assert not any(module._forward_hooks for module in model.modules())
@@ -87,7 +87,7 @@ def test_attributions_and_bias_sum_to_the_logit(name: str) -> None:
     assert len(stack) == len(labels) == len(set(labels))
     assert not stack.requires_grad
     wrong = (TOKENS + 1) % D_VOCAB
-    cap = cache._observer.unembedding.cap
+    cap = cache._anatomy.unembedding.cap
     if cap is not None:
         logits = cap * torch.atanh(logits / cap)
     assert (cap is not None) == (name == "gemma2")
@@ -109,7 +109,7 @@ def test_what_is_normed_is_what_the_next_layer_reads(name: str) -> None:
     place = "blocks.1.ln1"
     found = cache.apply_ln_to_stack(stack, 1).sum(0) + cache.norms[place].bias
     assert_rounding(found, cache["out", 1, "ln1"], 4 * cache["out", 1, "ln1"])
-    views = cache._observer.layers[1]
+    views = cache._anatomy.layers[1]
     q = torch.einsum("bpd,hdk->bphk", found, views.W_Q)
     q = q if views.b_Q is None else q + views.b_Q
     assert_rounding(q.detach(), cache["q", 1], 4 * cache["q", 1])
@@ -219,7 +219,7 @@ def test_heads_and_neurons_of_a_norm_after_them_are_transformer_lenss_times_that
 ) -> None:
     cache, other = passed(name)[1], theirs(name)[1]
     for i in range(3):
-        norms: Any = passed(name)[1]._observer.model.get_submodule(f"model.layers.{i}")
+        norms: Any = passed(name)[1]._anatomy.model.get_submodule(f"model.layers.{i}")
         before = other.stack_head_results(i + 1)[-4:].detach()
         epsilon = norms.self_attn.config.rms_norm_eps
         scale = (before.sum(0).square().mean(-1, keepdim=True) + epsilon).sqrt()
@@ -260,7 +260,7 @@ def test_logit_attributions_are_those_of_transformer_lens_with_folded_norms(name
 
 
 def model_w_u(name: str) -> Tensor:
-    return passed(name)[1]._observer.unembedding.w_u.detach()
+    return passed(name)[1]._anatomy.unembedding.w_u.detach()
 
 
 # Names, selection, slices
@@ -292,7 +292,7 @@ def test_names_of_activations() -> None:
     ],
 )
 def test_only_what_is_named_is_kept(names: Any, kept: set[str]) -> None:
-    _, cache = run_with_cache(passed("gemma2")[1]._observer.model, TOKENS, names)
+    _, cache = run_with_cache(passed("gemma2")[1]._anatomy.model, TOKENS, names)
     assert set(cache) == kept
     whole = passed("gemma2")[1]
     for key, x in cache.items():
@@ -300,7 +300,7 @@ def test_only_what_is_named_is_kept(names: Any, kept: set[str]) -> None:
 
 
 def test_what_is_not_there_is_named_with_what_is() -> None:
-    _, cache = run_with_cache(passed("llama")[1]._observer.model, TOKENS, ["z", "resid_pre"])
+    _, cache = run_with_cache(passed("llama")[1]._anatomy.model, TOKENS, ["z", "resid_pre"])
     with pytest.raises(StreamError, match=r"blocks\.1\.mlp\.hook_post is not in .*hook_z"):
         _ = cache["post", 1]
     with pytest.raises(StreamError, match="resid_mid is not in this cache"):
@@ -346,7 +346,7 @@ def test_a_forced_pass_computes_every_component_on_given_inputs(name: str) -> No
     given = passed(name)[1]
     other = Observer(random_model(name, D_VOCAB, seed=1))
     _, forced = other(TOKENS, forced=given)
-    _, itself = Observer(given._observer.model)(TOKENS, forced=given)
+    _, itself = Observer(given._anatomy.model)(TOKENS, forced=given)
     for i in range(3):
         assert torch.equal(forced["resid_pre", i], given["resid_pre", i])
         for out in ("attn_out", "mlp_out"):

@@ -180,6 +180,11 @@ def test_an_unembedding_that_was_changed_answers_for_it() -> None:
     assert max(map(abs, made.values())) < 1e-6
 
 
+def test_a_lens_of_less_than_a_prediction_a_batch_has_one_of_each() -> None:
+    found = attribute(*models("llama"), WINDOWS, batch=1, lens_predictions=1)
+    assert found.n_lens_predictions == len(WINDOWS)
+
+
 def test_batches_add_up() -> None:
     one = attribute(*models("llama"), WINDOWS, batch=1, lens_predictions=100)
     for a, b in zip(one.components, attributed("llama").components, strict=True):
@@ -321,7 +326,8 @@ def test_metrics_are_sums_over_components() -> None:
 def test_figures_are_drawn(family: str, tmp_path: Path) -> None:
     """That nothing overlaps is for eyes; that colours mean what the data say is not."""
     found = attributed(family)
-    figure = components_figure(found)
+    figure = components_figure(found, "recovered")
+    assert "KL(original ‖ recovered)" in figure.get_suptitle()
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title().split("\n")[0] for axes in panels] == ["made", "", "passed on", ""]
     heads = {(one.layer, one.head): one for one in found.components if one.head is not None}
@@ -333,7 +339,9 @@ def test_figures_are_drawn(family: str, tmp_path: Path) -> None:
     limits = {axes.images[0].get_clim() for axes in panels[::2]}
     assert len(limits) == 1
     figure.savefig(tmp_path / "components.png")
-    lens_figure(found).savefig(tmp_path / "lens.png")
+    lens = lens_figure(found, "recovered")
+    assert "recovered model" in lens.get_suptitle()
+    lens.savefig(tmp_path / "lens.png")
     assert all(
         (tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("components", "lens")
     )

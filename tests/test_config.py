@@ -57,6 +57,7 @@ def test_the_groups_are_all_there() -> None:
         "model",
         "data",
         "split",
+        "sensitivity",
         "fit",
         "recover",
         "curve",
@@ -141,6 +142,7 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 
 UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
 UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
+UNKNOWN += ["sensitivity.typo"]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
@@ -210,6 +212,10 @@ WRONG: list[tuple[str, Any]] = [
     ("fit.limits", [{"sublayers": "v", "cap": 1.1}]),
     ("fit.limits", [{"family": "v"}]),
     ("fit.rank_multiple", 0),
+    ("sensitivity.by", "guess"),
+    ("sensitivity.removed", 1),
+    ("sensitivity.runs", 0),
+    ("sensitivity.clip", 0.5),
     ("verify.prompt", ""),
     ("verify.new_tokens", 0),
     ("verify.lossless_windows", 0),
@@ -252,6 +258,7 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         ({"fit.method": method, **ALONE, "fit.two_sided": False}, f"false, but {method} .*svd_llm")
         for method in ("fwsvd", "kfac")
     ),
+    ({"sensitivity.by": "probes"}, r"sensitivity\.by=probes needs fit\.allocation=global"),
     ({"fit.limits": [{"sublayers": "v"}]}, r"fit\.limits needs fit\.allocation=global"),
     (
         {

@@ -636,17 +636,8 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
     monkeypatch.chdir(tmp_path)
-    stages = (
-        "extract",
-        "classify",
-        "calibrate",
-        "decompose",
-        "fit",
-        "verify",
-        "curve",
-        "attribute",
-    )
-    for stage in stages:
+    before_fit = ("extract", "classify", "calibrate", "decompose", "sensitivity")
+    for stage in (*before_fit, "fit", "verify", "curve", "attribute"):
         runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
     metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
     assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21
@@ -654,6 +645,7 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert metrics["verify"]["lossless"]["max_abs_logit_diff"] <= 2e-5
     assert metrics["verify"]["n_predictions"] == 3 * 15
     assert 0 < metrics["verify"]["compressed"]["kl_mean"] < 5
+    assert metrics["attribute"]["model"] == "compressed"
     # The same text and windows: two roads to one number.
     split = metrics["attribute"]["kl"]
     assert split["whole"] == pytest.approx(metrics["verify"]["compressed"]["kl_mean"], rel=1e-4)
@@ -675,6 +667,11 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
     runpy.run_module("sharebasis.summary", run_name="__main__")
     assert "lossless wrap of 21 modules" in capsys.readouterr().out
+    # Where there is a recovered model, it is the one to be explained.
+    shutil.copytree("artifacts/compressed", "artifacts/recovered")
+    runpy.run_path(str(REPOSITORY / "stages" / "attribute.py"), run_name="__main__")
+    recovered = json.loads(Path("metrics/attribute.json").read_text())
+    assert recovered == {**metrics["attribute"], "model": "recovered"}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ STAGES = (
     "classify",
     "calibrate",
     "decompose",
+    "sensitivity",
     "fit",
     "recover",
     "verify",

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sharebasis.rows import Rows
 from sharebasis.settings import Family, Side
 
 FILE = "sharebasis.json"
 """The index, as JSON."""
+
+
+def present(models: Sequence[Path]) -> Sequence[Path]:
+    """The first of some directories, and those others that hold a model.
+
+    A stage that is left out writes none; if the first is missing, loading it says so.
+    """
+    return [*models[:1], *(one for one in models[1:] if (one / FILE).exists())]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,12 @@ def _check_together(settings: Settings, where: str) -> None:
     _check_sides(fit, where)
     _check_limits(fit, where)
     _check_structures(fit, where)
+    by = settings.sensitivity.by
+    if by != "none" and fit.allocation != "global":
+        raise SettingsError(
+            f"{where} is not valid: sensitivity.by={by} needs fit.allocation=global; uniform takes "
+            "the same fraction of every sublayer, whatever its loss counts."
+        )
     if fit.method != "basis_sharing" and fit.group_size != 1:
         raise SettingsError(
             f"{where} is not valid: fit.group_size={fit.group_size}, but {fit.method} keeps a "

@@ -21,6 +21,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import DTYPES, load_model
 from sharebasis.moment_store import MomentStore
+from sharebasis.sensitivity.corrections import Sensitivity
 from sharebasis.settings import DType, FitSettings
 from sharebasis.verification import compare
 
@@ -52,6 +53,7 @@ def measure_curve(
     weights: Path,
     spectra: Path,
     moments: MomentStore,
+    sensitivity: Sensitivity,
     settings: FitSettings,
     removed: Sequence[float],
     windows: Int64[Tensor, "windows window"],
@@ -68,6 +70,7 @@ def measure_curve(
         weights: artifacts/weights.
         spectra: artifacts/spectra, which holds every budget.
         moments: that they were made by.
+        sensitivity: what the losses of every part count in the allocation.
         settings: everything but the budget.
         removed: the budgets, as fractions in (0, 1); at least one.
         windows: token ids, one sequence a row.
@@ -84,7 +87,9 @@ def measure_curve(
     try:
         for budget in sorted(removed):
             own = replace(settings, removed=budget)
-            stored = fit_metrics(fit(weights, spectra, own, scratch, device, moments), own)
+            stored = fit_metrics(
+                fit(weights, spectra, own, scratch, device, moments, sensitivity), own
+            )
             model = load_compressed(scratch, DTYPES[dtype], device)
             fidelity = compare(original, {"compressed": model}, windows, batch)["compressed"]
             points.append(

@@ -27,7 +27,8 @@ from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Plan, curve_of_plans, narrowed_members, plans_of
 from sharebasis.progress import progress
-from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Storage
+from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
+from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing, Storage
 from sharebasis.shared_basis import fit_shared_basis
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
@@ -46,6 +47,8 @@ class FittedGroup:
     energy: float
     dense: bool
     """Whether its weights are stored as they were."""
+    weight: float = 1.0
+    """What its loss counted in the allocation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class FittedModel:
     """Numbers that are not selected: embeddings, norms, biases."""
     n_others_stored: int
     """Of them, those that are stored: biases go with their neurons."""
+    weighed_by: Sensing = "none"
 
 
 def fit(
@@ -66,6 +70,7 @@ def fit(
     target: Path,
     device: torch.device,
     moments: MomentStore | None,
+    sensitivity: Sensitivity = UNWEIGHED,
 ) -> FittedModel:
     """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
@@ -78,6 +83,7 @@ def fit(
         target: artifacts/compressed.
         device: for the interpolative form, and for groups that share by choice.
         moments: that the spectra were made by, for what is offered; None leaves that out.
+        sensitivity: what the losses of every part count in the allocation.
 
     Raises:
         BudgetError: a group is too small for the budget, or limits do not go with it.
@@ -86,11 +92,13 @@ def fit(
     """
     source = Spectra(spectra)
     energies = source.energies()
-    ranks, plans = _chosen(source, energies, settings, offered=moments is not None)
+    ranks, plans = _chosen(source, energies, settings, sensitivity, offered=moments is not None)
     metric = Metric(moments, source.twins, settings, device)
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
-        one = _Fit(source, energies, DenseWeights(weights), metric, settings, writer, device)
+        one = _Fit(
+            source, energies, DenseWeights(weights), metric, settings, sensitivity, writer, device
+        )
         mlps = {j: _narrowed(source, j, plan) for j, plan in plans.items()}
         n_others = one.add_others(mlps.values())
         n_stored = writer.n_numbers
@@ -103,7 +111,7 @@ def fit(
                 fitted += one.add_mlp(source.mlps[j], plan, mlps[j].kept)
                 advance()
         writer.finish(weights, list(mlps.values()))
-    return FittedModel(tuple(fitted), n_others, n_stored)
+    return FittedModel(tuple(fitted), n_others, n_stored, sensitivity.by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,7 @@ class _Fit:
     dense: DenseWeights
     metric: Metric
     settings: FitSettings
+    sensitivity: Sensitivity
     writer: CompressedWriter
     device: torch.device
 
@@ -153,6 +162,7 @@ class _Fit:
         ):
             energy = float(self.energies[numbers[part.name]].sum())
             n_original = part.shape[0] * part.shape[1]
+            loss /= self.sensitivity.weight(group)  # plans are made of weighed ones
             if rank == DENSE:
                 weights = [member.weight.to("cpu", self._dtype(group))]
                 yield self._add(group, rank, n_original, loss, energy, weights=weights)
@@ -181,7 +191,9 @@ class _Fit:
             basis, stacked = factors
             self.writer.add_factors(entry, basis, _by_part(group, stacked), self._dtype(group))
         n_stored = self.writer.n_numbers - before
-        return FittedGroup(group, n_original, entry.rank, n_stored, loss, energy, factors is None)
+        weight = self.sensitivity.weight(group)
+        is_dense = factors is None
+        return FittedGroup(group, n_original, entry.rank, n_stored, loss, energy, is_dense, weight)
 
     def _dtype(self, group: Group) -> torch.dtype:
         return self.dense.dtype(f"{group.parts[0].sublayer.name}.weight")
@@ -193,10 +205,19 @@ def _narrowed(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
     return NarrowedMlp(reads, mlp.down.sublayer.name, tuple(kept.tolist()))
 
 
+def choose_ranks(
+    source: Spectra, energies: Sequence[NDArray[np.float64]], settings: FitSettings
+) -> Sequence[int]:
+    """The rank of every given group, if nothing else were offered."""
+    ranks, _ = _chosen(source, energies, settings, UNWEIGHED, offered=False)
+    return [ranks[i] for i in range(source.n_given)]
+
+
 def _chosen(
     source: Spectra,
     energies: Sequence[NDArray[np.float64]],
     settings: FitSettings,
+    sensitivity: Sensitivity,
     offered: bool,
 ) -> tuple[Mapping[int, int], Mapping[int, Plan]]:
     """Number of every group that there will be, and its rank; of every MLP that lacks neurons."""
@@ -209,6 +230,7 @@ def _chosen(
     pairs = zip(given, limits, strict=True)
     of_part = {part.name: limit for group, limit in pairs for part in group.parts}
     groups = source.groups if offered else given
+    energies = sensitivity.weigh(groups, energies[: len(groups)])
     curves = []
     for i, group in enumerate(groups):
         curve = curve_of(group, energies[i], settings.storage)
@@ -218,7 +240,8 @@ def _chosen(
     plans = []
     for j, mlp in enumerate(mlps):
         own = [of_part[part.name] for part in mlp.parts]
-        plans.append(plans_of(mlp, source.widths(j), own, settings.storage))
+        weights = [sensitivity.weight(Group((part,))) for part in mlp.parts]
+        plans.append(plans_of(mlp, source.widths(j).weighed(weights), own, settings.storage))
         curves.append(curve_of_plans(mlp.down.name, mlp.n_weights, plans[j]))
     cover = Cover(_choices(groups, n_given, mlps))
     entries = allocate_structures(curves, cover, n_given, settings.removed)
@@ -293,7 +316,9 @@ def _stem(part: Part) -> str:
 def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     """What was stored, in all and by family; counts are of the tensors as written.
 
-    The top level is about the selected sublayers, `whole_model` about every tensor.
+    The top level is about the selected sublayers, `whole_model` about every tensor. A relative
+    loss is the quadratic one as predicted; that of `sensitivity`, which the allocation minimised,
+    counts every group by its weight.
     """
     by_family: dict[str, list[FittedGroup]] = {}
     for one in fitted.groups:
@@ -302,6 +327,7 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     return {
         "method": settings.method,
         **selected,
+        "sensitivity": _weighed(fitted),
         "shared": [
             {"group": one.group.name, "structure": one.group.structure, "rank": one.rank}
             for one in fitted.groups
@@ -312,6 +338,18 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
             selected["original_numbers"] + fitted.n_others,
             selected["stored_numbers"] + fitted.n_others_stored,
         ),
+    }
+
+
+def _weighed(fitted: FittedModel) -> dict[str, Any]:
+    weights = [one.weight for one in fitted.groups]
+    energy = sum(one.weight * one.energy for one in fitted.groups)
+    loss = sum(one.weight * one.loss for one in fitted.groups)
+    return {
+        "by": fitted.weighed_by,
+        "min_weight": min(weights),
+        "max_weight": max(weights),
+        "relative_weighed_loss": loss / energy if energy else 0.0,
     }
 
 

@@ -124,6 +124,15 @@ class Widths:
     energies: tuple[tuple[NDArray[np.float64], ...], ...]
     """By width and part: what each direction saves, the largest first."""
 
+    def weighed(self, weights: Sequence[float]) -> Widths:
+        """With losses of every part times a weight; what went with the neurons is down's."""
+        losses = tuple(weights[-1] * loss for loss in self.losses)
+        energies = (
+            tuple(weight * own for weight, own in zip(weights, of_parts, strict=True))
+            for of_parts in self.energies
+        )
+        return Widths(self.neurons, losses, tuple(energies))
+
 
 def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
     """Work out what is lost at every width and rank.

@@ -21,6 +21,7 @@ Storage = Literal["plain", "interpolative"]
 Side = Literal["input", "output"]
 Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
+Sensing = Literal["none", "probes", "attribution"]
 PositiveInt = Annotated[int, Gt(0)]
 
 FIXED, PRIVATE, NARROWED = "fixed", "private", "narrowed"
@@ -223,6 +224,28 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class SensitivitySettings:
+    """How far predicted losses are from measured ones, on a draft of what `fit` will make."""
+
+    by: Sensing
+    """none: not measured; probes: the divergence of the model when one cell alone is compressed;
+    attribution: what heads and MLPs of the whole draft make of it."""
+    removed: Annotated[float, Gt(0), Lt(1)] | None
+    """Of the draft; None: as much as `fit.removed`."""
+    runs: PositiveInt
+    """Runs of layers that the depth is cut into. A cell is a family in one of them; by attribution,
+    attention or the MLPs."""
+    windows: PositiveInt
+    """Windows of the calibration text, from its start."""
+    window: Annotated[int, Gt(1)]
+    """Tokens of each."""
+    batch: PositiveInt
+    """Windows a forward pass; memory goes with it."""
+    clip: Annotated[float, Ge(1)]
+    """Weights lie between its inverse and this."""
+
+
+@dataclass(frozen=True)
 class RecoverSettings:
     """A short distillation of the compressed model against the original."""
 
@@ -311,6 +334,7 @@ class Settings:
     data: DataSettings
     calibrate: CalibrateSettings
     split: SplitSettings
+    sensitivity: SensitivitySettings
     fit: FitSettings
     recover: RecoverSettings
     curve: CurveSettings

@@ -117,7 +117,8 @@ def attribute(
     sublayers = sublayers_of(original) if sublayers is None else sublayers
     models = Observer(original, sublayers), Observer(compressed, sublayers)
     sums = _Sums(len(models[0].layers))
-    every = max(1, windows[:, 1:].numel() // lens_predictions)
+    n, n_first = windows[:, 1:].numel(), windows[:batch, 1:].numel()
+    every = min(max(1, n // lens_predictions), n_first)  # one of a batch at least
     with progress("attribute", windows.numel(), "tokens") as advance:
         for chunk in windows.split(batch):
             _add(sums, models, chunk, every)

@@ -16,17 +16,21 @@ _TITLES = {
 }
 
 
-def components_figure(found: Attribution) -> Figure:
+def components_figure(found: Attribution, model: str = "compressed") -> Figure:
     """A heat map, layer by head and MLP, of the divergence that each makes and passes on.
 
     Heads and MLPs have a colour scale each, as an MLP is worth many heads.
+
+    Args:
+        found: to be drawn.
+        model: what the one with the error is called.
     """
     n_layers = 1 + max(one.layer for one in found.components if one.layer is not None)
     n_heads = 1 + max((one.head for one in found.components if one.head is not None), default=0)
     width = 3.0 + 2 * max(2.4, 0.26 * n_heads)
     figure = Figure(figsize=(width, 2.4 + max(2.5, 0.2 * n_layers)), layout="constrained")
     figure.suptitle(
-        f"Who is to blame for KL(original ‖ compressed) = {found.whole['kl']:.4f} nats\n"
+        f"Who is to blame for KL(original ‖ {model}) = {found.whole['kl']:.4f} nats\n"
         f"mean over {found.n_predictions:,} predictions; red: adds to it, blue: takes off",
         fontsize=11,
     )
@@ -72,23 +76,24 @@ def _map(axes: Axes, values: np.ndarray, all_values: dict[str, np.ndarray]) -> A
     )
 
 
-def lens_figure(found: Attribution) -> Figure:
-    """The logit lens over depth, of both models: loss, and divergence from the end."""
+def lens_figure(found: Attribution, model: str = "compressed") -> Figure:
+    """The logit lens over depth, of both models: loss, and divergence from the end.
+
+    Args: as of `components_figure`.
+    """
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     figure.suptitle(
-        f"Logit lens: the stream at every depth, read by the last norm and the unembedding\n"
+        f"Logit lens of the {model} model and the original: last norm and unembedding, at a depth\n"
         f"mean over {found.n_lens_predictions:,} predictions",
         fontsize=11,
     )
     loss, kl = figure.subplots(1, 2)
     layers = [depth.layer for depth in found.lens]
     loss.plot(layers, [depth.loss for depth in found.lens], "o-", ms=3, label="original")
-    loss.plot(
-        layers, [depth.compressed_loss for depth in found.lens], "s--", ms=3, label="compressed"
-    )
+    loss.plot(layers, [depth.compressed_loss for depth in found.lens], "s--", ms=3, label=model)
     loss.set_title("loss of the next token", fontsize=10)
     kl.plot(layers[:-1], [depth.kl for depth in found.lens[:-1]], "o-", ms=3, label="original")
-    kl.plot(layers, [depth.compressed_kl for depth in found.lens], "s--", ms=3, label="compressed")
+    kl.plot(layers, [depth.compressed_kl for depth in found.lens], "s--", ms=3, label=model)
     kl.set_title("KL(original's end ‖ here); the original itself ends at 0", fontsize=10)
     for axes in (loss, kl):
         axes.set_yscale("log")

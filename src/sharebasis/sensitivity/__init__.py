@@ -1,0 +1,1 @@
+"""How far the loss that was predicted is from the one that is measured, cell by cell."""

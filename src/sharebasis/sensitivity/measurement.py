@@ -1,0 +1,92 @@
+"""artifacts/weights, artifacts/spectra and calibration text -> artifacts/sensitivity.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sharebasis.attribution.error_attribution import attribute
+from sharebasis.attribution.sites import find_sites
+from sharebasis.decomposition import Spectra
+from sharebasis.hub import load_model
+from sharebasis.sensitivity.components import branches, made
+from sharebasis.sensitivity.corrections import Cell, Sensitivity, cells_of, corrections
+from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.sensitivity.probes import probe
+from sharebasis.sensitivity.replay import block_names
+from sharebasis.settings import DType, FitSettings, SensitivitySettings
+from sharebasis.sublayer import Classification
+
+
+def measure_sensitivity(
+    weights: Path,
+    spectra: Path,
+    found: Classification,
+    windows: Int64[Tensor, "windows window"],
+    settings: SensitivitySettings,
+    fit: FitSettings,
+    dtype: DType,
+    device: torch.device,
+) -> Sensitivity:
+    """Compare what a draft is predicted to lose with what it loses, cell by cell.
+
+    Args:
+        weights: artifacts/weights.
+        spectra: artifacts/spectra, of the same weights.
+        found: the model's sublayers.
+        windows: token ids of the calibration text, one sequence a row.
+        settings: how; not by none.
+        fit: budget and storage of the draft.
+        dtype: of the passes.
+        device: for the passes.
+
+    Raises:
+        BudgetError, SelectionError: the draft cannot be made; see `fit`.
+        CalibrationError: what was measured gives no weights.
+        StreamError: (by attribution) the residual stream of the model is not a plain sum.
+        WeightsError, StoreError: what is read is not usable.
+    """
+    removed = fit.removed if settings.removed is None else settings.removed
+    plan = draft(Spectra(spectra), replace(fit, removed=removed))
+    if settings.by == "probes":
+        cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
+        model = load_model(weights, dtype, device)
+        measured = probe(model, plan, cells, windows, settings.batch, block_names(found))
+    else:
+        cells, measured = _by_attribution(weights, plan, found, windows, settings, dtype, device)
+    predicted = [sum(plan.losses[i] for i in cell.groups) / 2 for cell in cells]
+    losses, ratio = corrections(cells, predicted, measured, settings.clip)
+    parts = {
+        part.name: loss.weight
+        for cell, loss in zip(cells, losses, strict=True)
+        for i in cell.groups
+        for part in plan.groups[i].parts
+    }
+    n_predictions = windows[:, 1:].numel()
+    return Sensitivity(
+        settings.by, removed, settings.clip, n_predictions, ratio, tuple(losses), parts
+    )
+
+
+def _by_attribution(
+    weights: Path,
+    plan: Draft,
+    found: Classification,
+    windows: Tensor,
+    settings: SensitivitySettings,
+    dtype: DType,
+    device: torch.device,
+) -> tuple[Sequence[Cell], Sequence[float]]:
+    original, other = (load_model(weights, dtype, device) for _ in range(2))
+    linears = wrap_parts(other, plan.spectra)
+    groups = plan.groups
+    cells = cells_of(groups, settings.runs, branches(find_sites(original, found)))
+    with compressed(linears, plan, range(len(groups))):
+        result = attribute(original, other, windows, settings.batch, 1, found)
+    layers = sorted({sublayer.layer for sublayer in found.sublayers})
+    return cells, made(result.components, cells, layers)

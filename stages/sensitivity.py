@@ -1,0 +1,34 @@
+"""Stage `sensitivity`: what losses count for in `fit`, measured on a draft; optional."""
+
+from sharebasis import store
+from sharebasis.config import load_settings
+from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.resources import pick_device
+from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
+from sharebasis.sensitivity.measurement import measure_sensitivity
+from sharebasis.settings import Settings
+from sharebasis.stage import SENSITIVITY, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.sublayer import Classification
+from sharebasis.texts import cut, read_windows, require_positions
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    found = UNWEIGHED if settings.sensitivity.by == "none" else measure(settings)
+    store.save_record(SENSITIVITY, found)
+
+
+def measure(settings: Settings) -> Sensitivity:
+    own, dtype, device = settings.sensitivity, settings.model.dtype, pick_device(settings.device)
+    sublayers = store.load_record(SUBLAYERS, Classification)
+    require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")
+    data = cut(settings.data, "calibration", own.windows, own.window)
+    windows = read_windows(load_tokenizer(WEIGHTS), data, "calibration", settings.seed)
+    return measure_sensitivity(
+        WEIGHTS, SPECTRA, sublayers, windows, own, settings.fit, dtype, device
+    )
+
+
+if __name__ == "__main__":
+    main()
