@@ -6,7 +6,15 @@ from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import COMPRESSED, METRICS, RECOVERED, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import (
+    COMPRESSED,
+    METRICS,
+    PROPAGATED,
+    RECOVERED,
+    SUBLAYERS,
+    WEIGHTS,
+    report_errors,
+)
 from sharebasis.sublayer import Classification
 from sharebasis.texts import read_windows, require_positions
 from sharebasis.verification import (
@@ -31,8 +39,9 @@ def main() -> None:
     first = windows[: verify.lossless_windows]
     lossless = lossless_difference(original, rows, first)
     compressed = {"compressed": load_compressed(COMPRESSED, DTYPES[dtype], device)}
-    if (RECOVERED / compressed_index.FILE).exists():
-        compressed["recovered"] = load_compressed(RECOVERED, DTYPES[dtype], device)
+    for name, directory in (("propagated", PROPAGATED), ("recovered", RECOVERED)):
+        if (directory / compressed_index.FILE).exists():
+            compressed[name] = load_compressed(directory, DTYPES[dtype], device)
     fidelity = compare(original, compressed, windows, settings.data.batch)
     metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
     store.write_json(METRICS / "verify.json", metrics)

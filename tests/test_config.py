@@ -58,6 +58,7 @@ def test_the_groups_are_all_there() -> None:
         "data",
         "split",
         "fit",
+        "propagate",
         "recover",
         "vary",
         "verify",
@@ -139,7 +140,8 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 # What is refused
 
 UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
+UNKNOWN += ["split.typo", "fit.typo", "propagate.typo", "recover.typo"]
+UNKNOWN += ["vary.typo", "verify.typo", "attribute.typo"]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)

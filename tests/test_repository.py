@@ -20,6 +20,7 @@ STAGES = (
     "calibrate",
     "decompose",
     "fit",
+    "propagate",
     "recover",
     "verify",
     "vary",

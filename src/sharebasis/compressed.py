@@ -48,7 +48,7 @@ def load_compressed(
     parts = _parts_by_sublayer(index)
     rows = {name: [part.rows for part in own] for name, own in parts.items()}
     modules = wrap(model, rows)
-    names = {name for group in index.groups for name in _tensors(group)}
+    names = {name for group in index.groups for name in group.tensors}
     found: dict[str, Tensor] = {}
     for name, tensor in reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -82,15 +82,21 @@ def shared_factors(
         model: from `load_compressed`.
         index: of the directory that it was loaded from.
     """
+    linears = linears_by_tensor(model, index)
+    for group in index.groups:
+        if group.basis is not None:
+            yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+
+
+def linears_by_tensor(model: PreTrainedModel, index: CompressedIndex) -> Mapping[str, ShareLinear]:
+    """The parts of a model by the tensors of their coefficients; arguments as above."""
     linears: dict[str, ShareLinear] = {}
     for name, own in _parts_by_sublayer(index).items():
         module = model.get_submodule(name)
         assert isinstance(module, SplitLinear)
         for part, linear in zip(own, module.parts, strict=True):
             linears.setdefault(part.coefficient, linear)
-    for group in index.groups:
-        if group.basis is not None:
-            yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+    return linears
 
 
 def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:
@@ -100,15 +106,6 @@ def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]
         for part in group.parts:
             parts.setdefault(part.sublayer, []).append(part)
     return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
-
-
-def _tensors(group: CompressedGroup) -> Iterator[str]:
-    if group.basis:
-        yield group.basis
-    for part in group.parts:
-        yield part.coefficient
-        if part.pivots:
-            yield part.pivots
 
 
 def _parameter(tensor: Tensor) -> Tensor:

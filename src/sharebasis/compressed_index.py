@@ -37,6 +37,12 @@ class CompressedGroup:
     """None: the parts are stored as they are."""
     parts: tuple[CompressedPart, ...]
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all its tensors, that of the basis first."""
+        own = (name for part in self.parts for name in (part.coefficient, part.pivots))
+        return tuple(dict.fromkeys(name for name in (self.basis, *own) if name))
+
 
 @dataclass(frozen=True)
 class CompressedIndex:

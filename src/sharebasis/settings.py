@@ -212,6 +212,30 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class PropagateSettings:
+    """A refit, block by block, to what the compressed blocks before make of the inputs."""
+
+    amount: Annotated[float, Ge(0), Le(1)]
+    """How far the target goes from the weight to its regression; 0 leaves the stage out."""
+    windows: PositiveInt
+    """Windows of the calibration text, from its start; memory goes with it."""
+    window: Annotated[int, Gt(1)]
+    """Tokens of each."""
+    batch: PositiveInt
+    """Windows that go through a block at once."""
+    damping: Annotated[float, Ge(0)]
+    """Of the mean diagonal of the moment of inputs, added to it before the regression."""
+    skip: Annotated[int, Ge(0)]
+    """Tokens at the start of a window that do not count."""
+    clip: Annotated[float, Gt(0)] | None
+    """Inputs longer than `clip` times the median count as if they were as long as that."""
+    dtype: DType
+    """Arithmetic of the passes, and of the hidden states that are kept."""
+    checkpoint_seconds: Annotated[float, Gt(0)]
+    """Longest time between two checkpoints; what a kill can cost."""
+
+
+@dataclass(frozen=True)
 class RecoverSettings:
     """A short distillation of the compressed model against the original."""
 
@@ -291,6 +315,7 @@ class Settings:
     calibrate: CalibrateSettings
     split: SplitSettings
     fit: FitSettings
+    propagate: PropagateSettings
     recover: RecoverSettings
     vary: VarySettings
     verify: VerifySettings
