@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, propagation, store
 from sharebasis.calibration import calibrate
+from sharebasis.capture import watched
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_index import CompressedIndex
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.propagation import (
@@ -28,6 +29,8 @@ from sharebasis.propagation import (
     propagation_windows,
     write_unpropagated,
 )
+from sharebasis.refit import Refitter
+from sharebasis.regression import PairedMoment
 from sharebasis.settings import PropagateSettings, Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
@@ -44,6 +47,7 @@ AUTO = {
     "fit.storage": "interpolative",
     "fit.removed": 0.4,
     "propagate.amount": 0.3,
+    "propagate.stream": 0.0,
     "propagate.windows": 20,
     "propagate.window": 16,
     "propagate.batch": 8,
@@ -129,10 +133,13 @@ def _n_stored(directory: Path) -> int:
 
 
 @torch.no_grad()
-def _drift(case: Case, directory: Path) -> float:
-    """The squared distance of the hidden states behind the last block."""
+def _drift(case: Case, directory: Path, blocks: int = 3) -> float:
+    """The squared distance of the hidden states behind some blocks."""
     models = load_model(case.work / "weights", "float32", CPU), load_compressed(directory)
-    one, other = (model.model(input_ids=WINDOWS).last_hidden_state for model in models)
+    one, other = (
+        model.model(input_ids=WINDOWS, output_hidden_states=True).hidden_states[blocks]
+        for model in models
+    )
     return ((one - other).square().sum() / one.square().sum()).item()
 
 
@@ -168,6 +175,63 @@ def test_the_stream_comes_closer_and_more_so_with_the_regression(
         assert 0 < found.distances[0] < found.distances[-1]
     assert drift["half"] < 0.97 * drift["refit"]
     assert drift["half"] < 0.97 * drift["before"]
+
+
+def test_a_write_makes_up_for_what_the_stream_lacks(make_case: MakeCase, tmp_path: Path) -> None:
+    """Without a metric of outputs, what is minimised is the squared error of the block's output."""
+    case, drift = make_case("llama", {"fit.method": "svd_llm", "fit.two_sided": False}), []
+    for stream in (0.0, 1.0):
+        case.propagate(tmp_path / f"{stream}", amount=1.0, stream=stream)
+        drift.append(_drift(case, tmp_path / f"{stream}", blocks=1))
+    assert drift[1] < 0.98 * drift[0]
+
+
+STREAMS = {"o": ("self_attn.o_proj", ""), "down": ("mlp.down_proj", ".post_attention_layernorm")}
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("write", STREAMS)
+@torch.no_grad()
+def test_what_the_stream_lacks_before_a_write(
+    family: str, write: str, make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the inputs of what reads the stream just there; granite adds half of what is written."""
+    name, reader = STREAMS[write]
+    case, pairs = make_case(family), {}
+    tensors = Refitter.tensors
+
+    def note(self: Refitter, group: CompressedGroup, pair: PairedMoment) -> object:
+        pairs[group.name] = pair
+        return tensors(self, group, pair)
+
+    monkeypatch.setattr(Refitter, "tensors", note)
+    case.propagate(tmp_path / "out", stream=0.5)
+    models = load_model(case.work / "weights", "float32", CPU), load_compressed(tmp_path / "out")
+    seen: list[dict[str, Tensor]] = []
+    for model in models:
+        wanted = {"stream": f"model.layers.1{reader}", "input": f"model.layers.1.{name}"}
+        with watched({key: model.get_submodule(own) for key, own in wanted.items()}) as own:
+            model.model(input_ids=WINDOWS)
+        seen.append({key: tensor.flatten(0, 1).double() for key, tensor in own.items()})
+    drift = (seen[0]["stream"] - seen[1]["stream"]) / (0.5 if family == "granite" else 1)
+    expected = drift.T @ seen[1]["input"]
+    found = pairs[f"model.layers.1.{name}"].drift
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    assert all(
+        (pair.drift is None) == (not name.endswith(("o_proj", "down_proj")))
+        for name, pair in pairs.items()
+    )
+
+
+def test_a_block_that_norms_what_it_writes_is_only_regressed(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    case = make_case("gemma2")
+    for name, stream in (("plain", 0.0), ("stream", 0.5)):
+        case.propagate(tmp_path / name, stream=stream)
+    plain, stream = _products(tmp_path / "plain"), _products(tmp_path / "stream")
+    for name, product in plain.items():
+        torch.testing.assert_close(stream[name], product, rtol=0, atol=0)
 
 
 class Killed(Exception):  # noqa: N818

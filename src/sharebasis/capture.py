@@ -63,6 +63,21 @@ def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             one.remove()
 
 
+@contextmanager
+def forced(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Have modules put out something else than they do; until the end."""
+
+    def say(output: Tensor) -> Callable[..., Tensor]:
+        return lambda *_: output
+
+    hooks = [module.register_forward_hook(say(output)) for module, output in outputs.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def find_sites(
     model: nn.Module,
     names: Iterable[str],

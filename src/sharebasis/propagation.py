@@ -8,7 +8,7 @@ and in the form that `fit` chose. Then both blocks' outputs are the inputs of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, store
-from sharebasis.capture import find_sites, first_call, watched
+from sharebasis.capture import find_sites, first_call, forced, watched
 from sharebasis.checkpoint import Checkpoint, digest_of
 from sharebasis.compressed import linears_by_tensor, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
@@ -33,7 +33,7 @@ from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
-from sharebasis.sublayer import Classification
+from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,19 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What the original does in a block: by name, batch by batch, what sublayers are given."""
+
+    inputs: Mapping[str, Sequence[Tensor]]
+    outputs: Tensor
+    """Of the block."""
+
+
+Drift = Callable[[int, Tensor], Tensor]
+"""The number and the hidden states of a batch -> δ of every token."""
+
+
+@dataclass(frozen=True)
 class Propagator:
     """Two models, and what it takes to go through their blocks."""
 
@@ -76,19 +89,25 @@ class Propagator:
     """From `load_compressed`, of `index`; is given the new factors at once."""
     index: CompressedIndex
     blocks: Blocks
-    readers: Sequence[str]
-    """The sublayers to refit."""
+    sublayers: Sequence[Sublayer]
+    """Those to refit."""
     refitter: Refitter
     settings: PropagateSettings
+
+    @property
+    def writers(self) -> set[str]:
+        """The sublayers that write to the residual stream."""
+        return {one.name for one in self.sublayers if one.role == "write"}
 
     def pass_block(self, i: int, streams: Streams) -> Tensors:
         """Refit the groups of a block, one input after the other, and take both streams past it."""
         found: Tensors = {}
         groups = self._groups(i, streams.original)
-        inputs, streams.original = self._run_original(i, groups, streams.original)
+        run = self._run_original(i, groups, streams.original)
+        streams.original = run.outputs
         linears = linears_by_tensor(self.compressed, self.index)
         for site, own in groups.items():
-            pair = self._gather(i, site, inputs.pop(site), streams.compressed)
+            pair = self._gather(i, site, run, streams.compressed)
             for group in own:
                 tensors = self.refitter.tensors(group, pair)
                 found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
@@ -103,38 +122,77 @@ class Propagator:
         """Inputs in a block, in the order in which they come up, and the groups that read them."""
         block, chunk = self.original.get_submodule(self.blocks.names[i]), self._cut(hidden)[0]
         prefix, run = f"{self.blocks.names[i]}.", partial(self._run, i, block, chunk)
-        own = [name for name in self.readers if name.startswith(prefix)]
+        own = [one.name for one in self.sublayers if one.name.startswith(prefix)]
         with watched({name: self.original.get_submodule(name) for name in own}) as seen:
             run()
         sites = find_sites(self.original, list(seen), run)
         found = {site: refittable(self.index.groups, site.readers) for site in sites}
         return {site: groups for site, groups in found.items() if groups}
 
-    def _run_original(
-        self, i: int, sites: Iterable[Site], hidden: Tensor
-    ) -> tuple[dict[Site, list[Tensor]], Tensor]:
-        """The original's inputs, batch by batch, and what its block puts out."""
+    def _run_original(self, i: int, sites: Iterable[Site], hidden: Tensor) -> _Run:
         block = self.original.get_submodule(self.blocks.names[i])
         modules = {site.name: self.original.get_submodule(site.name) for site in sites}
-        inputs: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
         outputs = []
         for chunk in self._cut(hidden):
             with watched(modules) as seen:
                 outputs.append(self._run(i, block, chunk).cpu())
-            for site, own in inputs.items():
-                own.append(seen[site.name].cpu())
-        return inputs, torch.cat(outputs)
+            for name, own in inputs.items():
+                own.append(seen[name].cpu())
+        return _Run(inputs, torch.cat(outputs))
 
-    def _gather(self, i: int, site: Site, inputs: Sequence[Tensor], hidden: Tensor) -> PairedMoment:
+    def _gather(self, i: int, site: Site, run: _Run, hidden: Tensor) -> PairedMoment:
         """Of the original's inputs and what the compressed model has there now."""
         block = self.compressed.get_submodule(self.blocks.names[i])
         module, device = self.compressed.get_submodule(site.name), self.compressed.device
         accumulator = PairAccumulator(site.name, site.d, device)
-        for x, chunk in zip(inputs, self._cut(hidden), strict=True):
-            (other, *_), _ = first_call(module, partial(self._run, i, block, chunk))
-            weights = token_weights(x.to(device), self.settings.skip, self.settings.clip)
-            accumulator.update(x.to(device), other, weights)
+        drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
+        for j, chunk in enumerate(self._cut(hidden)):
+            x = run.inputs[site.name][j].to(device)
+            weights = token_weights(x, self.settings.skip, self.settings.clip)
+            if drift is None:
+                (other, *_), _ = first_call(module, partial(self._run, i, block, chunk))
+                accumulator.update(x, other, weights)
+            else:
+                with watched({site.name: module}) as seen:
+                    away = drift(j, chunk)
+                accumulator.update(x, seen[site.name], weights, away)
         return accumulator.moment()
+
+    def _drift_of(self, i: int, site: Site, run: _Run, hidden: Tensor) -> Drift | None:
+        """How to find out what a residual stream lacks when a sublayer writes to it.
+
+        The compressed block runs with that sublayer and all that write after it forced to say
+        what they do in the original; what its output lacks then, the stream lacked before. None
+        if the sublayer does not write, or the block does not simply add up what it writes.
+        """
+        writers = [name for name in run.inputs if name in self.writers]
+        if site.name not in writers:
+            return None
+        writers = writers[writers.index(site.name) :]
+        block = self.compressed.get_submodule(self.blocks.names[i])
+        device, outputs = self.compressed.device, self._cut(run.outputs)
+
+        def say(j: int, chunk: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+            """The block's output in batch `j`."""
+            said = {
+                self.compressed.get_submodule(name): self.original.get_submodule(name)(
+                    run.inputs[name][j].to(device)
+                )
+                for name in writers
+            }
+            said[self.compressed.get_submodule(site.name)] += extra
+            with forced(said):
+                return self._run(i, block, chunk)
+
+        chunk = self._cut(hidden)[0]
+        plain = say(0, chunk)
+        extra = plain.flip(1)
+        answer = say(0, chunk, extra) - plain
+        scale = (answer * extra).sum() / extra.square().sum()
+        if not (answer - scale * extra).norm() < 1e-2 * answer.norm():
+            return None
+        return lambda j, chunk: (outputs[j].to(device) - say(j, chunk)) / scale
 
     def _run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         return self.blocks.run(i, block, hidden.to(self.compressed.device))
@@ -239,7 +297,7 @@ def propagate(
         load_compressed(compressed, DTYPES[settings.dtype], device),
         index,
         Blocks(original, names, windows, settings.batch),
-        [one.name for one in classification.selected if one.expert is None],
+        [one for one in classification.selected if one.expert is None],
         Refitter(original, moments, settings, fit),
         settings,
     )

@@ -43,9 +43,7 @@ class Refitter:
             CalibrationError: a moment is not usable.
         """
         damped = pair.damped(self.settings.damping)
-        targets = [
-            regressed(self._weight(part), damped, self.settings.amount) for part in group.parts
-        ]
+        targets = [self._target(part, damped) for part in group.parts]
         if group.basis is None:
             return dict(zip((part.coefficient for part in group.parts), targets, strict=True))
         inputs = pair.compressed.damped(self.fit.damping_inputs)
@@ -56,6 +54,12 @@ class Refitter:
         for part, own in zip(group.parts, coefficients, strict=True):
             found[part.coefficient] = own
         return found
+
+    def _target(self, part: CompressedPart, pair: PairedMoment) -> Tensor:
+        own, weight = self.settings, self._weight(part)
+        if pair.drift is None:
+            return regressed(weight, pair, own.amount)
+        return regressed(weight, pair, own.amount, own.stream * part.rows.take(pair.drift))
 
     def _weight(self, part: CompressedPart) -> Tensor:
         module = self.original.get_submodule(part.sublayer)

@@ -30,6 +30,8 @@ class PairedMoment:
     """Of x̂."""
     cross: Float64[Tensor, "d d"]
     """Of x x̂ᵀ."""
+    drift: Float64[Tensor, "d_out d"] | None = None
+    """Of δ x̂ᵀ, where δ = h - ĥ of the residual streams that the sublayer writes to."""
 
     def damped(self, fraction: float) -> PairedMoment:
         """With the mean diagonal of E[x̂ x̂ᵀ], times `fraction`, added to all three diagonals.
@@ -43,14 +45,7 @@ class PairedMoment:
             replace(self.original, total=self.original.total + noise),
             replace(self.compressed, total=self.compressed.total + noise),
             self.cross + noise,
-        )
-
-    def __add__(self, other: PairedMoment) -> PairedMoment:
-        """Pool two, as if both had been gathered at once."""
-        return PairedMoment(
-            self.original + other.original,
-            self.compressed + other.compressed,
-            self.cross + other.cross,
+            self.drift,
         )
 
 
@@ -63,6 +58,7 @@ class PairAccumulator:
     def __init__(self, site: str, d: int, device: torch.device | str = "cpu") -> None:
         self.site, self.n_tokens = site, 0
         self._weight = 0.0
+        self._drift: Tensor | None = None
         zeros = torch.zeros(d, d, dtype=torch.float64, device=device)
         self._totals = [zeros, zeros.clone(), zeros.clone()]
         self._sums = [zeros[0].clone(), zeros[0].clone()]
@@ -72,6 +68,7 @@ class PairAccumulator:
         original: Float[Tensor, "*batch d"],
         compressed: Float[Tensor, "*others d"],
         weights: Float[Tensor, "*batch"],
+        drift: Float[Tensor, "*batch d_out"] | None = None,
     ) -> None:
         """Add every pair of rows.
 
@@ -79,6 +76,7 @@ class PairAccumulator:
             original: x.
             compressed: x̂.
             weights: how much each token counts.
+            drift: δ, in every batch or in none.
 
         Raises:
             CalibrationError: the two models were not given the same tokens.
@@ -96,6 +94,9 @@ class PairAccumulator:
         self._totals[0] += kernels.linear(rows, rows)
         self._totals[1] += kernels.linear(columns, columns)
         self._totals[2] += kernels.linear(rows, columns)
+        if drift is not None:
+            product = kernels.linear((drift.flatten(0, -2).float() * own.sqrt()).T, columns)
+            self._drift = product.double() if self._drift is None else self._drift + product
         self.n_tokens += len(x)
         self._weight += own.sum(dtype=torch.float64).item()
 
@@ -117,26 +118,34 @@ class PairAccumulator:
             Moment((total + total.T) * (scale / 2), own * scale, self.n_tokens, self.site)
             for total, own in zip(self._totals[:2], self._sums, strict=True)
         )
-        return PairedMoment(first, second, self._totals[2] * scale)
+        drift = None if self._drift is None else self._drift * scale
+        return PairedMoment(first, second, self._totals[2] * scale, drift)
 
 
 def regressed(
-    weight: Float[Tensor, "d_out d_in"], pair: PairedMoment, amount: float
+    weight: Float[Tensor, "d_out d_in"],
+    pair: PairedMoment,
+    amount: float,
+    drift: Float64[Tensor, "d_out d_in"] | None = None,
 ) -> Float64[Tensor, "d_out d_in"]:
-    """The target (1 - amount) W + amount W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹.
+    """The target (1 - amount) W + amount W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, and E[δ x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ if given.
+
+    The last term lets what writes to the residual stream make up for what the stream lacks by
+    then: all of W x + δ, regressed.
 
     Args:
         weight: W.
         pair: damped, so that there is an inverse.
         amount: in [0, 1]; 0 leaves the weight, 1 is the least-squares regression.
+        drift: Σ δ x̂ᵀ over the tokens of `pair`, or what is to be made up for of it.
 
     Raises:
         CalibrationError: E[x̂ x̂ᵀ] has no inverse.
 
-    Source: AA-SVD, arXiv:2604.02119 (amount 1).
+    Source: AA-SVD, arXiv:2604.02119 (amount 1, no drift).
     """
     own = weight.double()
-    if amount == 0:
+    if amount == 0 and drift is None:
         return own
     factor, failed = torch.linalg.cholesky_ex(pair.compressed.total)
     if failed:
@@ -144,8 +153,10 @@ def regressed(
             f"The inputs of {pair.compressed.site} do not span their space; raise "
             "propagate.damping."
         )
-    full = torch.cholesky_solve((own @ pair.cross).T, factor).T
-    return torch.lerp(own, full, amount)
+    wanted = amount * own @ pair.cross
+    if drift is not None:
+        wanted = wanted + drift
+    return (1 - amount) * own + torch.cholesky_solve(wanted.T, factor).T
 
 
 def drift_loss(

@@ -217,6 +217,8 @@ class PropagateSettings:
 
     amount: Annotated[float, Ge(0), Le(1)]
     """How far the target goes from the weight to its regression; 0 leaves the stage out."""
+    stream: Annotated[float, Ge(0), Le(1)]
+    """How much what writes to the residual stream makes up for what the stream lacks by then."""
     windows: PositiveInt
     """Windows of the calibration text, from its start; memory goes with it."""
     window: Annotated[int, Gt(1)]
