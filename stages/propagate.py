@@ -39,7 +39,9 @@ def refit(settings: Settings) -> None:
     own, device = settings.propagate, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), own.window, "propagate.window")
     windows = propagation_windows(load_tokenizer(COMPRESSED), settings.data, own, settings.seed)
-    identity = propagation_identity(WEIGHTS, COMPRESSED, windows, own, device=str(device))
+    identity = propagation_identity(
+        WEIGHTS, COMPRESSED, windows, own, settings.fit, device=str(device)
+    )
     checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
     classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments

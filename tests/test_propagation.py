@@ -253,7 +253,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
     monkeypatch.setattr(propagation.Propagator, "pass_block", count)
     weights, compressed = case.work / "weights", case.work / "compressed"
-    own = propagation_identity(weights, compressed, WINDOWS, case.settings.propagate)
+    settings = case.settings
+    own = propagation_identity(weights, compressed, WINDOWS, settings.propagate, settings.fit)
     with pytest.raises(Killed):
         case.propagate(tmp_path / "killed", Checkpoint(tmp_path / "c", own, 0.0))
     assert not (tmp_path / "killed").exists()
@@ -271,7 +272,7 @@ def test_another_amount_is_another_run(case: Case) -> None:
     own = case.settings.propagate
 
     def identity(settings: PropagateSettings) -> object:
-        return propagation_identity(weights, compressed, WINDOWS, settings)
+        return propagation_identity(weights, compressed, WINDOWS, settings, case.settings.fit)
 
     assert identity(own) != identity(replace(own, amount=0.5))
     assert identity(own) == identity(replace(own, checkpoint_seconds=9.0))

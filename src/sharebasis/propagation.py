@@ -218,15 +218,21 @@ def block_names(model: PreTrainedModel, classification: Classification) -> Seque
 
 
 def propagation_identity(
-    weights: Path, compressed: Path, windows: Tensor, settings: PropagateSettings, **others: object
+    weights: Path,
+    compressed: Path,
+    windows: Tensor,
+    settings: PropagateSettings,
+    fit: FitSettings,
+    **others: object,
 ) -> dict[str, object]:
     """All that the new factors depend on, for `Checkpoint`.
 
     Args:
         weights: artifacts/weights, which its manifest stands for.
-        compressed: artifacts/compressed.
+        compressed: artifacts/compressed, which stands for the moments, too.
         windows: token ids.
         settings: of the stage.
+        fit: metric and damping.
         others: whatever else changes the numbers.
     """
     own = asdict(settings).items()
@@ -235,6 +241,7 @@ def propagation_identity(
         "compressed": digest_of(compressed),
         "windows": digest_of(windows),
         "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
+        "metric": [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients],
         **others,
     }
 
