@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, propagation, store
 from sharebasis.calibration import calibrate
@@ -232,6 +232,25 @@ def test_a_block_that_norms_what_it_writes_is_only_regressed(
     plain, stream = _products(tmp_path / "plain"), _products(tmp_path / "stream")
     for name, product in plain.items():
         torch.testing.assert_close(stream[name], product, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_bias_keeps_the_mean_of_what_is_put_out(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("gpt2", {"split.strategy": "qkv"})
+    model = load_model(case.work / "weights", "float32", CPU)
+    name = "transformer.h.2.attn.c_attn"
+
+    def mean(one: PreTrainedModel) -> Tensor:
+        with watched({name: one.get_submodule(name)}) as seen:
+            one.base_model(input_ids=WINDOWS)
+        return one.get_submodule(name)(seen[name]).flatten(0, 1).mean(0)
+
+    off = []
+    for kept in (False, True):
+        case.propagate(tmp_path / f"{kept}", mean=kept)
+        off.append((mean(load_compressed(tmp_path / f"{kept}")) - mean(model)).norm())
+    assert off[1] < 1e-3 * off[0]
+    assert _n_stored(tmp_path / "True") == _n_stored(case.work / "compressed")
 
 
 class Killed(Exception):  # noqa: N818

@@ -104,14 +104,14 @@ def rewrite(
     replaced: Mapping[str, Tensor],
     shard_bytes: int,
 ) -> None:
-    """Copy a compressed directory, with other tensors in the place of some of its groups'.
+    """Copy a compressed directory, with other tensors in the place of some.
 
     Args:
         out: to write into, from `store.writing`.
         source: artifacts/compressed.
         index: of `source`.
         replaced: by name, the factors of a group in plain form (all of them or none), or the rows
-            of one that has no basis.
+            of one that has no basis, or any other tensor.
         shard_bytes: size at which a shard is closed.
 
     Raises:
@@ -122,7 +122,7 @@ def rewrite(
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
     for name, tensor in store.TensorReader(source, others).stream():
-        writer.add(name, tensor)
+        writer.add(name, replaced[name].to("cpu", tensor.dtype) if name in replaced else tensor)
     for group in index.groups:
         dtype = reader.read(group.tensors[0], slice(0, 1)).dtype
         if group.basis is not None and group.basis in replaced:

@@ -33,6 +33,7 @@ from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
+from sharebasis.share_linear import ShareLinear
 from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
@@ -112,10 +113,26 @@ class Propagator:
                 tensors = self.refitter.tensors(group, pair)
                 found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
                 install(group, found, linears)
+                if self.settings.mean and pair.drift is None:
+                    found |= self._biases(group, pair, linears)
         block = self.compressed.get_submodule(self.blocks.names[i])
         streams.compressed = torch.cat(
             [self._run(i, block, chunk).cpu() for chunk in self._cut(streams.compressed)]
         )
+        return found
+
+    def _biases(
+        self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
+    ) -> Tensors:
+        """New biases of the sublayers of a group that have one, which they are given at once."""
+        found: Tensors = {}
+        for part in group.parts:
+            bias = self.compressed.get_submodule(part.sublayer).bias
+            if isinstance(bias, Tensor):
+                fitted = linears[part.coefficient].dense()
+                rows = part.rows.numbers.to(bias.device)
+                bias[rows] = self.refitter.bias(part, fitted, pair).to(bias)
+                found[f"{part.sublayer}.bias"] = bias.float().cpu().clone()
         return found
 
     def _groups(self, i: int, hidden: Tensor) -> Mapping[Site, Sequence[CompressedGroup]]:
@@ -338,6 +355,9 @@ def _start(
         for group in propagator.index.groups:
             if group.parts[0].coefficient in found:
                 install(group, found, linears)
+        for name in found:
+            if name.endswith(".bias"):
+                propagator.compressed.get_parameter(name).copy_(found[name])
         log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
         return list(record["distances"]), found, streams
     first, batch = propagator.blocks.names[0], propagator.settings.batch

@@ -55,6 +55,20 @@ class Refitter:
             found[part.coefficient] = own
         return found
 
+    def bias(self, part: CompressedPart, fitted: Tensor, pair: PairedMoment) -> Tensor:
+        """Of a part's rows, b + W E[x] - Ŵ E[x̂]: what is put out has the mean that it had.
+
+        Args:
+            part: of a sublayer that has a bias.
+            fitted: Ŵ, its rows.
+            pair: of its input.
+        """
+        own = self.original.get_submodule(part.sublayer).bias
+        assert isinstance(own, Tensor)
+        mean = self._weight(part).double() @ pair.original.mean
+        mean = mean - fitted.double() @ pair.compressed.mean
+        return own[part.rows.numbers.to(own.device)] + mean
+
     def _target(self, part: CompressedPart, pair: PairedMoment) -> Tensor:
         own, weight = self.settings, self._weight(part)
         if pair.drift is None:

@@ -219,6 +219,8 @@ class PropagateSettings:
     """How far the target goes from the weight to its regression; 0 leaves the stage out."""
     stream: Annotated[float, Ge(0), Le(1)]
     """How much what writes to the residual stream makes up for what the stream lacks by then."""
+    mean: bool
+    """Whether biases, where there are any, keep the mean of what is put out."""
     windows: PositiveInt
     """Windows of the calibration text, from its start; memory goes with it."""
     window: Annotated[int, Gt(1)]
