@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -32,6 +33,7 @@ from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.propagation import propagate, propagation_identity, propagation_windows
 from sharebasis.recovery import recover, recovery_identity, recovery_windows
 from sharebasis.resources import pick_device
 from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
@@ -72,6 +74,7 @@ METHODS = {
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
+    "auto-propagated": ["fit=auto", "propagate=regression"],
     "auto-recovered": ["fit=auto", "recover=distill"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
     "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
@@ -134,20 +137,37 @@ def fit_all(arguments: argparse.Namespace) -> None:
 
 
 def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> None:
-    work, device, own = arguments.work, pick_device(settings.device), settings.recover
-    weights, target, seed = work / "weights", work / name_of(point), settings.seed
-    compressed = work / "fitted" if own.steps else target
+    """The stages that follow `decompose`; the last one's model goes by the name of the point."""
+    work, device = arguments.work, pick_device(settings.device)
+    steps = [propagate_one] * bool(settings.propagate.amount)
+    steps += [recover_one] * bool(settings.recover.steps)
+    names = [f"{name_of(point)}.{i}" for i in range(len(steps))] + [name_of(point)]
     moments, sensitivity = MomentStore(work / "moments"), sense(work, settings)
-    fitted = fit(weights, work / "spectra", settings.fit, compressed, device, moments, sensitivity)
-    metrics = target.with_suffix(f"{target.suffix}.json")
-    store.write_json(metrics, fit_metrics(fitted, settings.fit))
-    if not own.steps:
-        return
-    windows = recovery_windows(load_tokenizer(compressed), settings.data, own, seed)
-    identity = recovery_identity(weights, compressed, windows, own, seed=seed)
+    models = work / "weights", work / "spectra"
+    fitted = fit(*models, settings.fit, work / names[0], device, moments, sensitivity)
+    store.write_json(work / f"{name_of(point)}.json", fit_metrics(fitted, settings.fit))
+    for step, source, target in zip(steps, names, names[1:], strict=False):
+        step(work, settings, work / source, work / target)
+        shutil.rmtree(work / source)
+
+
+def propagate_one(work: Path, settings: Settings, source: Path, target: Path) -> None:
+    weights, own, device = work / "weights", settings.propagate, pick_device(settings.device)
+    windows = propagation_windows(load_tokenizer(source), settings.data, own, settings.seed)
+    identity = propagation_identity(weights, source, windows, own, settings.fit)
+    checkpoint = Checkpoint(work / "propagation", identity, own.checkpoint_seconds)
+    model = classify_model(meta_model(load_config(weights)))
+    models = weights, model, source, MomentStore(work / "moments")
+    propagate(*models, windows, own, settings.fit, checkpoint, target, device)
+
+
+def recover_one(work: Path, settings: Settings, source: Path, target: Path) -> None:
+    weights, own, seed = work / "weights", settings.recover, settings.seed
+    windows = recovery_windows(load_tokenizer(source), settings.data, own, seed)
+    identity = recovery_identity(weights, source, windows, own, seed=seed)
     checkpoint = Checkpoint(work / "recovery", identity, own.checkpoint_seconds)
-    shard_bytes = settings.fit.shard_bytes
-    recover(weights, compressed, windows, own, seed, checkpoint, target, shard_bytes, device)
+    shard_bytes, device = settings.fit.shard_bytes, pick_device(settings.device)
+    recover(weights, source, windows, own, seed, checkpoint, target, shard_bytes, device)
 
 
 def sense(work: Path, settings: Settings) -> Sensitivity:

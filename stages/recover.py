@@ -1,12 +1,20 @@
 """Stage `recover`: the factors, distilled against the original; optional."""
 
+from sharebasis import compressed_index
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, load_tokenizer
 from sharebasis.recovery import recover, recovery_identity, recovery_windows, write_unrecovered
 from sharebasis.resources import pick_device
 from sharebasis.settings import Settings
-from sharebasis.stage import COMPRESSED, RECOVERED, RECOVERY_CHECKPOINT, WEIGHTS, report_errors
+from sharebasis.stage import (
+    COMPRESSED,
+    PROPAGATED,
+    RECOVERED,
+    RECOVERY_CHECKPOINT,
+    WEIGHTS,
+    report_errors,
+)
 from sharebasis.texts import require_positions
 
 
@@ -21,12 +29,13 @@ def main() -> None:
 
 def train(settings: Settings) -> None:
     own, device, seed = settings.recover, pick_device(settings.device), settings.seed
-    require_positions(load_config(COMPRESSED), own.window, "recover.window")
-    windows = recovery_windows(load_tokenizer(COMPRESSED), settings.data, own, seed)
-    identity = recovery_identity(WEIGHTS, COMPRESSED, windows, own, seed=seed, device=str(device))
+    source = PROPAGATED if (PROPAGATED / compressed_index.FILE).exists() else COMPRESSED
+    require_positions(load_config(source), own.window, "recover.window")
+    windows = recovery_windows(load_tokenizer(source), settings.data, own, seed)
+    identity = recovery_identity(WEIGHTS, source, windows, own, seed=seed, device=str(device))
     checkpoint = Checkpoint(RECOVERY_CHECKPOINT, identity, own.checkpoint_seconds)
     shard_bytes = settings.fit.shard_bytes
-    recover(WEIGHTS, COMPRESSED, windows, own, seed, checkpoint, RECOVERED, shard_bytes, device)
+    recover(WEIGHTS, source, windows, own, seed, checkpoint, RECOVERED, shard_bytes, device)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def test_the_groups_are_all_there() -> None:
         "split",
         "sensitivity",
         "fit",
+        "propagate",
         "recover",
         "curve",
         "vary",
@@ -143,6 +144,8 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
 UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
 UNKNOWN += ["sensitivity.typo"]
+UNKNOWN += ["split.typo", "fit.typo", "propagate.typo", "recover.typo"]
+UNKNOWN += ["vary.typo", "verify.typo", "attribute.typo"]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)

@@ -21,6 +21,7 @@ STAGES = (
     "decompose",
     "sensitivity",
     "fit",
+    "propagate",
     "recover",
     "verify",
     "curve",

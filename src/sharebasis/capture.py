@@ -2,13 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from sharebasis.errors import CalibrationError
 from sharebasis.moments import Site
+
+
+class Reached(Exception):  # noqa: N818 (no error)
+    """Raised by a hook when nothing that follows in a forward pass is of use."""
+
+
+def first_call(
+    module: nn.Module, run: Callable[[], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a module is called with, args and kwargs; nothing after it runs.
+
+    Args:
+        module: that runs in `run`.
+        run: called without arguments.
+
+    Raises:
+        CalibrationError: the module did not run.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise Reached
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except Reached:
+        return found[0]
+    finally:
+        hook.remove()
+    raise CalibrationError(f"A {type(module).__name__} that was to be watched did not run.")
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What modules are first given, by name, in the order in which they run; until the end."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, args[0])
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextmanager
+def forced(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Have modules put out something else than they do; until the end."""
+
+    def say(output: Tensor) -> Callable[..., Tensor]:
+        return lambda *_: output
+
+    hooks = [module.register_forward_hook(say(output)) for module, output in outputs.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def find_sites(
@@ -31,21 +98,10 @@ def find_sites(
     Raises:
         CalibrationError: a sublayer did not run.
     """
-    seen: dict[str, Tensor] = {}  # holds the inputs, so that no memory is used twice
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, args[0])
-
-        return hook
-
     names = tuple(names)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    try:
+    # What was seen is held, so that no memory is used twice.
+    with watched({name: model.get_submodule(name) for name in names}) as seen:
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if silent := [name for name in names if name not in seen and name not in idle]:
         raise CalibrationError(
             f"{len(silent)} selected sublayers did not run on the probe, {silent[0]} among them; "

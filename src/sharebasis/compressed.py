@@ -50,7 +50,7 @@ def load_compressed(
     for mlp in index.mlps:
         narrow(model, mlp.reads, mlp.down, len(mlp.kept))
     modules = wrap(model, rows)
-    names = {name for group in index.groups for name in _tensors(group)}
+    names = {name for group in index.groups for name in group.tensors}
     found: dict[str, Tensor] = {}
     for name, tensor in reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -80,14 +80,20 @@ def linears_by_group(
         model: from `load_compressed`.
         index: of the directory that it was loaded from.
     """
+    linears = linears_by_tensor(model, index)
+    for group in index.groups:
+        yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+
+
+def linears_by_tensor(model: PreTrainedModel, index: CompressedIndex) -> Mapping[str, ShareLinear]:
+    """The parts of a model by the tensors of their coefficients; arguments as above."""
     linears: dict[str, ShareLinear] = {}
     for name, own in _parts_by_sublayer(index).items():
         module = model.get_submodule(name)
         assert isinstance(module, SplitLinear)
         for part, linear in zip(own, module.parts, strict=True):
             linears.setdefault(part.coefficient, linear)
-    for group in index.groups:
-        yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+    return linears
 
 
 def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:
@@ -97,15 +103,6 @@ def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]
         for part in group.parts:
             parts.setdefault(part.sublayer, []).append(part)
     return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
-
-
-def _tensors(group: CompressedGroup) -> Iterator[str]:
-    if group.basis:
-        yield group.basis
-    for part in group.parts:
-        yield part.coefficient
-        if part.pivots:
-            yield part.pivots
 
 
 def _parameter(tensor: Tensor) -> Tensor:

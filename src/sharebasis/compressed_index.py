@@ -49,6 +49,12 @@ class CompressedGroup:
     side: Side = "input"
     """input: a part is coefficient @ basis; output: basis @ coefficient."""
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all its tensors, that of the basis first."""
+        own = (name for part in self.parts for name in (part.coefficient, part.pivots))
+        return tuple(dict.fromkeys(name for name in (self.basis, *own) if name))
+
 
 @dataclass(frozen=True)
 class NarrowedMlp:

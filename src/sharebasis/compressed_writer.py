@@ -40,11 +40,11 @@ class CompressedWriter:
         self._writer.add(name, tensor)
 
     def add_dense(self, group: CompressedGroup, weights: Mapping[str, Tensor]) -> None:
-        """A group without a basis.
+        """A group without a basis, or one whose tensors are as they are to be stored.
 
         Args:
             group: what to call its tensors.
-            weights: the rows of its parts, by those names.
+            weights: the rows of its parts, or all of its tensors, by those names.
         """
         for name, weight in weights.items():
             self._writer.add(name, weight)
@@ -101,6 +101,51 @@ class CompressedWriter:
                 shutil.copyfile(path, self._directory / path.name)
         index = CompressedIndex(tuple(self._groups), self._writer.files, tuple(mlps))
         store.save_record(self._directory / compressed_index.FILE, index)
+
+
+def rewrite(
+    out: Path,
+    source: Path,
+    index: CompressedIndex,
+    replaced: Mapping[str, Tensor],
+    shard_bytes: int,
+) -> None:
+    """Copy a compressed directory, with other tensors in the place of some.
+
+    Args:
+        out: to write into, from `store.writing`.
+        source: artifacts/compressed.
+        index: of `source`.
+        replaced: by name, the factors of a group in plain form (all of them or none), or the rows
+            of one that has no basis, or any other tensor.
+        shard_bytes: size at which a shard is closed.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    reader = store.TensorReader(source, index.files)
+    of_groups = {name for group in index.groups for name in group.tensors}
+    others = {name: file for name, file in index.files.items() if name not in of_groups}
+    writer = CompressedWriter(out, shard_bytes)
+    for name, tensor in store.TensorReader(source, others).stream():
+        writer.add(name, replaced[name].to("cpu", tensor.dtype) if name in replaced else tensor)
+    for group in index.groups:
+        dtype = reader.read(group.tensors[0], slice(0, 1)).dtype
+        if group.basis is not None and group.basis in replaced:
+            names = dict.fromkeys(part.coefficient for part in group.parts)
+            plain = {name: replaced[name].detach().double() for name in (group.basis, *names)}
+            if group.side == "output":
+                plain = {name: factor.T for name, factor in plain.items()}
+            writer.add_factors(group, plain.pop(group.basis), plain, dtype)
+        else:
+            new = {
+                name: replaced[name].detach().to("cpu", dtype)
+                for name in group.tensors
+                if name in replaced
+            }
+            kept = (name for name in group.tensors if name not in replaced)
+            writer.add_dense(group, new | {name: reader.read(name) for name in kept})
+    writer.finish(source, index.mlps)
 
 
 Named = dict[str, Tensor]

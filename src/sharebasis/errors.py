@@ -45,6 +45,10 @@ class BudgetError(ShareBasisError):
     """No rank meets the removed fraction that was asked for."""
 
 
+class PropagationError(ShareBasisError):
+    """The blocks of a model cannot be run one by one."""
+
+
 class RecoveryError(ShareBasisError):
     """There is nothing to train, or training went astray."""
 

@@ -15,7 +15,7 @@ from sharebasis import compressed_index, store
 from sharebasis.checkpoint import Checkpoint, digest_of
 from sharebasis.compressed import linears_by_group, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
-from sharebasis.compressed_writer import CompressedWriter
+from sharebasis.compressed_writer import rewrite
 from sharebasis.errors import RecoveryError
 from sharebasis.factorize import balance
 from sharebasis.hub import MANIFEST, load_model
@@ -191,36 +191,9 @@ def write_recovered(
     Raises:
         StoreError: the disk is full.
     """
-    reader = store.TensorReader(source, index.files)
-    trained = {one.group.name for one in groups}
-    dense = [group for group in index.groups if group.name not in trained]
-    of_dense = {part.coefficient for group in dense for part in group.parts}
-    replaced = {name for group in groups for name, _ in group.named()} | {
-        part.pivots for group in groups for part in group.group.parts if part.pivots
-    }
-    others = {n: file for n, file in index.files.items() if n not in replaced | of_dense}
+    factors = {name: own for group in groups for name, own in group.named()}
     with store.writing(target) as out:
-        writer = CompressedWriter(out, shard_bytes)
-        for name, tensor in store.TensorReader(source, others).stream():
-            writer.add(name, tensor)
-        for group in dense:
-            names = {part.coefficient for part in group.parts}
-            writer.add_dense(group, {name: reader.read(name) for name in sorted(names)})
-        for one in groups:
-            if one.group.basis is None or one.basis is None:
-                kept = {name: reader.read(name).dtype for name in one.coefficients}
-                own = one.coefficients.items()
-                weights = {name: weight.detach().to("cpu", kept[name]) for name, weight in own}
-                writer.add_dense(one.group, weights)
-                continue
-            dtype = reader.read(one.group.basis, slice(0, 1)).dtype
-            basis = _stored(one.group, one.basis.detach()).double()
-            coefficients = {
-                name: _stored(one.group, own.detach()).double()
-                for name, own in one.coefficients.items()
-            }
-            writer.add_factors(one.group, basis, coefficients, dtype)
-        writer.finish(companions=source, mlps=index.mlps)
+        rewrite(out, source, index, factors, shard_bytes)
         store.save_record(out / INDEX, recovery)
 
 

@@ -246,6 +246,34 @@ class SensitivitySettings:
 
 
 @dataclass(frozen=True)
+class PropagateSettings:
+    """A refit, block by block, to what the compressed blocks before make of the inputs."""
+
+    amount: Annotated[float, Ge(0), Le(1)]
+    """How far the target goes from the weight to its regression; 0 leaves the stage out."""
+    stream: Annotated[float, Ge(0), Le(1)]
+    """How much what writes to the residual stream makes up for what the stream lacks by then."""
+    mean: bool
+    """Whether biases, where there are any, keep the mean of what is put out."""
+    windows: PositiveInt
+    """Windows of the calibration text, from its start; memory goes with it."""
+    window: Annotated[int, Gt(1)]
+    """Tokens of each."""
+    batch: PositiveInt
+    """Windows that go through a block at once."""
+    damping: Annotated[float, Ge(0)]
+    """Of the mean diagonal of the moment of inputs, added to it before the regression."""
+    skip: Annotated[int, Ge(0)]
+    """Tokens at the start of a window that do not count."""
+    clip: Annotated[float, Gt(0)] | None
+    """Inputs longer than `clip` times the median count as if they were as long as that."""
+    dtype: DType
+    """Arithmetic of the passes, and of the hidden states that are kept."""
+    checkpoint_seconds: Annotated[float, Gt(0)]
+    """Longest time between two checkpoints; what a kill can cost."""
+
+
+@dataclass(frozen=True)
 class RecoverSettings:
     """A short distillation of the compressed model against the original."""
 
@@ -336,6 +364,7 @@ class Settings:
     split: SplitSettings
     sensitivity: SensitivitySettings
     fit: FitSettings
+    propagate: PropagateSettings
     recover: RecoverSettings
     curve: CurveSettings
     vary: VarySettings

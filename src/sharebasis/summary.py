@@ -58,7 +58,9 @@ def _storage(fit: dict[str, Any]) -> Table:
 
 def _fidelity(verify: dict[str, Any]) -> Table:
     lossless = verify["lossless"]
-    models = {name: verify[name] for name in ("compressed", "recovered") if name in verify}
+    models = {
+        name: verify[name] for name in ("compressed", "propagated", "recovered") if name in verify
+    }
     table = Table(title=f"Fidelity over {verify['n_predictions']:,} predictions")
     for column in ("", "original", *models):
         table.add_column(column, justify="right" if column else "left")

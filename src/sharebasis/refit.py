@@ -1,0 +1,134 @@
+"""A group's factors, fitted again to what its parts are given by now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sharebasis.compressed_index import CompressedGroup, CompressedPart
+from sharebasis.factorize import decompose_reads
+from sharebasis.moment_store import MomentStore
+from sharebasis.moments import Moment
+from sharebasis.regression import PairedMoment, regressed
+from sharebasis.settings import METHODS, FitSettings, PropagateSettings
+from sharebasis.share_linear import ShareLinear
+
+Tensors = dict[str, Tensor]
+"""Factors in plain form, and dense weights, by the names that the index has for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refitter:
+    """Fits groups again, at the same rank and in the same metric of outputs."""
+
+    original: nn.Module
+    """The dense model."""
+    moments: MomentStore
+    """Of the gradients."""
+    settings: PropagateSettings
+    fit: FitSettings
+    """Metric and damping of the fit before."""
+
+    def tensors(self, group: CompressedGroup, pair: PairedMoment) -> Tensors:
+        """New factors of a group, or new weights of one that is stored dense.
+
+        Args:
+            group: whose parts all read one input, each of them under one name.
+            pair: of that input.
+
+        Raises:
+            CalibrationError: a moment is not usable.
+        """
+        damped = pair.damped(self.settings.damping)
+        targets = [self._target(part, damped) for part in group.parts]
+        if group.basis is None:
+            return dict(zip((part.coefficient for part in group.parts), targets, strict=True))
+        inputs = pair.compressed.damped(self.fit.damping_inputs)
+        every = decompose_reads(targets, inputs, self._gradients(group))
+        lengths = [len(part.rows) for part in group.parts]
+        coefficients = every.coefficient[:, : group.rank].split(lengths)
+        found = {group.basis: every.basis[: group.rank]}
+        for part, own in zip(group.parts, coefficients, strict=True):
+            found[part.coefficient] = own
+        return found
+
+    def bias(self, part: CompressedPart, fitted: Tensor, pair: PairedMoment) -> Tensor:
+        """Of a part's rows, b + W E[x] - Ŵ E[x̂]: what is put out has the mean that it had.
+
+        Args:
+            part: of a sublayer that has a bias.
+            fitted: Ŵ, its rows.
+            pair: of its input.
+        """
+        own = self.original.get_submodule(part.sublayer).bias
+        assert isinstance(own, Tensor)
+        mean = self._weight(part).double() @ pair.original.mean
+        mean = mean - fitted.double() @ pair.compressed.mean
+        return own[part.rows.numbers.to(own.device)] + mean
+
+    def _target(self, part: CompressedPart, pair: PairedMoment) -> Tensor:
+        own, weight = self.settings, self._weight(part)
+        if pair.drift is None:
+            return regressed(weight, pair, own.amount)
+        return regressed(weight, pair, own.amount, own.stream * part.rows.take(pair.drift))
+
+    def _weight(self, part: CompressedPart) -> Tensor:
+        module = self.original.get_submodule(part.sublayer)
+        assert isinstance(module, nn.Linear | Conv1D)
+        weight = module.weight.detach()
+        return part.rows.take(weight.T if isinstance(module, Conv1D) else weight)
+
+    def _gradients(self, group: CompressedGroup) -> Sequence[Moment] | None:
+        metric = METHODS[self.fit.method].gradients
+        if not self.fit.two_sided or metric == "none":
+            return None
+        found = [self._gradient(part) for part in group.parts]
+        return [own.diagonal() for own in found] if metric == "diagonal" else found
+
+    def _gradient(self, part: CompressedPart) -> Moment:
+        whole, rows = self.moments.gradient(part.sublayer), part.rows.numbers
+        own = Moment(whole.total[rows][:, rows], whole.sum[rows], whole.n_tokens, whole.site)
+        device = next(self.original.parameters()).device
+        return own.to(device).damped(self.fit.damping_gradients)
+
+
+def install(
+    group: CompressedGroup, tensors: Mapping[str, Tensor], linears: Mapping[str, ShareLinear]
+) -> None:
+    """Give a running model what was fitted for a group.
+
+    Args:
+        group: of its index.
+        tensors: those of the group, and perhaps others.
+        linears: the model's parts by the names of their coefficients.
+    """
+    for part in group.parts:
+        linear = linears[part.coefficient]
+        like = next(linear.parameters())
+        own = tensors[part.coefficient].to(like)
+        if group.basis is None:
+            linear.weight = nn.Parameter(own, requires_grad=False)
+        else:
+            linear.refactor(tensors[group.basis].to(like), own)
+
+
+def refittable(
+    groups: Iterable[CompressedGroup], readers: Iterable[str]
+) -> Sequence[CompressedGroup]:
+    """Groups whose parts all read one input, each under one name, on whose side the basis is.
+
+    Args:
+        groups: of a model.
+        readers: sublayers that read the input.
+    """
+    own = set(readers)
+    return [
+        group
+        for group in groups
+        if all(part.sublayer in own for part in group.parts)
+        and len({part.coefficient for part in group.parts}) == len(group.parts)
+        and group.side == "input"
+    ]

@@ -1,0 +1,52 @@
+"""Stage `propagate`: blocks refitted to what compressed ones before them put out; optional."""
+
+from sharebasis import store
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.config import load_settings
+from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.moment_store import MomentStore
+from sharebasis.propagation import (
+    propagate,
+    propagation_identity,
+    propagation_windows,
+    write_unpropagated,
+)
+from sharebasis.resources import pick_device
+from sharebasis.settings import Settings
+from sharebasis.stage import (
+    COMPRESSED,
+    MOMENTS,
+    PROPAGATED,
+    PROPAGATION_CHECKPOINT,
+    SUBLAYERS,
+    WEIGHTS,
+    report_errors,
+)
+from sharebasis.sublayer import Classification
+from sharebasis.texts import require_positions
+
+
+@report_errors
+def main() -> None:
+    settings = load_settings()
+    if settings.propagate.amount:
+        refit(settings)
+    else:
+        write_unpropagated(PROPAGATED)
+
+
+def refit(settings: Settings) -> None:
+    own, device = settings.propagate, pick_device(settings.device)
+    require_positions(load_config(COMPRESSED), own.window, "propagate.window")
+    windows = propagation_windows(load_tokenizer(COMPRESSED), settings.data, own, settings.seed)
+    identity = propagation_identity(
+        WEIGHTS, COMPRESSED, windows, own, settings.fit, device=str(device)
+    )
+    checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
+    classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
+    models = WEIGHTS, classification, COMPRESSED, moments
+    propagate(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
+
+
+if __name__ == "__main__":
+    main()

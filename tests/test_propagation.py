@@ -1,0 +1,349 @@
+"""Blocks are refitted to their inputs: what that undoes, what it leaves, and after a kill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeDirectory, MakeSettings, fit_at_once
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sharebasis import compressed_index, propagation, store
+from sharebasis.calibration import calibrate
+from sharebasis.capture import watched
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import linears_by_tensor, load_compressed
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.propagation import (
+    Propagation,
+    propagate,
+    propagation_identity,
+    propagation_windows,
+    write_unpropagated,
+)
+from sharebasis.refit import Refitter
+from sharebasis.regression import PairedMoment
+from sharebasis.settings import PropagateSettings, Settings
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import split_selected
+from sharebasis.sublayer import Classification
+from sharebasis.texts import read_windows
+
+WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+AUTO = {
+    "fit.method": "auto",
+    "fit.shared": [],
+    "fit.group_size": 1,
+    "fit.allocation": "uniform",
+    "fit.storage": "interpolative",
+    "fit.removed": 0.4,
+    "propagate.amount": 0.3,
+    "propagate.stream": 0.0,
+    "propagate.windows": 20,
+    "propagate.window": 16,
+    "propagate.batch": 8,
+}
+
+
+SHARED = {
+    "fit.method": "basis_sharing",
+    "fit.shared": ["q", "k", "v", "gate", "up"],
+    "fit.group_size": 2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model, compressed."""
+
+    work: Path
+    classification: Classification
+    settings: Settings
+
+    @property
+    def index(self) -> CompressedIndex:
+        return store.load_record(self.work / "compressed" / compressed_index.FILE, CompressedIndex)
+
+    def propagate(
+        self, target: Path, checkpoint: Checkpoint | None = None, **changes: object
+    ) -> Propagation:
+        own = replace(self.settings.propagate, **changes)
+        never = Checkpoint(target.parent / "checkpoint", {}, math.inf)
+        moments = MomentStore(self.work / "moments")
+        models = self.work / "weights", self.classification, self.work / "compressed", moments
+        last = checkpoint or never, target, CPU
+        return propagate(*models, WINDOWS, own, self.settings.fit, *last)
+
+
+MakeCase = Callable[..., Case]
+
+
+@pytest.fixture(scope="module")
+def make_case(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_directory: MakeDirectory,
+    make_settings: MakeSettings,
+) -> MakeCase:
+    """`make_case(family, {"fit.removed": ...})`: a small model, compressed as told."""
+
+    def make(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
+        work = tmp_path_factory.mktemp("case")
+        extract(find_source(str(make_directory(family))), work / "weights")
+        model = classify_model(meta_model(load_config(work / "weights")))
+        dense = load_model(work / "weights", "float32", CPU)
+        never = Checkpoint(work / "checkpoint", {}, math.inf)
+        found = calibrate(dense, model.selected, WINDOWS, 4, never, "text")
+        write_moments(work / "moments", *found)
+        settings = make_settings({**AUTO, **changes})
+        parts, moments = (
+            split_selected(model, settings.split.strategy),
+            MomentStore(work / "moments"),
+        )
+        fit_at_once(work / "weights", parts, moments, settings.fit, work / "compressed")
+        return Case(work, model, settings)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def case(make_case: MakeCase) -> Case:
+    return make_case()
+
+
+def _products(directory: Path) -> dict[str, Tensor]:
+    """The dense weight of every part."""
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    linears = linears_by_tensor(load_compressed(directory), index)
+    return {name: linear.dense().detach() for name, linear in linears.items()}
+
+
+def _n_stored(directory: Path) -> int:
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    reader = store.TensorReader(directory, index.files)
+    return sum(math.prod(reader.shape(name)) for name in index.files)
+
+
+@torch.no_grad()
+def _drift(case: Case, directory: Path, blocks: int = 3) -> float:
+    """The squared distance of the hidden states behind some blocks."""
+    models = load_model(case.work / "weights", "float32", CPU), load_compressed(directory)
+    one, other = (
+        model.model(input_ids=WINDOWS, output_hidden_states=True).hidden_states[blocks]
+        for model in models
+    )
+    return ((one - other).square().sum() / one.square().sum()).item()
+
+
+def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) -> None:
+    """Its regression is the weight itself, so the same fit comes out; later blocks change."""
+    case.propagate(tmp_path / "out", amount=1.0)
+    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
+    reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
+    assert not changed & set(reads)
+    for name in reads:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-4)
+    assert changed == {name for name in before if name not in reads}
+
+
+def test_as_many_numbers_and_ranks_as_before(case: Case, tmp_path: Path) -> None:
+    found = case.propagate(tmp_path / "out")
+    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    assert _n_stored(tmp_path / "out") == _n_stored(case.work / "compressed")
+    ranks = {group.name: (group.rank, group.tensors) for group in case.index.groups}
+    assert {group.name: (group.rank, group.tensors) for group in index.groups} == ranks
+    assert (found.refitted, found.left, len(found.distances)) == (21, 0, 3)
+
+
+def test_the_stream_comes_closer_and_more_so_with_the_regression(
+    case: Case, tmp_path: Path
+) -> None:
+    """By what the stage reports and by what a run of the models shows."""
+    drift = {"before": _drift(case, case.work / "compressed")}
+    for name, amount in (("refit", 1e-9), ("half", 0.5)):
+        found = case.propagate(tmp_path / name, amount=amount)
+        drift[name] = _drift(case, tmp_path / name)
+        assert 0 < found.distances[0] < found.distances[-1]
+    assert drift["half"] < 0.97 * drift["refit"]
+    assert drift["half"] < 0.97 * drift["before"]
+
+
+def test_a_write_makes_up_for_what_the_stream_lacks(make_case: MakeCase, tmp_path: Path) -> None:
+    """Without a metric of outputs, what is minimised is the squared error of the block's output."""
+    case, drift = make_case("llama", {"fit.method": "svd_llm", "fit.two_sided": False}), []
+    for stream in (0.0, 1.0):
+        case.propagate(tmp_path / f"{stream}", amount=1.0, stream=stream)
+        drift.append(_drift(case, tmp_path / f"{stream}", blocks=1))
+    assert drift[1] < 0.98 * drift[0]
+
+
+STREAMS = {"o": ("self_attn.o_proj", ""), "down": ("mlp.down_proj", ".post_attention_layernorm")}
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("write", STREAMS)
+@torch.no_grad()
+def test_what_the_stream_lacks_before_a_write(
+    family: str, write: str, make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the inputs of what reads the stream just there; granite adds half of what is written."""
+    name, reader = STREAMS[write]
+    case, pairs = make_case(family), {}
+    tensors = Refitter.tensors
+
+    def note(self: Refitter, group: CompressedGroup, pair: PairedMoment) -> object:
+        pairs[group.name] = pair
+        return tensors(self, group, pair)
+
+    monkeypatch.setattr(Refitter, "tensors", note)
+    case.propagate(tmp_path / "out", stream=0.5)
+    models = load_model(case.work / "weights", "float32", CPU), load_compressed(tmp_path / "out")
+    seen: list[dict[str, Tensor]] = []
+    for model in models:
+        wanted = {"stream": f"model.layers.1{reader}", "input": f"model.layers.1.{name}"}
+        with watched({key: model.get_submodule(own) for key, own in wanted.items()}) as own:
+            model.model(input_ids=WINDOWS)
+        seen.append({key: tensor.flatten(0, 1).double() for key, tensor in own.items()})
+    drift = (seen[0]["stream"] - seen[1]["stream"]) / (0.5 if family == "granite" else 1)
+    expected = drift.T @ seen[1]["input"]
+    found = pairs[f"model.layers.1.{name}"].drift
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    assert all(
+        (pair.drift is None) == (not name.endswith(("o_proj", "down_proj")))
+        for name, pair in pairs.items()
+    )
+
+
+def test_a_block_that_norms_what_it_writes_is_only_regressed(
+    make_case: MakeCase, tmp_path: Path
+) -> None:
+    case = make_case("gemma2")
+    for name, stream in (("plain", 0.0), ("stream", 0.5)):
+        case.propagate(tmp_path / name, stream=stream)
+    plain, stream = _products(tmp_path / "plain"), _products(tmp_path / "stream")
+    for name, product in plain.items():
+        torch.testing.assert_close(stream[name], product, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_bias_keeps_the_mean_of_what_is_put_out(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case("gpt2", {"split.strategy": "qkv"})
+    model = load_model(case.work / "weights", "float32", CPU)
+    name = "transformer.h.2.attn.c_attn"
+
+    def mean(one: PreTrainedModel) -> Tensor:
+        with watched({name: one.get_submodule(name)}) as seen:
+            one.base_model(input_ids=WINDOWS)
+        return one.get_submodule(name)(seen[name]).flatten(0, 1).mean(0)
+
+    off = []
+    for kept in (False, True):
+        case.propagate(tmp_path / f"{kept}", mean=kept)
+        off.append((mean(load_compressed(tmp_path / f"{kept}")) - mean(model)).norm())
+    assert off[1] < 1e-3 * off[0]
+    assert _n_stored(tmp_path / "True") == _n_stored(case.work / "compressed")
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+def test_a_killed_run_goes_on_to_the_same_end(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = case.propagate(tmp_path / "whole")
+    passed: list[int] = []
+    pass_block = propagation.Propagator.pass_block
+
+    def count(self: propagation.Propagator, i: int, streams: propagation.Streams) -> object:
+        if passed == [0, 1]:
+            raise Killed
+        passed.append(i)
+        return pass_block(self, i, streams)
+
+    monkeypatch.setattr(propagation.Propagator, "pass_block", count)
+    weights, compressed = case.work / "weights", case.work / "compressed"
+    settings = case.settings
+    own = propagation_identity(weights, compressed, WINDOWS, settings.propagate, settings.fit)
+    with pytest.raises(Killed):
+        case.propagate(tmp_path / "killed", Checkpoint(tmp_path / "c", own, 0.0))
+    assert not (tmp_path / "killed").exists()
+    passed.clear()
+    assert case.propagate(tmp_path / "killed", Checkpoint(tmp_path / "c", own, 0.0)) == wanted
+    assert passed == [2]
+    assert not (tmp_path / "c").exists()
+    whole, killed = _products(tmp_path / "whole"), _products(tmp_path / "killed")
+    for name, product in whole.items():
+        torch.testing.assert_close(killed[name], product, rtol=0, atol=0)
+
+
+def test_another_amount_is_another_run(case: Case) -> None:
+    weights, compressed = case.work / "weights", case.work / "compressed"
+    own = case.settings.propagate
+
+    def identity(settings: PropagateSettings) -> object:
+        return propagation_identity(weights, compressed, WINDOWS, settings, case.settings.fit)
+
+    assert identity(own) != identity(replace(own, amount=0.5))
+    assert identity(own) == identity(replace(own, checkpoint_seconds=9.0))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "left"),
+    [
+        ("gpt2", {"split.strategy": "qkv"}, 0),
+        ("gpt2", {"split.strategy": "heads", "fit.storage": "plain"}, 0),
+        ("falcon", {}, 0),
+        ("gemma2", {"fit.method": "svd", "fit.two_sided": False}, 0),
+        # q, k, v, gate and up of two of the three layers share.
+        ("llama", SHARED, 5),
+        ("mixtral", {}, 3 * 4 * 2),  # experts
+    ],
+)
+def test_families_and_what_is_left(
+    family: str, changes: Mapping[str, object], left: int, make_case: MakeCase, tmp_path: Path
+) -> None:
+    case = make_case(family, changes)
+    found = case.propagate(tmp_path / "out")
+    assert found.left == left
+    assert found.refitted > 0
+    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
+    assert _n_stored(tmp_path / "out") == _n_stored(case.work / "compressed")
+
+
+def test_the_windows_are_the_first_of_the_calibration_text(
+    make_settings: MakeSettings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("a basis shared by many layers " * 60)
+    settings = make_settings(
+        {
+            "data.source": "files",
+            "data.calibration.path": str(tmp_path / "text"),
+            "data.evaluation.path": str(tmp_path / "text"),
+            "data.calibration.windows": 4,
+            "data.window": 16,
+            "propagate.windows": 2,
+            "propagate.window": 16,
+        }
+    )
+    own = propagation_windows(tokenizer, settings.data, settings.propagate, 0)
+    whole = read_windows(tokenizer, settings.data, "calibration", 0)
+    assert torch.equal(own, whole[:2])
+
+
+def test_left_out_it_says_so(tmp_path: Path) -> None:
+    write_unpropagated(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["propagation.json"]
+    assert store.load_record(tmp_path / "out" / "propagation.json", Propagation) == Propagation(
+        0, 0, ()
+    )
