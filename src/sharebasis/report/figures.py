@@ -16,7 +16,7 @@ from sharebasis.report.series import at_one_budget, in_order, series
 
 MARKERS = "os^Dv<>Pp*X"
 N_COLUMNS = 4
-SPAN = 100
+SPAN = 1000
 """How many times its lowest value an axis of the quality shows: what is far off hides the rest."""
 DETERMINED: Mapping[str, dict[str, Any]] = {
     "pdf": {"metadata": {"CreationDate": None}},
@@ -162,8 +162,9 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     heights = [np.asarray(line.get_ydata(), float) for line in axes.lines]
     lowest = min((float(own.min()) for own in heights), default=0.0)
-    if heights and max(float(own.max()) for own in heights) > SPAN * lowest:
-        axes.set_ylim(0.8 * lowest, SPAN * lowest)
+    near = [float(value) for own in heights for value in own if value <= SPAN * lowest]
+    if len(near) < sum(map(len, heights)):
+        axes.set_ylim(0.8 * lowest, 1.4 * max(near))
         for line, own in zip(axes.lines, heights, strict=True):
             if own.min() > SPAN * lowest:
                 line.set_label(f"{line.get_label()} (above the axis)")
