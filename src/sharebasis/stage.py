@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import ParamSpec
 
 from sharebasis.errors import ShareBasisError
+from sharebasis.ledger import recorded
 
 P = ParamSpec("P")
 
 WEIGHTS = Path("artifacts/weights")
 SUBLAYERS = Path("artifacts/sublayers.json")
 MOMENTS = Path("artifacts/moments")
-CHECKPOINT = Path("artifacts/checkpoints/calibrate")
+CHECKPOINTS = Path("artifacts/checkpoints")
+CHECKPOINT = CHECKPOINTS / "calibrate"
 SPECTRA = Path("artifacts/spectra")
 VARIATION = Path("artifacts/variation.csv")
 COMPRESSED = Path("artifacts/compressed")
-RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
+RECOVERY_CHECKPOINT = CHECKPOINTS / "recover"
 RECOVERED = Path("artifacts/recovered")
 ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
@@ -29,13 +31,15 @@ PLOTS = Path("plots")
 
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Let a script end with one line and status 1 where bad input or the machine stops it."""
+    script = Path(main.__code__.co_filename).stem
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sharebasis").setLevel(logging.INFO)
         try:
-            main(*args, **kwargs)
+            with recorded(script):
+                main(*args, **kwargs)
         except ShareBasisError as error:
             sys.exit(f"{type(error).__name__}: {error}")
 
