@@ -54,6 +54,11 @@ def main():
         for out in stage.get(kind, ()):
             (path,) = out
             Path(path).parent.mkdir(exist_ok=True)
+            if NAME == "attribute" and kind == "outs":
+                Path(path).mkdir(exist_ok=True)
+                for name in ("components.png", "lens.png", "lens.csv"):
+                    Path(path, name).write_text("layer,loss,compressed_loss,kl,compressed_kl")
+                continue
             partial = Path(path + ".partial")
             partial.write_text(json.dumps(made))
             partial.replace(path)
@@ -76,11 +81,28 @@ class Checkout:
         )
         return run.stdout.strip()
 
+    def dvc(self, *arguments: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        return {**os.environ, "PYTHONPATH": str(self.root / "src"), "PATH": path}
+
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "sharebasis.sweep", "-m", *arguments],
             cwd=self.root,
-            env={**os.environ, "PYTHONPATH": str(self.root / "src"), **environment},
+            env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -166,11 +188,18 @@ class Swept:
 def swept(make_checkout: MakeCheckout) -> Swept:
     """Two splits at a removed fraction that can be met and at one that cannot."""
     checkout = make_checkout()
+    checkout.dvc("repro")  # as everybody does first; of another model
+    checkout.git("commit", "--all", "--quiet", "--message", "Run")
     # What is not committed is part of every point, and what git does not know can be read.
     (checkout.root / "own.txt").write_text("a text")
     with (checkout.root / "stages/verify.py").open("a") as file:
         file.write("# an edit\n")
-    given = ("data=files", "data.calibration.path=own.txt", "data.evaluation.path=own.txt")
+    given = (
+        "model.revision=other",
+        "data=files",
+        "data.calibration.path=own.txt",
+        "data.evaluation.path=own.txt",
+    )
     first = checkout.sweep(*GRID, *given)
     began, found = checkout.ran("began"), checkout.experiments()
     second = checkout.sweep(*GRID, *given, "hydra/launcher=slurm_local")
@@ -230,14 +259,11 @@ def test_the_workspace_is_as_it_was_and_none_is_left_behind(swept: Swept) -> Non
 
 def test_dvc_shows_and_applies_the_experiments(swept: Swept) -> None:
     root = swept.checkout.root
-    dvc = [sys.executable, "-m", "dvc", "exp"]
-    run = subprocess.run([*dvc, "show", "--json"], cwd=root, capture_output=True, check=True)
-    experiments = [
-        one["revs"][0] for rev in json.loads(run.stdout) for one in rev["experiments"] or ()
-    ]
+    shown = json.loads(swept.checkout.dvc("exp", "show", "--json"))
+    experiments = [one["revs"][0] for rev in shown for one in rev["experiments"] or ()]
     assert {one["name"]: one["rev"] for one in experiments} == dict(swept.found)
     name = min(swept.found)
-    subprocess.run([*dvc, "apply", name], cwd=root, capture_output=True, check=True)
+    swept.checkout.dvc("exp", "apply", name)
     compressed = json.loads((root / "artifacts/compressed").read_text())
     assert compressed["split"] == {"strategy": "heads"}
     assert yaml.safe_load((root / "params.yaml").read_text())["split"]["strategy"] == "heads"
@@ -267,3 +293,13 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(make_checkout: MakeCheckout
         for commit in checkout.experiments().values()
     }
     assert removed == {0.2, 0.3}
+
+
+def test_ray_runs_the_points(make_checkout: MakeCheckout) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs the extra sweep-ray")
+    checkout = make_checkout()
+    run = checkout.sweep("hydra/launcher=ray_tasks", "split=heads", "fit.removed=0.2,0.3")
+    assert run.returncode == 0, run.stderr
+    once, twice = (*COMMON, "decompose"), ("fit", "recover", "verify")
+    assert checkout.ran() == {**dict.fromkeys(once, 1), **dict.fromkeys(twice, 2)}
+    assert len(checkout.experiments()) == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ class Records:
             entry = load_yaml(self.directory / key / LOCK)
         except FileNotFoundError:
             return False
-        in_git = set(_files(self.directory / key))
+        return self._cached(entry, _files(self.directory / key))
+
+    def _cached(self, entry: Mapping[str, Any], in_git: Collection[str]) -> bool:
+        """Whether the outputs of an entry are in the cache, but for those that are in git."""
         hashes = [out["md5"] for out in entry.get("outs", ()) if out["path"] not in in_git]
         return all((self.cache / md5[:2] / md5[2:]).exists() for md5 in hashes)
 
@@ -62,16 +65,17 @@ class Records:
     def lay_out(self, pipeline: Pipeline, stages: Mapping[str, str], workspace: Path) -> None:
         """Have a workspace's dvc.lock and git files say what is known of stages (name -> key).
 
-        Of other stages dvc.lock then says nothing: their outputs would have to be there, too.
+        Whatever else dvc.lock says, DVC has to judge; it fails where outputs are not in the cache.
         """
-        present = read_lock(workspace)
-        entries = {}
+        entries = {
+            stage: entry
+            for stage, entry in read_lock(workspace).items()
+            if stage in pipeline.stages and self._cached(entry, _in_git(pipeline, stage))
+        }
         for stage, key in stages.items():
             if key in self:
                 entries[stage] = load_yaml(self.directory / key / LOCK)
                 _copy(_in_git(pipeline, stage), self.directory / key, workspace)
-            elif stage in present:
-                entries[stage] = present[stage]
         write_lock(workspace, entries)
 
 
