@@ -1,4 +1,4 @@
-"""params.yaml and Hydra -> settings. The only file that imports omegaconf or hydra."""
+"""params.yaml and Hydra -> settings. Beside sweep/, the only file that imports Hydra."""
 
 from __future__ import annotations
 

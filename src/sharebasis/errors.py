@@ -67,3 +67,7 @@ class StoreError(ShareBasisError):
 
 class ResourceError(ShareBasisError):
     """The machine has too little memory for what was asked."""
+
+
+class SweepError(ShareBasisError):
+    """A sweep cannot begin, or a point of it has failed."""

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import ParamSpec
 
 from sharebasis.errors import ShareBasisError
+from sharebasis.ledger import recorded
 
 P = ParamSpec("P")
 
 WEIGHTS = Path("artifacts/weights")
 SUBLAYERS = Path("artifacts/sublayers.json")
 MOMENTS = Path("artifacts/moments")
-CHECKPOINT = Path("artifacts/checkpoints/calibrate")
+CHECKPOINTS = Path("artifacts/checkpoints")
+CHECKPOINT = CHECKPOINTS / "calibrate"
 SPECTRA = Path("artifacts/spectra")
 CURVE = Path("artifacts/curve")
 SENSITIVITY = Path("artifacts/sensitivity.json")
 VARIATION = Path("artifacts/variation.csv")
 COMPRESSED = Path("artifacts/compressed")
-PROPAGATION_CHECKPOINT = Path("artifacts/checkpoints/propagate")
+PROPAGATION_CHECKPOINT = CHECKPOINTS / "propagate"
 PROPAGATED = Path("artifacts/propagated")
-RECOVERY_CHECKPOINT = Path("artifacts/checkpoints/recover")
+RECOVERY_CHECKPOINT = CHECKPOINTS / "recover"
 RECOVERED = Path("artifacts/recovered")
 MODELS = (COMPRESSED, PROPAGATED, RECOVERED)
 """In the order in which one is made of the other; those of optional stages may hold none."""
@@ -39,13 +41,15 @@ PROVENANCE = "provenance"
 
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Let a script end with one line and status 1 where bad input or the machine stops it."""
+    script = Path(main.__code__.co_filename).stem
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sharebasis").setLevel(logging.INFO)
         try:
-            main(*args, **kwargs)
+            with recorded(script):
+                main(*args, **kwargs)
         except ShareBasisError as error:
             sys.exit(f"{type(error).__name__}: {error}")
 

@@ -1,0 +1,56 @@
+"""What ran, and for how long: a line of JSON for every event, from whatever process."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LEDGER = "SHAREBASIS_LEDGER"
+"""Environment variable that names the file; without it nothing is recorded."""
+POINT = "SHAREBASIS_POINT"
+"""Environment variable that says for whom a stage runs."""
+
+
+def record(ledger: Path, **event: Any) -> None:
+    """Append one event."""
+    line = json.dumps({"time": time.time(), **event}) + "\n"
+    # A single write to a file open for appending is not torn apart by those of other processes.
+    handle = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def read(ledger: Path) -> list[dict[str, Any]]:
+    """Every event so far; none, if nothing has been recorded."""
+    try:
+        lines = ledger.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def recorded(stage: str) -> Iterator[None]:
+    """Record that a stage begins, and how it ends: a stage that is killed has begun only."""
+    name = os.environ.get(LEDGER)
+    if name is None:
+        yield
+        return
+    ledger, what = Path(name), {"what": "stage", "name": stage, "point": os.environ.get(POINT)}
+    began = time.monotonic()
+    record(ledger, **what, state="began")
+    try:
+        yield
+    except BaseException as error:
+        seconds = time.monotonic() - began
+        reason = f"{type(error).__name__}: {error}"
+        record(ledger, **what, state="failed", seconds=seconds, error=reason)
+        raise
+    record(ledger, **what, state="done", seconds=time.monotonic() - began)

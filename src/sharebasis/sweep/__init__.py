@@ -1,0 +1,1 @@
+"""Many runs of the pipeline, each a DVC experiment: python -m sharebasis.sweep"""

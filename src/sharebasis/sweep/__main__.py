@@ -1,0 +1,6 @@
+"""python -m sharebasis.sweep -m split=none,heads fit=svd_llm,basis_sharing fit.removed=0.2,0.3"""
+
+from sharebasis.sweep.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""dvc.yaml as a graph, and a key for every stage: a digest of all that its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+READ_BYTES = 16 * 2**20
+"""Files up to this size are told apart by their content, others by size and time of change."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of a repository."""
+
+    root: Path
+
+    @cached_property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        text = (self.root / "dvc.yaml").read_text(encoding="utf-8")
+        return yaml.safe_load(text)["stages"]
+
+    @cached_property
+    def maker(self) -> Mapping[str, str]:
+        """Path of an output -> the stage that writes it."""
+        return {path: name for name in self.stages for path in outputs(self.stages[name])}
+
+    def upstream(self, target: str) -> list[str]:
+        """The target and all that it depends on, what comes first first."""
+        found: list[str] = []
+
+        def visit(name: str) -> None:
+            for dep in self.stages[name]["deps"]:
+                if dep in self.maker and self.maker[dep] not in found:
+                    visit(self.maker[dep])
+            found.append(name)
+
+        visit(target)
+        return found
+
+    def keys(self, target: str, params: Mapping[str, Any]) -> dict[str, str]:
+        """A key for every stage up to the target: command, parameters, and what it reads.
+
+        Two runs in which a stage has the same key get the same from it.
+        """
+        keys: dict[str, str] = {}
+        for name in self.upstream(target):
+            stage = self.stages[name]
+            reads = {}
+            for dep in stage["deps"]:
+                path = interpolated(dep, params)
+                made = self.maker.get(path)
+                reads[path] = keys[made] if made else _identity(self.root / path)
+            own = {key: _select(params, key) for key in stage["params"]}
+            content = json.dumps([stage["cmd"], reads, own], sort_keys=True)
+            keys[name] = hashlib.sha256(content.encode()).hexdigest()
+        return keys
+
+    def outside(self, target: str, params: Mapping[str, Any]) -> list[str]:
+        """Paths that the parameters name as dependencies: texts and models of the user's own."""
+        return [
+            interpolated(dep, params)
+            for name in self.upstream(target)
+            for dep in self.stages[name]["deps"]
+            if "${" in dep
+        ]
+
+
+def outputs(stage: Mapping[str, Any]) -> dict[str, bool]:
+    """Path of every output of a stage -> whether it is kept in DVC's cache, not in git."""
+    found = {}
+    for kind in ("outs", "metrics", "plots"):
+        for out in stage.get(kind, ()):
+            ((path, flags),) = out.items() if isinstance(out, Mapping) else [(out, {})]
+            found[path] = flags.get("cache", True)
+    return found
+
+
+def interpolated(path: str, params: Mapping[str, Any]) -> str:
+    """A path of dvc.yaml with its ${parameters} filled in."""
+    return re.sub(r"\$\{([^}]+)\}", lambda match: str(_select(params, match[1])), path)
+
+
+def _select(params: Any, key: str) -> Any:
+    for step in key.split("."):
+        params = params[step]
+    return params
+
+
+def _identity(path: Path) -> Any:
+    """What tells one content of a file or directory from another."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [[str(file.relative_to(path)), _identity(file)] for file in files]
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    if stat.st_size > READ_BYTES:
+        return [stat.st_size, stat.st_mtime_ns]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
