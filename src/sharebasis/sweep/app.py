@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharebasis.errors import ShareBasisError, SweepError
 from sharebasis.report.points import collect, write_points
 from sharebasis.stage import RESULTS
-from sharebasis.sweep.points import expand, find_point, find_points
+from sharebasis.sweep.points import expand, find_points
 from sharebasis.sweep.run import Sweep, run_common, run_point
 from sharebasis.sweep.watch import Watch, show
 from sharebasis.sweep.workspace import find_repository
@@ -77,10 +77,7 @@ def run(config: DictConfig) -> None:
     """One point, in whatever process the launcher has made for it."""
     own = HydraConfig.get()
     sweep = Sweep.load(Path(own.runtime.cwd) / own.sweep.dir)
-    found = find_point(sweep.repository.pipeline, sweep.name, list(own.overrides.task))
-    # A sweeper that does not say beforehand what it will try has points of which nobody knew.
-    planned = {point.key: point for point in sweep.points}
-    run_point(sweep, planned.get(found.key, found))
+    run_point(sweep, sweep.point(list(own.overrides.task)))
 
 
 def main() -> None:

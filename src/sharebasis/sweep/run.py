@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from sharebasis import ledger, store
 from sharebasis.errors import SweepError
-from sharebasis.sweep.points import TARGET, Point
+from sharebasis.sweep.points import TARGET, Point, find_point
 from sharebasis.sweep.workspace import (
     Repository,
     locked,
@@ -39,7 +39,19 @@ class Sweep:
     def units(self) -> dict[str, Point]:
         """Name of what some points share -> one of those that are still to run."""
         waiting = [point for point in self.points if not self.repository.experiment(point.name)]
-        return {point.unit: point for point in reversed(waiting) if point.shared}
+        return {point.unit: point for point in waiting if point.shared}
+
+    def point(self, overrides: Sequence[str]) -> Point:
+        """The point of some overrides.
+
+        It goes by the plan and not by the code, which may have changed since the snapshot. A
+        sweeper that does not say beforehand what it will try has points of which nobody knew.
+        """
+        for point in self.points:
+            if set(point.overrides) == set(overrides):
+                return point
+        found = find_point(self.repository.pipeline, self.name, overrides)
+        return next((point for point in self.points if point.key == found.key), found)
 
     def save(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

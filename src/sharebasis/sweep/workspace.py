@@ -102,6 +102,8 @@ def workspace(
     """
     path = repository.state / "workspaces" / name
     checkpoints = repository.state / "checkpoints" / name
+    for rubbish in path.parent.glob(f".{name}.*"):
+        shutil.rmtree(rubbish, ignore_errors=True)
     if path.exists():
         salvage(repository, stages, path)
         if (path / CHECKPOINTS).is_dir():
