@@ -53,6 +53,10 @@ def _storage(fit: dict[str, Any]) -> Table:
         f"whole model: {whole['original_numbers']:,} -> {whole['stored_numbers']:,} numbers, "
         f"{whole['removed_fraction']:.4f} removed"
     )
+    structures = fit.get("structures", {})
+    if len(structures) > 1:  # there was a choice
+        picked = ", ".join(f"{n} {name}" for name, n in sorted(structures.items()))
+        table.caption += f"\ngroups picked: {picked}"
     return table
 
 
