@@ -73,7 +73,7 @@ class Refitter:
         own, weight = self.settings, self._weight(part)
         if pair.drift is None:
             return regressed(weight, pair, own.amount)
-        return regressed(weight, pair, own.amount, own.stream * part.rows.take(pair.drift))
+        return regressed(weight, pair, own.stream, own.stream * part.rows.take(pair.drift))
 
     def _weight(self, part: CompressedPart) -> Tensor:
         module = self.original.get_submodule(part.sublayer)

@@ -252,7 +252,8 @@ class PropagateSettings:
     amount: Annotated[float, Ge(0), Le(1)]
     """How far the target goes from the weight to its regression; 0 leaves the stage out."""
     stream: Annotated[float, Ge(0), Le(1)]
-    """How much what writes to the residual stream makes up for what the stream lacks by then."""
+    """The same for what writes to the residual stream, whose target then makes up for what the
+    stream lacks by then, too; 0 takes `amount` and lets the stream be."""
     mean: bool
     """Whether biases, where there are any, keep the mean of what is put out."""
     windows: PositiveInt
