@@ -285,7 +285,8 @@ def swept(make_checkout: MakeCheckout) -> Swept:
     """Two splits at a removed fraction that can be met and at one that cannot."""
     checkout = make_checkout()
     checkout.dvc("repro")  # as everybody does first; of another model
-    checkout.git("commit", "--all", "--quiet", "--message", "Run")
+    checkout.git("add", "--all")
+    checkout.git("commit", "--quiet", "--message", "Run")
     # What is not committed is part of every point, and what git does not know can be read.
     (checkout.root / "own.txt").write_text("a text")
     with (checkout.root / "stages/verify.py").open("a") as file:
@@ -318,10 +319,10 @@ def test_a_point_that_fails_is_told_with_its_error_and_the_others_end(swept: Swe
 
 
 def test_the_same_sweep_again_runs_what_has_failed_and_nothing_else(swept: Swept) -> None:
-    assert swept.second.returncode == 1
+    assert swept.second.returncode == 1, swept.second.stderr
     assert swept.began_again == {"fit": 2}
     assert swept.checkout.experiments() == swept.found
-    assert "present" in swept.second.stdout
+    assert "present" in swept.second.stdout, swept.second.stderr
 
 
 def test_a_log_has_a_line_for_every_point_and_no_bar(swept: Swept) -> None:
@@ -349,7 +350,7 @@ def test_every_experiment_has_its_own_parameters_and_results(swept: Swept) -> No
 
 def test_the_workspace_is_as_it_was_and_none_is_left_behind(swept: Swept) -> None:
     status = swept.checkout.git("status", "--porcelain")
-    assert status.splitlines() == ["M stages/verify.py", "?? own.txt"]
+    assert status.splitlines() == ["M stages/verify.py", "?? own.txt", "?? results/sweep/"]
     assert list((swept.checkout.root / ".dvc/tmp/sweep/workspaces").iterdir()) == []
 
 
