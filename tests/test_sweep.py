@@ -202,7 +202,7 @@ def test_a_grid_is_what_hydras_own_sweeper_makes_of_it() -> None:
         ("model.block_pattern=other", "classify"),
         ("data.calibration.windows=5", "calibrate"),
         ("split=heads", "decompose"),
-        ("fit.removed=0.3", "fit"),
+        ("fit.removed=0.3", "sensitivity"),
         ("verify.new_tokens=3", "verify"),
         ("vary.pairs=consecutive", None),
     ],
@@ -213,7 +213,7 @@ def test_a_setting_changes_the_keys_from_the_stage_on_that_reads_it(
     pipeline = Pipeline(REPOSITORY)
     before = find_point(pipeline, "sweep", []).keys
     after = find_point(pipeline, "sweep", [override]).keys
-    assert list(before) == [*COMMON, "decompose", "fit", "recover", "verify"]
+    assert list(before) == [*COMMON, "decompose", "sensitivity", "fit", *AFTER_FIT]
     same = [stage for stage in before if before[stage] == after[stage]]
     assert same == list(before)[: list(before).index(first) if first else len(before)]
 

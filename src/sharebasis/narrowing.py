@@ -22,8 +22,9 @@ from sharebasis.settings import NARROWED, Storage
 from sharebasis.shared_basis import Member
 from sharebasis.splitting import Part
 
-WIDTHS = 12
-"""Widths that an MLP may have, evenly spaced; the largest of them is the original."""
+WIDTHS = 8
+"""Widths that an MLP may have, evenly spaced; the largest of them is the original. The ranks of
+what is left fill the steps."""
 
 PRICES = 10 ** np.linspace(-4, 2, 300)
 """At which the ways to store an MLP are compared; in units of its loss a number."""
