@@ -65,7 +65,7 @@ def main():
                 for name in ("components.png", "lens.png", "lens.csv"):
                     Path(path, name).write_text("layer,loss,compressed_loss,kl,compressed_kl")
                 continue
-            if kind == "plots" and not Path(path).suffix:
+            if path.startswith("plots/") and not Path(path).suffix:
                 Path(path).mkdir(exist_ok=True)
                 path = f"{path}/made.json"
             partial = Path(path + ".partial")
