@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def digest_of(content: Tensor | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = {path.name: digest_of(path) for path in sorted(content.iterdir())}
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def identity_of(settings: Any, windows: Tensor, **inputs: Tensor | Path) -> dict[str, object]:
+    """What a run depends on: its settings, but for how often it is kept, its text and its inputs.
+
+    Args:
+        settings: a dataclass.
+        windows: token ids.
+        inputs: by name; digests stand for them.
+    """
+    own = asdict(settings).items()
+    return {
+        "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
+        **{name: digest_of(content) for name, content in ({"windows": windows} | inputs).items()},
+    }
 
 
 @dataclass

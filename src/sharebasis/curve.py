@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -118,12 +116,10 @@ def curve_metrics(curve: LossCurve) -> dict[str, Any]:
 
 def write_curve(path: Path, curve: LossCurve) -> None:
     """A row for each budget, the original first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(CurvePoint)], lineterminator="\n")
-    writer.writeheader()
     dense = CurvePoint(0.0, 0.0, curve.dense_perplexity, 0.0, 1.0)
-    writer.writerows(asdict(point) for point in (dense, *curve.points))
-    store.write_text(path, text.getvalue())
+    columns = [field.name for field in fields(CurvePoint)]
+    rows = (asdict(point).values() for point in (dense, *curve.points))
+    store.write_text(path, store.csv_text(columns, rows))
 
 
 def print_curve(curve: LossCurve) -> None:

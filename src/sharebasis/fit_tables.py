@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharebasis.fitting import FittedModel
 from sharebasis.grouping import Group
+from sharebasis.store import csv_text
 
 RANKS = "ranks.csv"
 SPECTRUM = "spectrum.csv"
@@ -40,7 +38,7 @@ def ranks_csv(fitted: FittedModel) -> str:
         for cell, (n, dense, rank, full, own, whole) in sorted(cells.items())
     ]
     columns = ("family", "layer", "parts", "dense", "rank", "full_rank", "stored", "original")
-    return _csv(columns, rows)
+    return csv_text(columns, rows)
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:
@@ -61,7 +59,7 @@ def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]
         for cell, losses in sorted(cells.items())
         for step, left in enumerate(losses / losses[0] if losses[0] else losses)
     ]
-    return _csv(("family", "layer", "rank_fraction", "loss"), rows)
+    return csv_text(("family", "layer", "rank_fraction", "loss"), rows)
 
 
 def _left(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
@@ -77,11 +75,3 @@ def _parts(group: Group) -> Iterator[tuple[Cell, float]]:
     for part in group.parts:
         share = part.shape[0] * part.shape[1] / group.n_weights
         yield (part.family, part.sublayer.layer), share
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()

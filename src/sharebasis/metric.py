@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, reduce
 from operator import add
 
@@ -100,7 +101,7 @@ class Metric:
         moments = self._moments
         whole = reduce(add, (moments.gradient(name) for name in self._users(part)))
         rows = torch.tensor(list(part.rows))
-        own = Moment(whole.total[rows][:, rows], whole.sum[rows], moments.n_tokens, whole.site)
+        own = replace(whole.at(rows), n_tokens=moments.n_tokens)
         damped = own.to(self._device).damped(self._settings.damping_gradients)
         return damped.diagonal() if self._own.gradients == "diagonal" else damped
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, store
 from sharebasis.capture import find_sites, first_call, forced, watched
-from sharebasis.checkpoint import Checkpoint, digest_of
+from sharebasis.checkpoint import Checkpoint, identity_of
 from sharebasis.compressed import linears_by_tensor, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.compressed_writer import rewrite
@@ -252,15 +252,9 @@ def propagation_identity(
         fit: metric and damping.
         others: whatever else changes the numbers.
     """
-    own = asdict(settings).items()
-    return {
-        "weights": digest_of(weights / MANIFEST),
-        "compressed": digest_of(compressed),
-        "windows": digest_of(windows),
-        "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
-        "metric": [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients],
-        **others,
-    }
+    models = {"weights": weights / MANIFEST, "compressed": compressed}
+    metric = [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients]
+    return {**identity_of(settings, windows, **models), "metric": metric, **others}
 
 
 def propagation_windows(

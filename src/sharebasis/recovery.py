@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, store
-from sharebasis.checkpoint import Checkpoint, digest_of
+from sharebasis.checkpoint import Checkpoint, identity_of
 from sharebasis.compressed import linears_by_group, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.compressed_writer import rewrite
@@ -109,14 +109,8 @@ def recovery_identity(
         settings: of the training.
         others: whatever else changes the numbers.
     """
-    own = asdict(settings).items()
-    return {
-        "weights": digest_of(weights / MANIFEST),
-        "compressed": digest_of(compressed),
-        "windows": digest_of(windows),
-        "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
-        **others,
-    }
+    models = {"weights": weights / MANIFEST, "compressed": compressed}
+    return {**identity_of(settings, windows, **models), **others}
 
 
 def recovery_windows(

@@ -89,8 +89,7 @@ class Refitter:
         return [own.diagonal() for own in found] if metric == "diagonal" else found
 
     def _gradient(self, part: CompressedPart) -> Moment:
-        whole, rows = self.moments.gradient(part.sublayer), part.rows.numbers
-        own = Moment(whole.total[rows][:, rows], whole.sum[rows], whole.n_tokens, whole.site)
+        own = self.moments.gradient(part.sublayer).at(part.rows.numbers)
         device = next(self.original.parameters()).device
         return own.to(device).damped(self.fit.damping_gradients)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from sharebasis.attribution.error_attribution import NORM, UNEMBEDDING, Attribution, Component
 from sharebasis.attribution.error_split import MEASURES
+from sharebasis.store import csv_text
 
 
 def attribute_metrics(found: Attribution, top: int) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def components_csv(found: Attribution) -> str:
         + [part[measure] for measure in MEASURES for part in (one.made, one.passed_on)]
         for one in found.ranked("kl")
     ]
-    return _csv(["component", "layer", "head", *columns], rows)
+    return csv_text(["component", "layer", "head", *columns], rows)
 
 
 def lens_csv(found: Attribution) -> str:
     """Loss and divergence at every depth, nats a prediction."""
     columns = ("layer", "loss", "compressed_loss", "kl", "compressed_kl")
-    return _csv(columns, [[getattr(depth, name) for name in columns] for depth in found.lens])
+    return csv_text(columns, [[getattr(depth, name) for name in columns] for depth in found.lens])
 
 
 def ranking(found: Attribution, top: int, markdown: bool = False) -> Table:
@@ -111,11 +111,3 @@ def _summed(components: Sequence[Component]) -> list[str]:
         {measure: sum(one.made[measure] for one in components) for measure in MEASURES},
         {measure: sum(one.passed_on[measure] for one in components) for measure in MEASURES},
     )
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()

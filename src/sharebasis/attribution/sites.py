@@ -18,7 +18,7 @@ from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Sublayer
 
 _BY_NAME = WeightTypeSettings(".*")
-_BRANCHES: Mapping[str, Branch] = {
+BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
     "k": "attn",
     "v": "attn",
@@ -81,7 +81,7 @@ def _layer_sites(
         n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
         if sublayer.role != "read":
             continue
-        branch = _BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
+        branch = BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
         if branch is not None:
             readers[sublayer.name] = branch
         if sublayer.expert is None and "expert" not in sublayer.name:
@@ -101,7 +101,7 @@ def _settings(found: Classification, sublayer: Sublayer) -> WeightTypeSettings:
 
 
 def _branch(writer: Sublayer) -> Branch:
-    if branch := _BRANCHES.get(writer.family):
+    if branch := BRANCHES.get(writer.family):
         return branch
     raise SelectionError(
         f"{writer.name} writes to the residual stream, but its name does not tell whether it "

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sharebasis.attribution.capture import Branch, Sites
 from sharebasis.attribution.error_attribution import Component
+from sharebasis.attribution.sites import BRANCHES
 from sharebasis.grouping import Group
 from sharebasis.sensitivity.corrections import Cell
-from sharebasis.settings import Family
-
-_BRANCHES: Mapping[Family, Branch] = {
-    "q": "attn",
-    "k": "attn",
-    "v": "attn",
-    "o": "attn",
-    "gate": "mlp",
-    "up": "mlp",
-    "down": "mlp",
-}
 
 
 def branches(sites: Sites) -> Callable[[Group], Branch | None]:
@@ -31,7 +21,7 @@ def branches(sites: Sites) -> Callable[[Group], Branch | None]:
         part = group.parts[0]
         if part.sublayer.expert is not None:
             return "mlp"
-        return _BRANCHES.get(part.family) or known.get(part.sublayer.name)
+        return BRANCHES.get(part.family) or known.get(part.sublayer.name)
 
     return branch
 

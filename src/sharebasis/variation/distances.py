@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import statistics
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -215,15 +214,13 @@ def print_variation(metrics: Mapping[str, Any]) -> None:
 
 def write_distances(path: Path, variation: Variation) -> None:
     """Write every distance as CSV, a row for each pair and family."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = []
     for pair, found in variation.measured.items():
         random = variation.random.get(pair)
         for family, aligned in found.aligned.items():
             beside = random.aligned.get(family) if random else None
-            table.writerow([*pair, family, found.unaligned[family], aligned, beside])
-    store.write_text(path, text.getvalue())
+            rows.append((*pair, family, found.unaligned[family], aligned, beside))
+    store.write_text(path, store.csv_text(COLUMNS, rows))
 
 
 def read_distances(path: Path) -> Variation:
