@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,19 @@ from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
 from sharebasis.progress import progress
+from sharebasis.resources import workers_for
 from sharebasis.settings import NARROWED, FitSettings
 from sharebasis.shared_basis import Member, energies, pooled_basis
+from sharebasis.side_by_side import side_by_side
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
 from sharebasis.weights import DenseWeights
 
 INDEX = "spectra.json"
 SHARD_BYTES = 500 * 2**20
+
+MATRICES = 16
+"""As large as the largest moment, that are in memory for one group, about."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,10 @@ class Spectra:
         """Of MLP `j`: at every width, the first so many of these stay."""
         return self._reader.read(f"mlp{j}.neurons").long()
 
+    def kept(self, j: int, width: int) -> Tensor:
+        """The neurons of MLP `j` that stay at a width, ascending."""
+        return self.neurons(j)[:width].sort().values
+
     def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """(basis, coefficient) of a given group `i` and a rank, in float64."""
         basis = self._reader.read(f"{i}.basis", slice(0, rank))
@@ -109,7 +119,8 @@ def decompose(
     """Decompose every given group and write its factors, and what those that are offered in their
     place would lose; whole or not at all.
 
-    Memory holds one group, its moments and one shard of the output.
+    Memory holds a group and its moments for every core, fewer where that is too much, and one
+    shard of the output.
 
     Args:
         weights: artifacts/weights.
@@ -130,11 +141,12 @@ def decompose(
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
     mlps = find_mlps(given, twins, dense.shapes) if NARROWED in settings.structures else ()
     n_groups = len(given) + len(offered) + len(mlps)
+    workers = workers_of(given, device)
+    originals = partial(_originals, dense, device)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
         writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
-        for i, group in enumerate(given):
-            originals = [read_part(dense, part).to(device) for part in group.parts]
-            every, seen = metric.decompose(group, originals)
+        tasks = (partial(metric.decompose, group, originals(group.parts)) for group in given)
+        for i, (every, seen) in enumerate(side_by_side(tasks, workers)):
             if not seen:
                 unseen.append(i)
             writer.add(f"{i}.energies", every.energies.cpu())
@@ -142,16 +154,16 @@ def decompose(
             writer.add(f"{i}.coefficient", every.coefficient.to("cpu", torch.float32))
             advance()
         groups = [*given]
-        for group in offered:
-            originals = [read_part(dense, part).to(device) for part in group.parts]
-            if members := metric.members(group, originals):
-                saved = energies(members, pooled_basis(members))
+        offers = (partial(_saved, metric, group, originals(group.parts)) for group in offered)
+        for group, saved in zip(offered, side_by_side(offers, workers), strict=True):
+            if saved is not None:
                 writer.add(f"{len(groups)}.energies", saved.cpu())
                 groups.append(group)
             advance()
         narrowed: list[Mlp] = []
-        for mlp in mlps:
-            if found := _measured(mlp, dense, metric, device):
+        measures = (partial(_measured, metric, mlp, originals(mlp.parts)) for mlp in mlps)
+        for mlp, found in zip(mlps, side_by_side(measures, workers), strict=True):
+            if found is not None:
                 _write_widths(writer, f"mlp{len(narrowed)}", mlp, found)
                 narrowed.append(mlp)
             advance()
@@ -162,21 +174,37 @@ def decompose(
         store.save_record(out / INDEX, index)
 
 
-def members_of(
-    mlp: Mlp, dense: DenseWeights, metric: Metric, device: torch.device
-) -> Sequence[Member] | None:
+def workers_of(groups: Sequence[Group], device: torch.device) -> int:
+    """How many of some groups may be worked on at once."""
+    widest = max((max(part.shape) for group in groups for part in group.parts), default=1)
+    return workers_for(MATRICES * 8 * widest**2, device)
+
+
+def members_of(mlp: Mlp, originals: Sequence[Tensor], metric: Metric) -> Sequence[Member] | None:
     """The parts of an MLP; None where calibration has not seen what one of them reads."""
     found: list[Member] = []
-    for part in mlp.parts:
-        members = metric.members(Group((part,)), [read_part(dense, part).to(device)])
+    for part, original in zip(mlp.parts, originals, strict=True):
+        members = metric.members(Group((part,)), [original])
         if members is None:
             return None
         found += members
     return found
 
 
-def _measured(mlp: Mlp, dense: DenseWeights, metric: Metric, device: torch.device) -> Widths | None:
-    members = members_of(mlp, dense, metric, device)
+def _originals(
+    dense: DenseWeights, device: torch.device, parts: Sequence[Part]
+) -> Sequence[Tensor]:
+    return [read_part(dense, part).to(device) for part in parts]
+
+
+def _saved(metric: Metric, group: Group, originals: Sequence[Tensor]) -> Tensor | None:
+    """What each direction of an offered group saves."""
+    members = metric.members(group, originals)
+    return energies(members, pooled_basis(members)) if members else None
+
+
+def _measured(metric: Metric, mlp: Mlp, originals: Sequence[Tensor]) -> Widths | None:
+    members = members_of(mlp, originals, metric)
     return measure(mlp, members) if members else None
 
 

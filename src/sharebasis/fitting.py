@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sharebasis.allocation import DENSE, allocate_structures, curve_of, uniform_
 from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.cover import Choice, Cover
-from sharebasis.decomposition import Spectra, members_of, read_part
+from sharebasis.decomposition import Spectra, members_of, read_part, workers_of
 from sharebasis.errors import CalibrationError
 from sharebasis.factorize import decompose_reads
 from sharebasis.grouping import Group
@@ -30,6 +31,7 @@ from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
 from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing, Storage
 from sharebasis.shared_basis import fit_shared_basis
+from sharebasis.side_by_side import side_by_side
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
 
@@ -74,7 +76,8 @@ def fit(
 ) -> FittedModel:
     """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
-    Memory holds one group, its moments where it shares by choice, and one shard of the output.
+    Memory holds one group, its moments where it shares by choice, and one shard of the output; of
+    MLPs that lack neurons one for each core.
 
     Args:
         weights: artifacts/weights.
@@ -99,7 +102,7 @@ def fit(
         one = _Fit(
             source, energies, DenseWeights(weights), metric, settings, sensitivity, writer, device
         )
-        mlps = {j: _narrowed(source, j, plan) for j, plan in plans.items()}
+        mlps = {j: _index_of(source, j, plan) for j, plan in plans.items()}
         n_others = one.add_others(mlps.values())
         n_stored = writer.n_numbers
         fitted = []
@@ -107,11 +110,17 @@ def fit(
             for i, rank in ranks.items():
                 fitted.append(one.add_group(i, rank))
                 advance()
-            for j, plan in plans.items():
-                fitted += one.add_mlp(source.mlps[j], plan, mlps[j].kept)
+            workers = workers_of(source.groups, device)
+            made_of = side_by_side((one.narrowing(j, plan) for j, plan in plans.items()), workers)
+            for (j, plan), own in zip(plans.items(), made_of, strict=True):
+                fitted += one.add_mlp(source.mlps[j], plan, own)
                 advance()
         writer.finish(weights, list(mlps.values()))
     return FittedModel(tuple(fitted), n_others, n_stored, sensitivity.by)
+
+
+MadeOf = Tensor | tuple[Tensor, Tensor]
+"""A weight, or (basis, coefficient)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,27 +159,27 @@ class _Fit:
             loss = lost * energy
         return self._add(group, rank, group.n_weights, loss, energy, factors=(basis, stacked))
 
-    def add_mlp(self, mlp: Mlp, plan: Plan, kept: Sequence[int]) -> Iterator[FittedGroup]:
-        """An MLP that lacks neurons."""
-        members = members_of(mlp, self.dense, self.metric, self.device)
-        assert members is not None  # it was measured
-        narrowed = narrowed_members(members, torch.tensor(kept, device=self.device))
+    def narrowing(self, j: int, plan: Plan) -> Callable[[], Sequence[MadeOf]]:
+        """What is to be done for an MLP that lacks neurons; its weights are read at once."""
+        mlp, kept = self.source.mlps[j], self.source.kept(j, plan.width)
+        originals = [read_part(self.dense, part).to(self.device) for part in mlp.parts]
+        return partial(_narrowed, mlp, originals, self.metric, plan, kept.to(self.device))
+
+    def add_mlp(self, mlp: Mlp, plan: Plan, made_of: Sequence[MadeOf]) -> Iterator[FittedGroup]:
+        """An MLP that lacks neurons, of what `narrowing` found."""
         numbers = {group.parts[0].name: i for i, group in enumerate(self.source.groups)}
         groups = mlp.groups(plan.width)
-        for part, group, member, rank, loss in zip(
-            mlp.parts, groups, narrowed, plan.ranks, plan.losses, strict=True
+        for part, group, own, rank, loss in zip(
+            mlp.parts, groups, made_of, plan.ranks, plan.losses, strict=True
         ):
             energy = float(self.energies[numbers[part.name]].sum())
             n_original = part.shape[0] * part.shape[1]
             loss /= self.sensitivity.weight(group)  # plans are made of weighed ones
-            if rank == DENSE:
-                weights = [member.weight.to("cpu", self._dtype(group))]
+            if isinstance(own, Tensor):
+                weights = [own.to("cpu", self._dtype(group))]
                 yield self._add(group, rank, n_original, loss, energy, weights=weights)
-                continue
-            gradients = None if member.own is None else [member.own]
-            every = decompose_reads([member.weight], member.shared, gradients)
-            factors = every.basis[:rank], every.coefficient[:, :rank]
-            yield self._add(group, rank, n_original, loss, energy, factors=factors)
+            else:
+                yield self._add(group, rank, n_original, loss, energy, factors=own)
 
     def _add(
         self,
@@ -199,10 +208,28 @@ class _Fit:
         return self.dense.dtype(f"{group.parts[0].sublayer.name}.weight")
 
 
-def _narrowed(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
-    mlp, kept = source.mlps[j], source.neurons(j)[: plan.width].sort().values
+def _index_of(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
+    mlp = source.mlps[j]
     reads = tuple(part.sublayer.name for part in mlp.reads)
-    return NarrowedMlp(reads, mlp.down.sublayer.name, tuple(kept.tolist()))
+    kept = tuple(source.kept(j, plan.width).tolist())
+    return NarrowedMlp(reads, mlp.down.sublayer.name, kept)
+
+
+def _narrowed(
+    mlp: Mlp, originals: Sequence[Tensor], metric: Metric, plan: Plan, kept: Tensor
+) -> Sequence[MadeOf]:
+    """What each part of an MLP becomes without some neurons."""
+    members = members_of(mlp, originals, metric)
+    assert members is not None  # it was measured
+    found: list[MadeOf] = []
+    for member, rank in zip(narrowed_members(members, kept), plan.ranks, strict=True):
+        if rank == DENSE:
+            found.append(member.weight)
+            continue
+        gradients = None if member.own is None else [member.own]
+        every = decompose_reads([member.weight], member.shared, gradients)
+        found.append((every.basis[:rank], every.coefficient[:, :rank]))
+    return found
 
 
 def choose_ranks(

@@ -31,12 +31,24 @@ def require_memory(n_bytes: int, what: str, device: torch.device) -> None:
     Raises:
         ResourceError: less than `n_bytes` are free on the device.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = _free(device)
     if n_bytes > free:
         raise ResourceError(
             f"{what} needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are "
             f"free on {device}. Use a smaller model or model.dtype, or a machine with more."
         )
+
+
+def workers_for(n_bytes: int, device: torch.device) -> int:
+    """How many pieces of work may run at once: one for each core that torch may use, as long as
+    each has `n_bytes` of what is free; on a GPU one."""
+    if device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), _free(device) // n_bytes))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
