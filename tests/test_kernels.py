@@ -58,3 +58,35 @@ def test_without_onednn_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = _random(3, 24), _random(40, 24)
     with torch.no_grad():
         assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_linear_is_the_fastest_in_its_context(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = []
+    product = kernels._product
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        products.append(weight.shape)
+        return product(x, weight)
+
+    monkeypatch.setattr(kernels, "_product", counted)
+    module = torch.nn.Sequential(torch.nn.Linear(24, 40, bias), torch.nn.Linear(40, 3, bias))
+    x = _random(5, 24)
+    with torch.no_grad():
+        expected = module(x)
+        assert not products
+        with kernels.FastestLinear():
+            found = module(x)
+        assert products == [(40, 24), (3, 40)]
+        assert torch.equal(module(x), expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_flow_in_that_context() -> None:
+    module = torch.nn.Linear(24, 40)
+    with kernels.FastestLinear():
+        module(_random(3, 24)).sum().backward()
+    assert module.weight.grad is not None
+    torch.testing.assert_close(module.bias.grad, torch.full((40,), 3.0))

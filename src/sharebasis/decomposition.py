@@ -17,11 +17,11 @@ from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
+from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.resources import workers_for
 from sharebasis.settings import NARROWED, FitSettings
 from sharebasis.shared_basis import Member, energies, pooled_basis
-from sharebasis.side_by_side import side_by_side
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
 from sharebasis.weights import DenseWeights
@@ -146,7 +146,7 @@ def decompose(
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
         writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
         tasks = (partial(metric.decompose, group, originals(group.parts)) for group in given)
-        for i, (every, seen) in enumerate(side_by_side(tasks, workers)):
+        for i, (every, seen) in enumerate(in_parallel(tasks, workers)):
             if not seen:
                 unseen.append(i)
             writer.add(f"{i}.energies", every.energies.cpu())
@@ -155,14 +155,14 @@ def decompose(
             advance()
         groups = [*given]
         offers = (partial(_saved, metric, group, originals(group.parts)) for group in offered)
-        for group, saved in zip(offered, side_by_side(offers, workers), strict=True):
+        for group, saved in zip(offered, in_parallel(offers, workers), strict=True):
             if saved is not None:
                 writer.add(f"{len(groups)}.energies", saved.cpu())
                 groups.append(group)
             advance()
         narrowed: list[Mlp] = []
         measures = (partial(_measured, metric, mlp, originals(mlp.parts)) for mlp in mlps)
-        for mlp, found in zip(mlps, side_by_side(measures, workers), strict=True):
+        for mlp, found in zip(mlps, in_parallel(measures, workers), strict=True):
             if found is not None:
                 _write_widths(writer, f"mlp{len(narrowed)}", mlp, found)
                 narrowed.append(mlp)

@@ -27,11 +27,11 @@ from sharebasis.limits import limits_of
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Plan, curve_of_plans, narrowed_members, plans_of
+from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
 from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing, Storage
 from sharebasis.shared_basis import fit_shared_basis
-from sharebasis.side_by_side import side_by_side
 from sharebasis.splitting import Part
 from sharebasis.weights import DenseWeights
 
@@ -111,7 +111,7 @@ def fit(
                 fitted.append(one.add_group(i, rank))
                 advance()
             workers = workers_of(source.groups, device)
-            made_of = side_by_side((one.narrowing(j, plan) for j, plan in plans.items()), workers)
+            made_of = in_parallel((one.narrowing(j, plan) for j, plan in plans.items()), workers)
             for (j, plan), own in zip(plans.items(), made_of, strict=True):
                 fitted += one.add_mlp(source.mlps[j], plan, own)
                 advance()

@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 
 
-def side_by_side(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
     """Run tasks, so many at a time, and yield what they return, in their order.
 
     Tasks are taken as they are needed: never are there more than `workers` of them, with their

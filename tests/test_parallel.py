@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from sharebasis.side_by_side import side_by_side
+from sharebasis.parallel import in_parallel
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -23,7 +23,7 @@ def test_results_come_in_order(workers: int) -> None:
         gates[i].set()
         return i
 
-    assert list(side_by_side((partial(work, i) for i in range(7)), workers)) == list(range(7))
+    assert list(in_parallel((partial(work, i) for i in range(7)), workers)) == list(range(7))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -36,7 +36,7 @@ def test_no_more_are_taken_than_may_run(workers: int) -> None:
             taken += 1
             yield partial(int, i)
 
-    for done, _ in enumerate(side_by_side(tasks(), workers), start=1):
+    for done, _ in enumerate(in_parallel(tasks(), workers), start=1):
         assert taken - done < workers
 
 
@@ -50,7 +50,7 @@ def test_an_error_is_raised_in_its_turn_and_nothing_else_begins(workers: int) ->
             raise ValueError("one")
         return i
 
-    results = side_by_side((partial(work, i) for i in range(100)), workers)
+    results = in_parallel((partial(work, i) for i in range(100)), workers)
     assert next(results) == 0
     with pytest.raises(ValueError, match="one"):
         next(results)
@@ -62,7 +62,7 @@ def test_the_cores_are_divided_and_given_back() -> None:
     torch.set_num_threads(4)
     try:
         tasks = [torch.get_num_threads] * 3
-        assert list(side_by_side(tasks, 2)) == [2, 2, 2]
+        assert list(in_parallel(tasks, 2)) == [2, 2, 2]
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
