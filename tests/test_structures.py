@@ -167,6 +167,9 @@ def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrate
         ({"structures": "[private,joint]", "allocation": "uniform"}, "allocation=global"),
         ({"structures": "[private]", "share_experts": "true"}, r"fit\.structures=\[fixed\]"),
         ({"structures": "[private,shared:2]", "shared": "[]"}, "names no family"),
+        ({"structures": "[private,joint:inner]"}, "'joint:inner' is none of"),
+        ({"structures": "[private,by_distance:all]"}, "'by_distance:all' is none of"),
+        ({"structures": "[private,by_distance:2]", "shared": "[q]"}, "needs grouping=by_distance"),
     ],
 )
 def test_what_does_not_go_together_is_told(changes: Mapping[str, str], text: str) -> None:
