@@ -274,6 +274,7 @@ TAKEN = {
     "layers": {"shared:2": READS, "shared:3": WRITES},
     "all layers": {"shared:all": READS + WRITES},
     "within a layer": {"joint": ["fused"]},
+    "layers, on the inner side": {"shared:2:inner": READS + WRITES},
 }
 
 
@@ -286,7 +287,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = _settings(EVERY, storage=storage)
+    settings = _settings(f"{EVERY},shared:2:inner", storage=storage)
     llama.decompose(tmp_path / "spectra", settings)
     _take(monkeypatch, wanted)
     out = tmp_path / "out"
