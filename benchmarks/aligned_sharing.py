@@ -122,6 +122,12 @@ def pairs_of(line: Line, distances: LayerDistances) -> Mapping[str, Sequence[Lin
     return {"adjacent": adjacent, "by distance": by_distance}
 
 
+def mean_distance(pairs: Sequence[Line], distances: Mapping[tuple[int, int], float]) -> float:
+    """Of all pairs, as `vary` measures it: 0 to 2, √2 for random weights."""
+    layers = ((first.sublayer.layer, second.sublayer.layer) for first, second in pairs)
+    return sum(distances[pair] for pair in layers) / len(pairs)
+
+
 def spread(pairs: Sequence[Line], n: int) -> Sequence[Line]:
     places = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().long()
     return [pairs[i] for i in places.tolist()]
@@ -169,13 +175,13 @@ def main() -> None:
     metric = Metric(MomentStore(arguments.moments), twins, fit, CPU)
     model = Model(dense, metric, Layers(dense, found, config))
     distances = read_table(arguments.distances)["aligned"]
-    header = ("removed", "family", "layers", "pairs", *WAYS)
+    header = ("removed", "family", "layers", "distance", "pairs", *WAYS)
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)
     for family in arguments.families:
         for layers, pairs in pairs_of(lines[family], distances).items():
-            own = spread(pairs, arguments.pairs)
+            own, apart = spread(pairs, arguments.pairs), mean_distance(pairs, distances[family])
             for removed, cells in measured(model, own, arguments.removed).items():
-                row = (removed, family, layers, len(own), *cells)
+                row = (removed, family, layers, f"{apart:.3f}", len(own), *cells)
                 print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
