@@ -1,5 +1,7 @@
 """Stage `decompose`: weights and moments -> factors of every rank."""
 
+from pathlib import Path
+
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.decomposition import decompose
@@ -8,6 +10,7 @@ from sharebasis.resources import pick_device
 from sharebasis.splitting import split_selected
 from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
+from sharebasis.variation.table import read_table
 
 
 @report_errors
@@ -16,7 +19,10 @@ def main() -> None:
     classification = store.load_record(SUBLAYERS, Classification)
     parts = split_selected(classification, settings.split.strategy)
     device = pick_device(settings.device)
-    decompose(WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA, device)
+    distances = None
+    if settings.grouping.by == "by_distance":
+        distances = read_table(Path(settings.grouping.tracked))["aligned"]
+    decompose(WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA, device, distances)
 
 
 if __name__ == "__main__":

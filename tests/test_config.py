@@ -58,6 +58,7 @@ def test_the_groups_are_all_there() -> None:
         "data",
         "split",
         "sensitivity",
+        "grouping",
         "fit",
         "propagate",
         "recover",

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, contents, run_command
 
+from sharebasis.config import compose_params
+
 RANKS = "family,layer,parts,dense,rank,full_rank,stored,original\n"
 SPECTRUM = "family,layer,rank_fraction,loss\n"
 
@@ -19,6 +21,23 @@ SPECTRUM = "family,layer,rank_fraction,loss\n"
 def _commit(directory: Path, message: str) -> None:
     run_command(directory, "git", "add", "--all")
     run_command(directory, "git", "commit", "--quiet", f"--message={message}")
+
+
+# Stages
+
+
+def test_dvc_measures_layers_first_only_where_their_distances_make_the_groups(
+    tmp_path: Path,
+) -> None:
+    shutil.copyfile(REPOSITORY / "dvc.yaml", tmp_path / "dvc.yaml")
+    run_command(tmp_path, "git", "init", "--quiet")
+    run_command(tmp_path, "dvc", "init", "--quiet")
+    for grouping in ("adjacent", "by_distance"):
+        params = compose_params(REPOSITORY / "conf", [f"grouping={grouping}"])
+        (tmp_path / "params.yaml").write_text(params)
+        graph = run_command(tmp_path, "dvc", "dag", "--dot", "decompose")
+        assert ('"vary" -> "decompose"' in graph) == (grouping == "by_distance")
+        assert '"calibrate" -> "decompose"' in graph
 
 
 # Plots

@@ -3,7 +3,8 @@
 import pytest
 
 from sharebasis.architecture import Architecture, Dims
-from sharebasis.grouping import adjacent_groups, expert_groups, groups_of
+from sharebasis.errors import SelectionError
+from sharebasis.grouping import adjacent_groups, expert_groups, groups_of, nearest_groups
 from sharebasis.settings import WeightTypeSettings
 from sharebasis.splitting import split_selected
 from sharebasis.sublayer import Classification, LinearModule, classify
@@ -69,7 +70,32 @@ def test_layers_that_come_in_another_order_are_grouped_alike():
 def test_layers_with_none_selected_between_them_are_adjacent():
     groups = adjacent_groups(parts(layers=[0, 9, 10]), 2, {"up"})
     assert layers_of(groups, "up") == [[0, 9], [10]]
-    assert [g.name for g in groups if g.family == "up"] == ["h.0-9.mlp.up_proj", "h.10.mlp.up_proj"]
+    assert [g.name for g in groups if g.family == "up"] == ["h.0+9.mlp.up_proj", "h.10.mlp.up_proj"]
+
+
+NEAR = {"up": {(0, 1): 1.4, (0, 2): 0.1, (1, 3): 0.2, (0, 3): 1.4, (1, 2): 1.4, (2, 3): 1.4}}
+"""Of four layers."""
+
+
+def test_layers_that_are_near_share():
+    groups = nearest_groups(parts(layers=range(4)), 2, {"up"}, NEAR)
+    assert layers_of(groups, "up") == [[0, 2], [1, 3]]
+    assert layers_of(groups, "down") == [[0], [1], [2], [3]]
+    names = [group.name for group in groups if group.family == "up"]
+    assert names == ["h.0+2.mlp.up_proj", "h.1+3.mlp.up_proj"]
+    assert groups == groups_of(parts(layers=range(4)), 2, {"up"}, False, NEAR)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shared", "text"),
+    [
+        (5, {"up"}, r"between up of layers 0 and 4.*vary\.pairs=all and vary\.layers=null"),
+        (4, {"up", "fused"}, r"no distances of fused.*attn\.c_attn.*those of up.*split=qkv"),
+    ],
+)
+def test_a_distance_that_was_not_measured_is_told(layers, shared, text):
+    with pytest.raises(SelectionError, match=text):
+        nearest_groups(parts(layers=range(layers)), 2, shared, NEAR)
 
 
 @pytest.mark.parametrize("strategy", ["qkv", "heads"])

@@ -120,7 +120,7 @@ def test_every_module_belongs_to_a_stage_or_is_for_people_to_use(
     modules = {
         str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "src/sharebasis").rglob("*.py")
     }
-    for_people = ("__init__", "params", "summary")  # to import or to run
+    for_people = ("__init__", "align", "params", "summary")  # to import or to run
     sweep = {str(path.relative_to(REPOSITORY)) for path in SWEEP.glob("*.py")}
     assert modules - used - sweep == {f"src/sharebasis/{name}.py" for name in for_people}
     assert not used & sweep  # or a change to how runs are made would make all of them run again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, MakeDirectory
+from gauges import random_element
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import compressed_index, fitting, store
+from sharebasis import align, compressed_index, fitting, store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
@@ -28,7 +30,8 @@ from sharebasis.decomposition import Spectra, decompose
 from sharebasis.errors import SettingsError
 from sharebasis.experts import unstack
 from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.hub import load_model
+from sharebasis.grouping import LayerDistances
+from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.recovery import trainable, write_recovered
 from sharebasis.settings import FitSettings
@@ -36,6 +39,10 @@ from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Part, split_selected
 from sharebasis.structures import offered_groups
 from sharebasis.training import Recovery
+from sharebasis.variation.distances import measure_variation, write_distances
+from sharebasis.variation.gauge import Layer
+from sharebasis.variation.layers import Layers, ModelTensors
+from sharebasis.variation.table import read_table
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (24, 24), generator=torch.Generator().manual_seed(0))
@@ -51,6 +58,7 @@ def _settings(structures: str, removed: float = 0.4, **changes: object) -> FitSe
         f"fit.removed={removed}",
         *(f"fit.{key}={value}" for key, value in changes.items()),
     ]
+    overrides += ["grouping=by_distance"] * ("by_distance" in structures)
     params = compose_params(REPOSITORY / "conf", overrides)
     return parse_settings(yaml.safe_load(params), str(overrides)).fit
 
@@ -67,8 +75,11 @@ class Calibrated:
         decompose(self.weights, self.parts, self.moments, settings, target, CPU)
         return Spectra(target)
 
-    def fit(self, target: Path, settings: FitSettings) -> FittedModel:
-        self.decompose(target / "spectra", settings)
+    def fit(
+        self, target: Path, settings: FitSettings, distances: LayerDistances | None = None
+    ) -> FittedModel:
+        spectra, device = target / "spectra", CPU
+        decompose(self.weights, self.parts, self.moments, settings, spectra, device, distances)
         out = target / "compressed"
         return fit(self.weights, target / "spectra", settings, out, CPU, self.moments)
 
@@ -167,6 +178,9 @@ def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrate
         ({"structures": "[private,joint]", "allocation": "uniform"}, "allocation=global"),
         ({"structures": "[private]", "share_experts": "true"}, r"fit\.structures=\[fixed\]"),
         ({"structures": "[private,shared:2]", "shared": "[]"}, "names no family"),
+        ({"structures": "[private,joint:inner]"}, "'joint:inner' is none of"),
+        ({"structures": "[private,by_distance:all]"}, "'by_distance:all' is none of"),
+        ({"structures": "[private,by_distance:2]", "shared": "[q]"}, "needs grouping=by_distance"),
     ],
 )
 def test_what_does_not_go_together_is_told(changes: Mapping[str, str], text: str) -> None:
@@ -260,6 +274,7 @@ TAKEN = {
     "layers": {"shared:2": READS, "shared:3": WRITES},
     "all layers": {"shared:all": READS + WRITES},
     "within a layer": {"joint": ["fused"]},
+    "layers, on the inner side": {"shared:2:inner": READS + WRITES},
 }
 
 
@@ -272,7 +287,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = _settings(EVERY, storage=storage)
+    settings = _settings(f"{EVERY},shared:2:inner", storage=storage)
     llama.decompose(tmp_path / "spectra", settings)
     _take(monkeypatch, wanted)
     out = tmp_path / "out"
@@ -421,3 +436,122 @@ def test_a_limit_of_some_parts_keeps_them_from_sharing_with_others(
     assert shared == {f"model.layers.0-1.{name}" for name in names}
     (dense,) = (one for one in fitted.groups if one.group.name == "model.layers.0.mlp.down_proj")
     assert dense.dense
+
+
+# Layers that are near each other
+
+
+def _plant_copies(model: PreTrainedModel) -> None:
+    """Layers 0 and 2, and layers 1 and 3, are one and the same up to gauge; of low rank on the
+    side of the stream are q and up."""
+    for i in (0, 1):
+        _share([model.get_submodule(f"model.layers.{i}.self_attn.q_proj")], 5, "input")
+        _share([model.get_submodule(f"model.layers.{i}.mlp.up_proj")], 5, "input")
+    layers = _layers(model)
+    for i in (0, 1):
+        own = layers.read(i)
+        units = {name: random_element(x, layers.freedom(i)) for name, x in own.units.items()}
+        layers.write(model, i + 2, Layer(units, own.rest))
+
+
+def _layers(model: PreTrainedModel) -> Layers:
+    return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
+
+
+@pytest.fixture(scope="module")
+def copies(make_calibrated: MakeCalibrated) -> Calibrated:
+    return make_calibrated("llama", _plant_copies, num_hidden_layers=4, **_SIZES)
+
+
+@pytest.fixture(scope="module")
+def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the stage `vary` writes of the copies."""
+    path = tmp_path_factory.mktemp("vary") / "variation.csv"
+    model, config = load_model(copies.weights, "float32", CPU), load_config(copies.weights)
+    found = classify_model(meta_model(config))
+    settings = parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf")), "conf").vary
+
+    def layers_of(tensors: Any) -> Layers:
+        return Layers(tensors, found, config)
+
+    write_distances(path, measure_variation(ModelTensors(model), layers_of, settings, 0))
+    return path
+
+
+def test_layers_that_are_near_are_found_wherever_they_lie(
+    copies: Calibrated, distances: Path, tmp_path: Path
+) -> None:
+    by_family = read_table(distances)["aligned"]
+    near = copies.fit(
+        tmp_path / "near", _offering("by_distance:2", "[q,up]", 0.3), distances=by_family
+    )
+    pairs = {f"model.layers.{pair}.{name}" for pair in ("0+2", "1+3") for name in _LOW_RANK}
+    assert {x.group.name for x in near.groups if x.group.structure == "by_distance:2"} == pairs
+    assert all(x.rank >= 5 for x in near.groups if len(x.group.parts) == 2)
+    adjacent = copies.fit(tmp_path / "adjacent", _offering("shared:2", "[q,up]", 0.3))
+    assert _total(near) < 0.9 * _total(adjacent)
+    fixed = copies.fit(tmp_path / "fixed", _by_distance(), distances=by_family)
+    assert {x.group.name for x in fixed.groups if len(x.group.parts) > 1} == pairs
+    for one in fixed.groups:
+        if one.group.name in pairs:
+            assert one.loss < 1e-5 * one.energy  # two weights of rank 5, and one basis
+
+
+_LOW_RANK = ("self_attn.q_proj", "mlp.up_proj")
+
+
+def _offering(structure: str, shared: str, removed: float) -> FitSettings:
+    return _settings(f"private,{structure}", removed, shared=shared)
+
+
+def _by_distance() -> FitSettings:
+    """What `fit=basis_sharing` makes of the distances."""
+    overrides = ["fit=basis_sharing", "grouping=by_distance", "fit.shared=[q,up]"]
+    return parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf", overrides)), "").fit
+
+
+def test_copies_share_on_the_inner_side_only_in_aligned_coordinates(
+    copies: Calibrated,
+    distances: Path,
+    make_calibrated: MakeCalibrated,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "aligned"
+    paths = [str(copies.weights), str(target), "--distances", str(distances)]
+    monkeypatch.setattr(sys, "argv", ["align", *paths])
+    align.main()
+    moved = load_model(target, "float32", CPU)
+    with torch.no_grad():
+        logits = moved(input_ids=WINDOWS[:4]).logits
+    expected = copies.logits()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+    def plant(model: PreTrainedModel) -> None:
+        model.load_state_dict(moved.state_dict())
+
+    aligned = make_calibrated("llama", plant, num_hidden_layers=4, **_SIZES)
+    settings = _offering("by_distance:2:inner", "[gate,up,down]", 0.3)
+    by_family = read_table(distances)["aligned"]
+    fitted = {
+        name: case.fit(tmp_path / name, settings, by_family)
+        for name, case in (("as they are", copies), ("in common", aligned))
+    }
+    of_pairs = {
+        name: {x.group.name: x.group.side for x in own.groups if len(x.group.parts) == 2}
+        for name, own in fitted.items()
+    }
+    assert of_pairs["in common"].items() >= {
+        ("model.layers.0+2.mlp.gate_proj", "output"),
+        ("model.layers.1+3.mlp.gate_proj", "output"),
+        ("model.layers.0+2.mlp.down_proj", "input"),
+        ("model.layers.1+3.mlp.down_proj", "input"),
+    }
+    assert not of_pairs["as they are"]
+    assert _total(fitted["in common"]) < 0.8 * _total(fitted["as they are"])
+    model = load_compressed(tmp_path / "in common/compressed")
+    for one in fitted["in common"].groups:
+        errors = _errors(model, aligned)
+        names = [part.sublayer.name for part in one.group.parts]
+        loss = sum(_loss(name, errors[name], aligned, settings) for name in names)
+        assert one.loss == pytest.approx(loss, rel=1e-3, abs=1e-5 * one.energy)

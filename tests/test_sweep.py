@@ -218,6 +218,19 @@ def test_a_setting_changes_the_keys_from_the_stage_on_that_reads_it(
     assert same == list(before)[: list(before).index(first) if first else len(before)]
 
 
+def test_layers_are_measured_first_only_where_their_distances_make_the_groups() -> None:
+    pipeline = Pipeline(REPOSITORY)
+    adjacent, by_distance = "grouping=adjacent", "grouping=by_distance"
+    for grouping in (adjacent, by_distance):
+        points = [
+            find_point(pipeline, "sweep", ["fit=basis_sharing", grouping, f"vary.alignment={one}"])
+            for one in ("exact", "none")
+        ]
+        differ = {name for name in points[0].keys if points[0].keys[name] != points[1].keys[name]}
+        assert ("vary" in points[0].keys) == ("decompose" in differ) == (grouping == by_distance)
+        assert "artifacts/variation.csv" not in points[0].paths
+
+
 def test_an_edit_of_the_code_changes_the_keys_of_the_stages_that_run_it(tmp_path: Path) -> None:
     for name in ("dvc.yaml", "conf", "src", "stages", "requirements"):
         (tmp_path / name).symlink_to(REPOSITORY / name)

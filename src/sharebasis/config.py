@@ -27,6 +27,8 @@ for _section in vars(knobs).values():
     if dataclasses.is_dataclass(_section):
         setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 _SETTINGS = TypeAdapter(Settings)
+OVER_LAYERS = ("shared:", "by_distance:")
+"""How structures begin in which layers share."""
 
 
 def load_settings(path: Path = PARAMS) -> Settings:
@@ -97,6 +99,12 @@ def _check_together(settings: Settings, where: str) -> None:
     _check_sides(fit, where)
     _check_limits(fit, where)
     _check_structures(fit, where)
+    offered = [one for one in fit.structures if one.startswith("by_distance:")]
+    if offered and settings.grouping.by != "by_distance":
+        raise SettingsError(
+            f"{where} is not valid: fit.structures offers {offered[0]}, which needs "
+            "grouping=by_distance."
+        )
     by = settings.sensitivity.by
     if by != "none" and fit.allocation != "global":
         raise SettingsError(
@@ -135,7 +143,8 @@ def _check_structures(fit: FitSettings, where: str) -> None:
         if not re.fullmatch(STRUCTURE, one):
             raise SettingsError(
                 f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, "
-                "narrowed, joint, experts, shared:N (N from 2) and shared:all."
+                "narrowed, joint, experts, shared:N (N from 2), shared:all and by_distance:N, "
+                "the last three with :inner behind them or without."
             )
     if fit.structures == (FIXED,):
         return
@@ -157,9 +166,9 @@ def _check_structures(fit: FitSettings, where: str) -> None:
     if fit.group_size != 1 or fit.share_experts:
         raise SettingsError(
             f"{where} is not valid: fit.group_size and fit.share_experts go with "
-            "fit.structures=[fixed]; offer shared:N and experts instead."
+            "fit.structures=[fixed]; offer shared:N, by_distance:N and experts instead."
         )
-    if not fit.shared and any(one.startswith("shared:") for one in fit.structures):
+    if not fit.shared and any(one.startswith(OVER_LAYERS) for one in fit.structures):
         raise SettingsError(
             f"{where} is not valid: fit.structures offers layers to share, but fit.shared names no "
             "family that may."

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharebasis import store
-from sharebasis.grouping import Group
+from sharebasis.grouping import Group, LayerDistances
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
@@ -115,6 +115,7 @@ def decompose(
     settings: FitSettings,
     target: Path,
     device: torch.device,
+    distances: LayerDistances | None = None,
 ) -> None:
     """Decompose every given group and write its factors, and what those that are offered in their
     place would lose; whole or not at all.
@@ -129,15 +130,16 @@ def decompose(
         settings: method and groups; the budget plays no part.
         target: artifacts/spectra.
         device: for the decompositions.
+        distances: by which layers are grouped; None groups adjacent ones.
 
     Raises:
+        SelectionError: a distance is missing.
         WeightsError, CalibrationError, StoreError: what is read is not usable.
     """
     twins = _twins(parts)
     own = [part for part in parts if part.sublayer.tied_to is None]
-    given, offered = (
-        _by_layer(groups) for groups in (given_groups(own, settings), offered_groups(own, settings))
-    )
+    given = _by_layer(given_groups(own, settings, distances))
+    offered = _by_layer(offered_groups(own, settings, distances))
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
     mlps = find_mlps(given, twins, dense.shapes) if NARROWED in settings.structures else ()
     n_groups = len(given) + len(offered) + len(mlps)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
+
+from sharebasis.errors import SelectionError
+from sharebasis.partition import partition
 from sharebasis.settings import Family, Side, Storage
 from sharebasis.splitting import Part
 from sharebasis.sublayer import expert_slot
+
+LayerDistances = Mapping[str, Mapping[tuple[int, int], float]]
+"""Family -> two layers, the smaller number first -> how far its weights are from each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +24,9 @@ class Group:
 
     parts: tuple[Part, ...]
     side: Side = "input"
-    """Where the basis lies: input, Ŵ_i = A_i B, of a residual read, or of one part of any kind;
-    output, Ŵ_i = B A_i, of a residual write. The parts are as wide there as each other."""
+    """Where the basis lies: input, Ŵ_i = A_i B, as of residual reads on the stream's side, or of
+    one part of any kind; output, Ŵ_i = B A_i, as of residual writes on the stream's side. The
+    parts are as wide there as each other."""
     structure: str = "fixed"
     """By which of `fit.structures` the parts are together."""
 
@@ -31,7 +40,7 @@ class Group:
         if first.sublayer.expert != last.sublayer.expert:
             experts = f"{first.sublayer.expert}-{last.sublayer.expert}"
             slot = expert_slot(slot, experts)
-        return slot.replace("*", _range(first.sublayer.layer, last.sublayer.layer)) + label
+        return slot.replace("*", _numbers([part.sublayer.layer for part in self.parts])) + label
 
     @property
     def _joint_name(self) -> str:
@@ -79,17 +88,23 @@ class Group:
 
 
 def groups_of(
-    parts: Sequence[Part], group_size: int, shared: Collection[Family], share_experts: bool
+    parts: Sequence[Part],
+    group_size: int,
+    shared: Collection[Family],
+    share_experts: bool,
+    distances: LayerDistances | None = None,
 ) -> Sequence[Group]:
     """Say which parts share, as `fit` is told to: by layers, or experts of a layer.
 
-    Args: as of `adjacent_groups` and `expert_groups`.
+    Args: as of `adjacent_groups`, or `nearest_groups` if there are distances, and `expert_groups`.
     """
-    if not share_experts:
-        return adjacent_groups(parts, group_size, shared)
-    of_experts = [part for part in parts if part.sublayer.expert is not None]
-    others = [part for part in parts if part.sublayer.expert is None]
-    return [*adjacent_groups(others, group_size, shared), *expert_groups(of_experts)]
+    of_experts = [part for part in parts if share_experts and part.sublayer.expert is not None]
+    others = [part for part in parts if not share_experts or part.sublayer.expert is None]
+    if distances is None:
+        over_layers = adjacent_groups(others, group_size, shared)
+    else:
+        over_layers = nearest_groups(others, group_size, shared, distances)
+    return [*over_layers, *expert_groups(of_experts)]
 
 
 def expert_groups(parts: Iterable[Part]) -> Sequence[Group]:
@@ -119,21 +134,79 @@ def adjacent_groups(
         shared: families that share; every part of another family is a group of its own.
         structure: what to call it.
     """
+    return _over_layers(parts, shared, structure, lambda same: _runs(same, group_size))
+
+
+def nearest_groups(
+    parts: Iterable[Part], group_size: int, shared: Collection[Family], distances: LayerDistances
+) -> Sequence[Group]:
+    """Let the same part of `group_size` layers share that are near each other in its family.
+
+    Args:
+        distances: of every two layers, for the families that share; see `nearest`.
+
+    The others are as of `adjacent_groups`.
+    """
+    return _over_layers(parts, shared, "fixed", lambda same: nearest(same, group_size, distances))
+
+
+def nearest(
+    parts: Sequence[Part], size: int, distances: LayerDistances
+) -> Sequence[tuple[Part, ...]]:
+    """Cut the same part of several layers into groups of `size`: see `partition`.
+
+    Raises:
+        SelectionError: a distance is missing.
+    """
+    family = parts[0].family
+    if len(parts) > 1 and family not in distances:
+        raise SelectionError(
+            f"There are no distances of {family} ({parts[0].name} and others), by which its layers "
+            f"are to be grouped; there are those of {', '.join(distances) or 'nothing'}. Take "
+            f"{family} out of fit.shared, or cut a fused weight by split=qkv."
+        )
+    matrix = np.zeros((len(parts), len(parts)))
+    for i, j in combinations(range(len(parts)), 2):
+        pair = parts[i].sublayer.layer, parts[j].sublayer.layer
+        if pair not in distances[family]:
+            raise SelectionError(
+                f"There is no distance between {family} of layers {pair[0]} and {pair[1]}. To be "
+                "grouped by distance, every two layers have to be measured: set vary.pairs=all "
+                "and vary.layers=null."
+            )
+        matrix[i, j] = matrix[j, i] = distances[family][pair]
+    return [tuple(parts[i] for i in group) for group in partition(matrix, size)]
+
+
+def _over_layers(
+    parts: Iterable[Part],
+    shared: Collection[Family],
+    structure: str,
+    cut: Callable[[Sequence[Part]], Iterable[Sequence[Part]]],
+) -> Sequence[Group]:
+    """Cut the same part of all layers, in their order, where its family shares."""
     by_slot: dict[tuple[str, str, int], list[Part]] = {}
     for part in parts:
         by_slot.setdefault((part.sublayer.slot, part.label, part.shape[1]), []).append(part)
-    groups = []
+    groups: list[Group] = []
     for same in by_slot.values():
         same.sort(key=lambda part: part.sublayer.layer)
-        size = group_size if same[0].family in shared else 1
-        groups += [Group(run, structure=structure) for run in _runs(same, size)]
+        found = cut(same) if same[0].family in shared else _runs(same, 1)
+        groups += [Group(tuple(own), structure=structure) for own in found]
     return groups
 
 
-def _range(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
+def _numbers(layers: Sequence[int]) -> str:
+    """`3`, `3-5`, `0-1+7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer - runs[-1][-1] in (0, 1):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "+".join(str(x[0]) if x[0] == x[-1] else f"{x[0]}-{x[-1]}" for x in runs)
 
 
-def _runs(parts: list[Part], size: int) -> Iterable[tuple[Part, ...]]:
+def _runs(parts: Sequence[Part], size: int) -> Iterable[tuple[Part, ...]]:
     for i in range(0, len(parts), size):
         yield tuple(parts[i : i + size])

@@ -22,10 +22,12 @@ Side = Literal["input", "output"]
 Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
 Sensing = Literal["none", "probes", "attribution"]
+Nearness = Literal["adjacent", "by_distance"]
 PositiveInt = Annotated[int, Gt(0)]
 
 FIXED, PRIVATE, NARROWED = "fixed", "private", "narrowed"
-STRUCTURE = r"fixed|private|narrowed|joint|experts|shared:(all|[2-9]|[1-9]\d+)"
+_N = r"([2-9]|[1-9]\d+)"
+STRUCTURE = rf"fixed|private|narrowed|joint|experts|(shared:(all|{_N})|by_distance:{_N})(:inner)?"
 """Regular expression of what `fit.structures` may hold."""
 
 
@@ -180,6 +182,17 @@ class LimitSettings:
 
 
 @dataclass(frozen=True)
+class GroupingSettings:
+    """Which layers make a group of `fit.group_size`, or of `by_distance:N`."""
+
+    by: Nearness
+    """adjacent: those that follow each other; by_distance: of every family those that are nearest
+    to each other, by what the stage `vary` measured."""
+    tracked: str
+    """The distances, as `vary` writes them; not read if adjacent, when any file will do."""
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """Which factorization, and how much it may keep.
 
@@ -189,7 +202,7 @@ class FitSettings:
     method: Method
     """svd: of the weights; the others: of the weights in a metric of moments, see METHODS."""
     group_size: PositiveInt
-    """Adjacent layers that share a basis."""
+    """Layers that share a basis; which ones, `grouping` says."""
     shared: tuple[Family, ...]
     """Families that share over layers; the others keep a basis for each part."""
     share_experts: bool
@@ -199,7 +212,10 @@ class FitSettings:
     """What the allocation chooses from, by least loss. private: every part alone, which is always
     there; narrowed: MLPs without some of their neurons, down refitted to the others; joint: q, k
     and v of a layer, gate and up, o and down; shared:N, shared:all: the same part of N adjacent
-    layers, of the families `shared`; experts: the same matrix of all experts of a layer.
+    layers, of the families `shared`; by_distance:N: of N layers that are near each other (needs
+    grouping=by_distance); experts: the same matrix of all experts of a layer. What shares over
+    layers has its basis on the side of the residual stream, with `:inner` behind it on that of
+    heads and neurons, which layers have in common after `sharebasis.align` at most.
     [fixed]: what `group_size`, `shared` and `share_experts` say, and no choice."""
     two_sided: bool
     """Whether the loss weighs outputs by the moment of their gradients (calibrate.gradients)."""
@@ -364,6 +380,7 @@ class Settings:
     calibrate: CalibrateSettings
     split: SplitSettings
     sensitivity: SensitivitySettings
+    grouping: GroupingSettings
     fit: FitSettings
     propagate: PropagateSettings
     recover: RecoverSettings

@@ -33,12 +33,15 @@ class Pipeline:
         """Path of an output -> the stage that writes it."""
         return {path: name for name in self.stages for path in outputs(self.stages[name])}
 
-    def upstream(self, target: str) -> list[str]:
-        """The target and all that it depends on, what comes first first."""
+    def upstream(self, target: str, params: Mapping[str, Any]) -> list[str]:
+        """The target and all that it depends on, what comes first first.
+
+        Parameters may name what a stage makes as a dependency of another one.
+        """
         found: list[str] = []
 
         def visit(name: str) -> None:
-            for dep in self.stages[name]["deps"]:
+            for dep in self._deps(name, params):
                 if dep in self.maker and self.maker[dep] not in found:
                     visit(self.maker[dep])
             found.append(name)
@@ -52,11 +55,10 @@ class Pipeline:
         Two runs in which a stage has the same key get the same from it.
         """
         keys: dict[str, str] = {}
-        for name in self.upstream(target):
+        for name in self.upstream(target, params):
             stage = self.stages[name]
             reads = {}
-            for dep in stage["deps"]:
-                path = interpolated(dep, params)
+            for path in self._deps(name, params):
                 made = self.maker.get(path)
                 reads[path] = keys[made] if made else _identity(self.root / path)
             own = {key: _select(params, key) for key in stage["params"]}
@@ -66,12 +68,16 @@ class Pipeline:
 
     def outside(self, target: str, params: Mapping[str, Any]) -> list[str]:
         """Paths that the parameters name as dependencies: texts and models of the user's own."""
-        return [
+        named = (
             interpolated(dep, params)
-            for name in self.upstream(target)
+            for name in self.upstream(target, params)
             for dep in self.stages[name]["deps"]
             if "${" in dep
-        ]
+        )
+        return [path for path in named if path not in self.maker]
+
+    def _deps(self, name: str, params: Mapping[str, Any]) -> list[str]:
+        return [interpolated(dep, params) for dep in self.stages[name]["deps"]]
 
 
 def outputs(stage: Mapping[str, Any]) -> dict[str, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,20 +22,17 @@ from rich.table import Table
 from torch import Tensor
 
 from sharebasis import store
-from sharebasis.errors import SelectionError, StoreError
+from sharebasis.errors import SelectionError
 from sharebasis.progress import progress
 from sharebasis.rows import Rows
 from sharebasis.settings import VarySettings
 from sharebasis.variation.alignment import Distances, distances
 from sharebasis.variation.layers import Layers, Tensors
+from sharebasis.variation.table import COLUMNS, Pair, read_table
 
 SMALL = 2**24
 """Numbers of a layer up to which a core works on a pair of its own; threads within one product
 or decomposition do not pay for such, and two pairs are in memory at once on two cores."""
-
-COLUMNS = ("first", "second", "family", "unaligned", "aligned", "random")
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -229,22 +225,20 @@ def read_distances(path: Path) -> Variation:
     Raises:
         StoreError: the file is missing or no such table.
     """
-    tables: Mapping[str, dict[Pair, dict[str, float]]] = {name: {} for name in COLUMNS[3:]}
-    try:
-        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-            pair = int(row["first"]), int(row["second"])
-            for name, table in tables.items():
-                if row[name]:
-                    table.setdefault(pair, {})[row["family"]] = float(row[name])
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing; run the stage that writes it (dvc repro).") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"{path} is no table of distances ({error}); remove it and run dvc repro."
-        ) from None
-    unaligned, aligned, random = tables.values()
+    table = read_table(path)
+    unaligned, aligned, random = (_by_pair(table[name]) for name in COLUMNS[3:])
     return Variation(
         sorted({layer for pair in aligned for layer in pair}),
         {pair: Distances(unaligned[pair], own, 0) for pair, own in aligned.items()},
         {pair: Distances({}, own, 0) for pair, own in random.items()},
     )
+
+
+def _by_pair(
+    families: Mapping[str, Mapping[Pair, float]],
+) -> Mapping[Pair, Mapping[str, float]]:
+    found: dict[Pair, dict[str, float]] = {}
+    for family, pairs in families.items():
+        for pair, distance in pairs.items():
+            found.setdefault(pair, {})[family] = distance
+    return found

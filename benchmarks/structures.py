@@ -1,0 +1,103 @@
+"""What structures are worth to a whole model: the loss that `fit=auto` predicts with and without.
+
+    python benchmarks/structures.py [--artifacts artifacts] [--removed 0.2 0.4]
+        [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
+
+Takes what the stages up to `decompose` and `vary` have written, measures the groups that each offer
+adds to those in artifacts/spectra, and lets the allocation choose. An offer is
+structures=families, both with commas. Losses are to second order, and before groups that are
+chosen are refined for the moments of their members.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from sharebasis import store
+from sharebasis.allocation import DENSE
+from sharebasis.config import compose_params, parse_settings
+from sharebasis.decomposition import Spectra, read_part
+from sharebasis.fitting import _chosen
+from sharebasis.grouping import Group
+from sharebasis.metric import Metric
+from sharebasis.moment_store import MomentStore
+from sharebasis.sensitivity.corrections import UNWEIGHED
+from sharebasis.settings import FitSettings
+from sharebasis.shared_basis import energies, pooled_basis
+from sharebasis.splitting import split_selected
+from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, VARIATION, WEIGHTS, report_errors
+from sharebasis.structures import offered_groups
+from sharebasis.sublayer import Classification
+from sharebasis.variation.table import read_table
+from sharebasis.weights import DenseWeights
+
+Energies = np.ndarray
+
+
+def measured(groups: Sequence[Group], dense: DenseWeights, metric: Metric) -> list[Energies]:
+    found = []
+    for group in groups:
+        members = metric.members(group, [read_part(dense, part) for part in group.parts])
+        assert members is not None  # calibration has seen it
+        found.append(energies(members, pooled_basis(members)).numpy())
+    return found
+
+
+def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) -> tuple[str, ...]:
+    """The loss, and what was picked."""
+    ranks, plans = _chosen(source, every, settings, UNWEIGHED, offered=True)
+    loss = sum(float(every[i][rank:].sum()) for i, rank in ranks.items() if rank != DENSE)
+    loss += sum(sum(plan.losses) for plan in plans.values())
+    picked = Counter(
+        f"{source.groups[i].structure} {source.groups[i].family}"
+        for i in ranks
+        if i >= source.n_given
+    )
+    counts = (f"{n} {what}" for what, n in picked.items())
+    return f"{loss:.4f}", ", ".join([*counts, f"{len(plans)} narrowed"])
+
+
+@report_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4])
+    offers = ["shared:2=k,v", "by_distance:2=k,v", "shared:2,by_distance:2=k,v"]
+    parser.add_argument("--offers", nargs="*", default=[*offers, "shared:2:inner=up,down"])
+    arguments = parser.parse_args()
+    weights, sublayers, moments, variation, spectra = (
+        arguments.artifacts / path.name
+        for path in (WEIGHTS, SUBLAYERS, MOMENTS, VARIATION, SPECTRA)
+    )
+    settings = parse_settings(yaml.safe_load(compose_params()), "the defaults").fit
+    parts = split_selected(store.load_record(sublayers, Classification), "none")
+    distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
+    source = Spectra(spectra)
+    metric = Metric(MomentStore(moments), source.twins, settings, torch.device("cpu"))
+    given, known = source.groups, source.energies()
+    print("| offered | removed | loss | picked |\n| --- | --- | --- | --- |")
+    for offer in ("nothing", *arguments.offers):
+        structures, _, families = offer.partition("=")
+        own = replace(
+            settings,
+            structures=(*settings.structures, *structures.split(",")),
+            shared=tuple(families.split(",")),
+        )
+        groups = offered_groups(parts, own, distances)
+        source.groups = (*given, *groups)
+        every = [*known, *measured(groups, dense, metric)]
+        for removed in arguments.removed:
+            loss, picked = row_of(source, every, replace(own, removed=removed))
+            print(f"| `{offer}` | {removed} | {loss} | {picked} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
