@@ -26,10 +26,10 @@ from sharebasis.grouping import Group
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.narrowing import find_mlps
+from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
 from sharebasis.settings import FitSettings
 from sharebasis.splitting import split_selected
-from sharebasis.training import Recovery
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, MakeDirectory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import compressed_index, fitting, store
+from sharebasis import compressed_index, fitting, store, tensor_store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
@@ -30,12 +30,12 @@ from sharebasis.experts import unstack
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.hub import load_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
 from sharebasis.settings import FitSettings
 from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Part, split_selected
 from sharebasis.structures import offered_groups
-from sharebasis.training import Recovery
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (24, 24), generator=torch.Generator().manual_seed(0))
@@ -304,7 +304,9 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
 
 def _n_numbers(directory: Path) -> int:
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(tensor.numel() for _, tensor in store.TensorReader(directory, index.files).stream())
+    return sum(
+        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
+    )
 
 
 # What is picked

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
@@ -56,7 +56,7 @@ class Spectra:
 
     def __init__(self, directory: Path) -> None:
         self._index = store.load_record(directory / INDEX, SpectraIndex)
-        self._reader = store.TensorReader(directory, self._index.files)
+        self._reader = tensor_store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
         self.n_given, self.mlps = self._index.n_given, self._index.mlps
 
@@ -131,7 +131,7 @@ def decompose(
     mlps = find_mlps(given, twins, dense.shapes) if NARROWED in settings.structures else ()
     n_groups = len(given) + len(offered) + len(mlps)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
-        writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
+        writer, unseen = tensor_store.TensorWriter(out, "spectra", SHARD_BYTES), []
         for i, group in enumerate(given):
             originals = [read_part(dense, part).to(device) for part in group.parts]
             every, seen = metric.decompose(group, originals)
@@ -180,7 +180,7 @@ def _measured(mlp: Mlp, dense: DenseWeights, metric: Metric, device: torch.devic
     return measure(mlp, members) if members else None
 
 
-def _write_widths(writer: store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:
+def _write_widths(writer: tensor_store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:
     writer.add(f"{stem}.neurons", found.neurons.to("cpu", torch.int32))
     writer.add(f"{stem}.losses", torch.tensor(found.losses, dtype=torch.float64))
     for width, of_parts in zip(mlp.widths, found.energies, strict=True):
