@@ -1,6 +1,6 @@
 """What a finished sweep took beside its common stages, fits and verifications:
 
-    python -m sharebasis.sweep -m split=none,qkv,heads fit=svd_llm,basis_sharing fit.removed=0.2,0.3
+    python -m sharebasis.sweep -m split=none,heads fit=svd_llm,basis_sharing fit.removed=0.2,0.3,0.4
     python benchmarks/sweep.py artifacts/sweeps/sweep/DATE
 
 All is read from the sweep's ledger. With the launcher basic, which runs one point after another,
