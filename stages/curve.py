@@ -7,7 +7,7 @@ from sharebasis.hub import load_config, load_tokenizer
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.sensitivity.corrections import Sensitivity
+from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.stage import CURVE, MOMENTS, PLOTS, SENSITIVITY, SPECTRA, WEIGHTS, report_errors
 from sharebasis.texts import cut, read_windows, require_positions
 

@@ -10,7 +10,7 @@ from sharebasis.fitting import fit, fit_metrics
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
-from sharebasis.sensitivity.corrections import Sensitivity
+from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.stage import (
     COMPRESSED,
     MOMENTS,

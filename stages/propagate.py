@@ -1,17 +1,8 @@
 """Stage `propagate`: blocks refitted to what compressed ones before them put out; optional."""
 
 from sharebasis import store
-from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
-from sharebasis.hub import load_config, load_tokenizer
-from sharebasis.moment_store import MomentStore
-from sharebasis.propagation import (
-    propagate,
-    propagation_identity,
-    propagation_windows,
-    write_unpropagated,
-)
-from sharebasis.resources import pick_device
+from sharebasis.outcomes import write_unpropagated
 from sharebasis.settings import Settings
 from sharebasis.stage import (
     COMPRESSED,
@@ -22,8 +13,6 @@ from sharebasis.stage import (
     WEIGHTS,
     report_errors,
 )
-from sharebasis.sublayer import Classification
-from sharebasis.texts import require_positions
 
 
 @report_errors
@@ -36,6 +25,15 @@ def main() -> None:
 
 
 def refit(settings: Settings) -> None:
+    # Here, as a run that leaves the stage out need not load torch.
+    from sharebasis.checkpoint import Checkpoint
+    from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.moment_store import MomentStore
+    from sharebasis.propagation import propagate, propagation_identity, propagation_windows
+    from sharebasis.resources import pick_device
+    from sharebasis.sublayer import Classification
+    from sharebasis.texts import require_positions
+
     own, device = settings.propagate, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), own.window, "propagate.window")
     windows = propagation_windows(load_tokenizer(COMPRESSED), settings.data, own, settings.seed)

@@ -1,11 +1,7 @@
 """Stage `recover`: the factors, distilled against the original; optional."""
 
-from sharebasis import compressed_index
-from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
-from sharebasis.hub import load_config, load_tokenizer
-from sharebasis.recovery import recover, recovery_identity, recovery_windows, write_unrecovered
-from sharebasis.resources import pick_device
+from sharebasis.outcomes import write_unrecovered
 from sharebasis.settings import Settings
 from sharebasis.stage import (
     COMPRESSED,
@@ -15,7 +11,6 @@ from sharebasis.stage import (
     WEIGHTS,
     report_errors,
 )
-from sharebasis.texts import require_positions
 
 
 @report_errors
@@ -28,6 +23,14 @@ def main() -> None:
 
 
 def train(settings: Settings) -> None:
+    # Here, as a run that leaves the stage out need not load torch.
+    from sharebasis import compressed_index
+    from sharebasis.checkpoint import Checkpoint
+    from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.recovery import recover, recovery_identity, recovery_windows
+    from sharebasis.resources import pick_device
+    from sharebasis.texts import require_positions
+
     own, device, seed = settings.recover, pick_device(settings.device), settings.seed
     source = PROPAGATED if (PROPAGATED / compressed_index.FILE).exists() else COMPRESSED
     require_positions(load_config(source), own.window, "recover.window")

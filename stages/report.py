@@ -21,7 +21,8 @@ def main() -> None:
     with store.writing(REPORT) as out:
         sections = [write(name, points, out / name) for name, points in results.items()]
         store.write_text(out / "index.html", page(sections))
-    print(f"{REPORT / 'index.html'}: {sum(map(len, results.values()))} points")
+    n_points = sum(map(len, results.values()))
+    print(f"{REPORT / 'index.html'}: {n_points} point{'' if n_points == 1 else 's'}")
 
 
 def write(name: str, points: Sequence[Point], directory: Path) -> Section:

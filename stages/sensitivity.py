@@ -2,14 +2,9 @@
 
 from sharebasis import store
 from sharebasis.config import load_settings
-from sharebasis.hub import load_config, load_tokenizer
-from sharebasis.resources import pick_device
-from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
-from sharebasis.sensitivity.measurement import measure_sensitivity
+from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import Settings
 from sharebasis.stage import SENSITIVITY, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.texts import cut, read_windows, require_positions
 
 
 @report_errors
@@ -20,6 +15,13 @@ def main() -> None:
 
 
 def measure(settings: Settings) -> Sensitivity:
+    # Here, as a run that leaves the stage out need not load torch.
+    from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.resources import pick_device
+    from sharebasis.sensitivity.measurement import measure_sensitivity
+    from sharebasis.sublayer import Classification
+    from sharebasis.texts import cut, read_windows, require_positions
+
     own, dtype, device = settings.sensitivity, settings.model.dtype, pick_device(settings.device)
     sublayers = store.load_record(SUBLAYERS, Classification)
     require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, contents, run_command
 
 from sharebasis.config import compose_params
 
-RANKS = "family,layer,parts,dense,rank,full_rank,stored,original\n"
+RANKS = "family,layer,parts,dense,rank,full_rank,width,stored,original\n"
 SPECTRUM = "family,layer,rank_fraction,loss\n"
 
 
@@ -45,7 +45,9 @@ def test_dvc_measures_layers_first_only_where_their_distances_make_the_groups(
 
 def _fit(directory: Path, rank: int) -> None:
     """Write plots/fit as a fit would that keeps a rank."""
-    rows = [f"{family},{layer},1,0,{rank + layer},9,30,64\n" for family in "qv" for layer in (0, 1)]
+    rows = [
+        f"{family},{layer},1,0,{rank + layer},9,1,30,64\n" for family in "qv" for layer in (0, 1)
+    ]
     (directory / "plots/fit/ranks.csv").write_text(RANKS + "".join(rows))
     rows = [f"{family},{layer},0.5,0.{rank}\n" for family in "qv" for layer in (0, 1)]
     (directory / "plots/fit/spectrum.csv").write_text(SPECTRUM + "".join(rows))
@@ -69,7 +71,12 @@ def test_a_diff_of_plots_shows_both_runs_family_by_family(tmp_path: Path) -> Non
     _fit(tmp_path, 5)
     run_command(tmp_path, "dvc", "plots", "diff", "HEAD", "--out", "shown")
     specs = _specs((tmp_path / "shown/index.html").read_text())
-    assert [spec["spec"]["encoding"]["y"]["field"] for spec in specs] == ["rank", "stored", "loss"]
+    assert [spec["spec"]["encoding"]["y"]["field"] for spec in specs] == [
+        "rank",
+        "width",
+        "stored",
+        "loss",
+    ]
     for spec in specs:
         assert spec["facet"]["field"] == "family"
         assert spec["spec"]["encoding"]["color"]["field"] == "rev"

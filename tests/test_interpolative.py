@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharebasis import compressed_index, interpolative, store
+from sharebasis import compressed_index, interpolative, store, tensor_store
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.interpolative import BOUND, interpolate
@@ -108,7 +108,7 @@ def test_weights_that_share_their_outputs_compute_their_products_in_as_few_numbe
     n_pivots = rank if interpolative else 0
     assert writer.n_numbers == rank * (16 + sum(lengths)) - rank * n_pivots + n_pivots
     index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
-    stored = dict(store.TensorReader(tmp_path / "out", index.files).stream())
+    stored = dict(tensor_store.TensorReader(tmp_path / "out", index.files).stream())
     basis = torch.nn.Parameter(stored["basis"], requires_grad=False)
     x, multiplied = torch.randn(5, max(lengths)).double(), 0
     for rows, part in zip(coefficients.values(), index.groups[0].parts, strict=True):

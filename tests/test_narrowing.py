@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,15 +23,16 @@ from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
 from sharebasis.decomposition import Spectra, decompose
+from sharebasis.fit_tables import ranks_csv
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.grouping import Group
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.narrowing import find_mlps
+from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
 from sharebasis.settings import FitSettings
 from sharebasis.splitting import split_selected
-from sharebasis.training import Recovery
 
 CPU = torch.device("cpu")
 
@@ -166,6 +169,21 @@ def test_more_to_choose_from_never_loses_more_and_the_budget_is_exact(
             assert removed - 1e-9 <= metrics["removed_fraction"] < removed + 0.01
             losses.append(sum(one.loss for one in fitted.groups))
         assert losses[1] <= losses[0]
+
+
+def test_the_table_of_ranks_says_how_many_neurons_are_left(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama", _repeat_neurons)
+    table = ranks_csv(run.fit(_settings(make_settings, removed=0.2)))
+    d_mlp = load_config(run.weights).intermediate_size
+    left = {
+        name: len(mlp.kept) / d_mlp for mlp in run.index().mlps for name in (*mlp.reads, mlp.down)
+    }
+    assert left
+    for row in csv.DictReader(io.StringIO(table)):
+        name = f"model.layers.{row['layer']}.mlp.{row['family']}_proj"
+        assert float(row["width"]) == pytest.approx(left.get(name, 1.0), rel=1e-5)
 
 
 def test_limits_hold_for_what_is_narrowed(

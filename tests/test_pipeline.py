@@ -571,13 +571,13 @@ def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
 FIT_AND_DIE = """
     import os, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store
+    from sharebasis import store, tensor_store
     from sharebasis.fitting import fit
     from sharebasis.settings import FitSettings
 
     target = Path(sys.argv[1])
     settings = store.load_record(target / "fit.json", FitSettings)
-    flush, left = store.TensorWriter.flush, 3
+    flush, left = tensor_store.TensorWriter.flush, 3
 
     def die(self):
         global left
@@ -586,7 +586,7 @@ FIT_AND_DIE = """
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.TensorWriter.flush = die
+    tensor_store.TensorWriter.flush = die
     device = torch.device("cpu")
     fit(target / "weights", target / "spectra", settings, target / "compressed", device, None)
 """

@@ -13,7 +13,7 @@ from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, propagation, store
+from sharebasis import compressed_index, propagation, store, tensor_store
 from sharebasis.calibration import calibrate
 from sharebasis.capture import watched
 from sharebasis.checkpoint import Checkpoint
@@ -22,12 +22,11 @@ from sharebasis.compressed import linears_by_tensor, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Propagation, write_unpropagated
 from sharebasis.propagation import (
-    Propagation,
     propagate,
     propagation_identity,
     propagation_windows,
-    write_unpropagated,
 )
 from sharebasis.refit import Refitter
 from sharebasis.regression import PairedMoment
@@ -128,7 +127,7 @@ def _products(directory: Path) -> dict[str, Tensor]:
 
 def _n_stored(directory: Path) -> int:
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    reader = store.TensorReader(directory, index.files)
+    reader = tensor_store.TensorReader(directory, index.files)
     return sum(math.prod(reader.shape(name)) for name in index.files)
 
 

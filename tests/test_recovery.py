@@ -13,7 +13,7 @@ from conftest import MakeSettings, fit_at_once
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, recovery, store, training
+from sharebasis import compressed_index, recovery, store, tensor_store, training
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
@@ -23,6 +23,7 @@ from sharebasis.distillation import hidden_distance
 from sharebasis.errors import RecoveryError
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Look, Recovery, write_unrecovered
 from sharebasis.recovery import (
     TrainableGroup,
     recover,
@@ -30,13 +31,12 @@ from sharebasis.recovery import (
     recovery_windows,
     trainable,
     write_recovered,
-    write_unrecovered,
 )
 from sharebasis.settings import RecoverSettings, Storage
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.texts import read_windows
-from sharebasis.training import Factors, Look, Recovery, distill, learning_rate
+from sharebasis.training import Factors, distill, learning_rate
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -172,7 +172,9 @@ def test_directories_go_in_and_a_directory_comes_out(case: Case, tmp_path: Path)
 
 def _n_numbers(directory: Path) -> int:
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(tensor.numel() for _, tensor in store.TensorReader(directory, index.files).stream())
+    return sum(
+        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
+    )
 
 
 def test_a_killed_training_ends_where_one_at_a_stretch_does(

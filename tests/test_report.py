@@ -217,6 +217,19 @@ def test_ranks_and_stored_numbers_are_those_of_the_cells(
     assert figures(points[6:]) == {}
 
 
+def test_neurons_that_are_gone_are_shown_beside_the_ranks(points: Sequence[Point]) -> None:
+    cells = [replace(own, width=0.7) if own.family == "up" else own for own in points[0].cells]
+    *families, neurons = figures([replace(points[0], cells=tuple(cells))])["ranks"].axes
+    assert [axes.get_title() for axes in families] == ["q", "up"]
+    (line,) = neurons.lines
+    assert line.get_xydata().tolist() == [[0, 0.7], [1, 0.7], [2, 0.7]]
+
+
+def test_the_page_counts_its_points(points: Sequence[Point]) -> None:
+    for n, said in ((1, "1 point."), (2, "2 points.")):
+        assert f"<p>{said} A click" in page([section("one", points[:n], {})])
+
+
 def test_the_same_points_give_the_same_page(points: Sequence[Point]) -> None:
     once, again = (page([section("one", points[:4], figures(points[:4]))]) for _ in range(2))
     assert once == again

@@ -177,6 +177,25 @@ def test_a_light_module_imports_no_framework(run_python: RunPython, module: str)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("stage", ["sensitivity", "propagate", "recover"])
+def test_a_stage_that_is_left_out_loads_no_framework(
+    run_python: RunPython, params: Mapping[str, Any], tmp_path: Path, stage: str
+) -> None:
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(params)))
+    run = run_python(
+        """
+        import runpy, sys
+        runpy.run_path(sys.argv[1], run_name="__main__")
+        print(sorted({"torch", "transformers", "hydra", "omegaconf"} & set(sys.modules)))
+        """,
+        REPOSITORY / "stages" / f"{stage}.py",
+        cwd=tmp_path,
+    )
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+    (out,) = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["outs"]
+    assert (tmp_path / next(iter(out))).exists()
+
+
 def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() -> None:
     import sharebasis
     from sharebasis.compressed import load_compressed
@@ -192,7 +211,7 @@ def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() ->
 # One process for all, as loading torch and transformers takes longer than the rest; the package
 # itself is loaded by every script anew, in a child of its own.
 RUN_SCRIPTS = """
-    import json, os, runpy, sys
+    import ast, json, os, runpy, sys
     from pathlib import Path
     import accelerate, hydra, pydantic, torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -209,6 +228,10 @@ RUN_SCRIPTS = """
             try:
                 runpy.run_path(str(script), run_name="__main__")
             finally:
+                # What it imports where it is needed, too.
+                nodes = ast.walk(ast.parse(script.read_text()))
+                imports = [one for one in nodes if isinstance(one, (ast.Import, ast.ImportFrom))]
+                exec(compile(ast.Module(imports, []), script, "exec"))
                 modules = [name for name in sys.modules if name.startswith("sharebasis.")]
                 files[2].write_text(" ".join(modules))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -35,14 +35,15 @@ from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.sensitivity.corrections import (
-    UNWEIGHED,
     Cell,
-    Sensitivity,
     cells_of,
     corrections,
+    group_weight,
+    weigh,
 )
 from sharebasis.sensitivity.draft import compressed, draft, wrap_parts
 from sharebasis.sensitivity.measurement import measure_sensitivity
+from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.probes import probe
 from sharebasis.sensitivity.replay import Replay, block_names
 from sharebasis.settings import FitSettings, SensitivitySettings
@@ -204,12 +205,14 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
     other = _scaled(case, tmp_path / "wrong", wrong, 7.0)
     found = other.measure(own, **uniform)
     for i, group in enumerate(groups):
-        change = right.weight(group) * right.ratio / (found.weight(group) * found.ratio)
+        change = (
+            group_weight(right, group) * right.ratio / (group_weight(found, group) * found.ratio)
+        )
         assert change == pytest.approx(7.0 if i in wrong else 1.0, rel=1e-4)
     # With its factor back, the allocation is what it would have been.
     true, planted = Spectra(case.spectra).energies(), Spectra(other.spectra).energies()
-    expected = [right.ratio * own for own in right.weigh(groups, true)]
-    for one, other_one in zip(expected, found.weigh(groups, planted), strict=True):
+    expected = [right.ratio * own for own in weigh(right, groups, true)]
+    for one, other_one in zip(expected, weigh(found, groups, planted), strict=True):
         np.testing.assert_allclose(found.ratio * other_one, one, rtol=1e-4)
 
 
@@ -354,9 +357,9 @@ def test_the_allocation_minimises_the_weighed_loss_and_reports_both(
     groups, energies = Spectra(case.spectra).groups, Spectra(case.spectra).energies()
     unweighed = draft(Spectra(case.spectra), case.fit)
     of_plain = sum(
-        sensitivity.weight(group) * loss
+        group_weight(sensitivity, group) * loss
         for group, loss in zip(groups, unweighed.losses, strict=True)
-    ) / sum(own.sum() for own in sensitivity.weigh(groups, energies))
+    ) / sum(own.sum() for own in weigh(sensitivity, groups, energies))
     assert weighed["sensitivity"]["relative_weighed_loss"] < of_plain
     assert load_compressed(tmp_path / "compressed")
 

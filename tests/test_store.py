@@ -17,7 +17,7 @@ import torch
 from conftest import RunPython, contents
 from safetensors.torch import load_file, save_file
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 from sharebasis.architecture import ARCHITECTURES, Dims
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError, WeightsError
@@ -85,7 +85,7 @@ def test_an_exception_leaves_no_directory_where_there_was_none(tmp_path: Path) -
 WRITE_AND_DIE = """
     import os, signal, sys
     from pathlib import Path
-    from sharebasis import store
+    from sharebasis import store, tensor_store
 
     with store.writing(Path(sys.argv[1])) as out:
         (out / "c.txt").write_text("half")
@@ -110,7 +110,7 @@ def test_a_kill_in_the_middle_leaves_the_old_content_and_the_next_run_succeeds(
 KILL_EVERYWHERE = """
     import json, os, signal, sys
     from pathlib import Path
-    from sharebasis import store
+    from sharebasis import store, tensor_store
 
     directory = Path(sys.argv[1])
     os.fsync = lambda _: None  # slow, and no matter to a kill that leaves the machine running
@@ -173,7 +173,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_content(
 FILL_THE_DISK = """
     import resource, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store
+    from sharebasis import store, tensor_store
     from sharebasis.errors import StoreError
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -181,7 +181,7 @@ FILL_THE_DISK = """
     try:
         with store.writing(Path(sys.argv[1])) as out:
             if sys.argv[2] == "tensors":
-                writer = store.TensorWriter(out, "tensors", 10**9)
+                writer = tensor_store.TensorWriter(out, "tensors", 10**9)
                 writer.add("large", torch.zeros(100_000))
                 writer.flush()
             elif sys.argv[2] == "json":
@@ -246,7 +246,7 @@ def test_what_cannot_fit_is_refused_before_it_is_written(tmp_path: Path) -> None
 
 def test_shards_close_at_their_size_and_hold_every_tensor(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.randn(10, 10) for i in range(5)}  # 400 bytes each
-    writer = store.TensorWriter(tmp_path, "stem", shard_bytes=700)
+    writer = tensor_store.TensorWriter(tmp_path, "stem", shard_bytes=700)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.flush()
@@ -259,13 +259,13 @@ def test_shards_close_at_their_size_and_hold_every_tensor(tmp_path: Path) -> Non
 
 
 def test_flushing_with_nothing_pending_writes_nothing(tmp_path: Path) -> None:
-    store.TensorWriter(tmp_path, "stem", 1).flush()
+    tensor_store.TensorWriter(tmp_path, "stem", 1).flush()
     assert contents(tmp_path) == {}
 
 
 def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
     fused = torch.randn(1000, 100)
-    writer = store.TensorWriter(tmp_path, "stem", 10**9)
+    writer = tensor_store.TensorWriter(tmp_path, "stem", 10**9)
     writer.add("rows", fused[:3])
     writer.add("columns", fused[:, :3].T)
     assert len(pickle.dumps(writer)) < fused.nbytes / 10  # pickle writes whole storages
@@ -277,7 +277,7 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
 
 
 def test_a_name_is_written_once(tmp_path: Path) -> None:
-    writer = store.TensorWriter(tmp_path, "stem", 1)  # closes a shard after every tensor
+    writer = tensor_store.TensorWriter(tmp_path, "stem", 1)  # closes a shard after every tensor
     writer.add("weight", torch.zeros(2))
     with pytest.raises(StoreError, match="weight is written twice"):
         writer.add("weight", torch.ones(2))
@@ -285,7 +285,7 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
 
 
 def test_written_tensors_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
-    writer = store.TensorWriter(tmp_path, "stem", 1)
+    writer = tensor_store.TensorWriter(tmp_path, "stem", 1)
     writer.add("weight", torch.zeros(2))
     (tmp_path / "plain").touch()
     modes = {path.name: oct(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -305,7 +305,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_reading_takes_rows_columns_or_all(checkpoint: Path) -> None:
     a = load_file(checkpoint / "1.safetensors")["a"]
-    reader = store.TensorReader.of_checkpoint(checkpoint)
+    reader = tensor_store.TensorReader.of_checkpoint(checkpoint)
     read = {
         "all": (reader.read("a"), a),
         "rows": (reader.read("a", slice(1, 3)), a[1:3]),
@@ -318,7 +318,7 @@ def test_reading_takes_rows_columns_or_all(checkpoint: Path) -> None:
 
 def test_streaming_gives_every_tensor_of_every_shard(checkpoint: Path) -> None:
     expected = load_file(checkpoint / "1.safetensors") | load_file(checkpoint / "2.safetensors")
-    streamed = list(store.TensorReader.of_checkpoint(checkpoint).stream())
+    streamed = list(tensor_store.TensorReader.of_checkpoint(checkpoint).stream())
     assert len(streamed) == len(expected)
     torch.testing.assert_close(dict(streamed), expected, rtol=0, atol=0)
 
@@ -350,9 +350,9 @@ DAMAGES = {
     ],
 )
 def test_a_damaged_shard_is_named(
-    checkpoint: Path, damage: str, use: Callable[[store.TensorReader], object]
+    checkpoint: Path, damage: str, use: Callable[[tensor_store.TensorReader], object]
 ) -> None:
-    reader = store.TensorReader.of_checkpoint(checkpoint)
+    reader = tensor_store.TensorReader.of_checkpoint(checkpoint)
     apply, text = DAMAGES[damage]
     apply(checkpoint / "1.safetensors")
     with pytest.raises(WeightsError, match=rf"1\.safetensors.*{text}"):
@@ -363,25 +363,25 @@ def test_a_damaged_shard_is_named(
 def test_a_tensor_that_the_index_puts_in_the_wrong_file_is_named(
     checkpoint: Path, rows: slice
 ) -> None:
-    reader = store.TensorReader(checkpoint, {"a": "2.safetensors"})
+    reader = tensor_store.TensorReader(checkpoint, {"a": "2.safetensors"})
     with pytest.raises(WeightsError, match=r"\ba\b"):
         reader.read("a", rows)
 
 
 def test_a_tensor_that_is_nowhere_is_named(checkpoint: Path) -> None:
     with pytest.raises(WeightsError, match="holds no tensor nowhere"):
-        store.TensorReader.of_checkpoint(checkpoint).read("nowhere")
+        tensor_store.TensorReader.of_checkpoint(checkpoint).read("nowhere")
 
 
 def test_a_directory_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds neither model\.safetensors nor"):
-        store.TensorReader.of_checkpoint(tmp_path)
+        tensor_store.TensorReader.of_checkpoint(tmp_path)
 
 
 def test_an_index_without_a_weight_map_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises((StoreError, WeightsError), match=r"model\.safetensors\.index\.json"):
-        store.TensorReader.of_checkpoint(tmp_path)
+        tensor_store.TensorReader.of_checkpoint(tmp_path)
 
 
 # Records

@@ -18,7 +18,7 @@ from gauges import random_element
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import align, compressed_index, fitting, store
+from sharebasis import align, compressed_index, fitting, store, tensor_store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
@@ -33,12 +33,12 @@ from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.grouping import LayerDistances
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
 from sharebasis.settings import FitSettings
 from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Part, split_selected
 from sharebasis.structures import offered_groups
-from sharebasis.training import Recovery
 from sharebasis.variation.distances import measure_variation, write_distances
 from sharebasis.variation.gauge import Layer
 from sharebasis.variation.layers import Layers, ModelTensors
@@ -319,7 +319,9 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
 
 def _n_numbers(directory: Path) -> int:
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(tensor.numel() for _, tensor in store.TensorReader(directory, index.files).stream())
+    return sum(
+        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
+    )
 
 
 # What is picked

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
-from sharebasis import store, weights
+from sharebasis import tensor_store, weights
 from sharebasis.errors import SourceError, WeightsError
 from sharebasis.experts import unstack
 from sharebasis.hub import load_model
@@ -166,14 +166,14 @@ def test_some_rows_of_a_weight_are_those_rows(
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The tensors of the checkpoint that are read from now on, and how many numbers of each."""
     seen: list[tuple[str, int]] = []
-    original = store.TensorReader.read
+    original = tensor_store.TensorReader.read
 
-    def read(self: store.TensorReader, name: str, *rest: slice, **named: slice) -> Tensor:
+    def read(self: tensor_store.TensorReader, name: str, *rest: slice, **named: slice) -> Tensor:
         tensor = original(self, name, *rest, **named)
         seen.append((name, tensor.untyped_storage().nbytes() // tensor.itemsize))
         return tensor
 
-    monkeypatch.setattr(store.TensorReader, "read", read)
+    monkeypatch.setattr(tensor_store.TensorReader, "read", read)
     return seen
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Checkpoint:
         """Whether the last checkpoint is old enough for another one."""
         return time.monotonic() - self._last >= self.seconds
 
-    def resume(self) -> tuple[Mapping[str, Any], store.TensorReader] | None:
+    def resume(self) -> tuple[Mapping[str, Any], tensor_store.TensorReader] | None:
         """The record and the tensors of a killed run; None if there is none."""
         store.recover(self.directory)
         if not (self.directory / _PROGRESS).exists():
@@ -86,7 +86,7 @@ class Checkpoint:
         if state["key"] != self.key:
             log.info("The checkpoint in %s is of another run; starting anew.", self.directory)
             return None
-        return state["record"], store.TensorReader(self.directory, state["files"])
+        return state["record"], tensor_store.TensorReader(self.directory, state["files"])
 
     def save(self, record: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take the place of the last checkpoint; whole or not at all.
@@ -96,7 +96,7 @@ class Checkpoint:
             tensors: by name, read one at a time.
         """
         with store.writing(self.directory) as out:
-            writer = store.TensorWriter(out, "state", SHARD_BYTES)
+            writer = tensor_store.TensorWriter(out, "state", SHARD_BYTES)
             for name, tensor in tensors:
                 writer.add(name, tensor)
             writer.flush()

@@ -10,7 +10,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from sharebasis import compressed_index, store
+from sharebasis import compressed_index, store, tensor_store
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
@@ -41,7 +41,7 @@ def load_compressed(
     """
     directory, device = Path(directory), torch.device(device)
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    reader = store.TensorReader(directory, index.files)
+    reader = tensor_store.TensorReader(directory, index.files)
     require_memory(reader.size(), f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
     tied = repeated(model)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from sharebasis import compressed_index, store
+from sharebasis import compressed_index, store, tensor_store
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, NarrowedMlp
 from sharebasis.hub import MANIFEST
 from sharebasis.interpolative import Interpolative, interpolate
@@ -27,7 +27,7 @@ class CompressedWriter:
 
     def __init__(self, directory: Path, shard_bytes: int) -> None:
         self._directory = directory
-        self._writer = store.TensorWriter(directory, "sharebasis", shard_bytes)
+        self._writer = tensor_store.TensorWriter(directory, "sharebasis", shard_bytes)
         self._groups: list[CompressedGroup] = []
 
     @property
@@ -123,11 +123,11 @@ def rewrite(
     Raises:
         StoreError: the disk is full.
     """
-    reader = store.TensorReader(source, index.files)
+    reader = tensor_store.TensorReader(source, index.files)
     of_groups = {name for group in index.groups for name in group.tensors}
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
-    for name, tensor in store.TensorReader(source, others).stream():
+    for name, tensor in tensor_store.TensorReader(source, others).stream():
         writer.add(name, replaced[name].to("cpu", tensor.dtype) if name in replaced else tensor)
     for group in index.groups:
         dtype = reader.read(group.tensors[0], slice(0, 1)).dtype

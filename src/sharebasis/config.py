@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
@@ -74,6 +70,12 @@ def compose_params(conf: Path = CONF, overrides: Sequence[str] = ()) -> str:
     Raises:
         SettingsError: an override names a group, choice or key that does not exist.
     """
+    # Here, as stages do not compose.
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         with initialize_config_dir(str(conf.absolute()), version_base=None):
             config = compose("config", overrides=list(overrides))

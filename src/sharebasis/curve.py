@@ -19,7 +19,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import DTYPES, load_model
 from sharebasis.moment_store import MomentStore
-from sharebasis.sensitivity.corrections import Sensitivity
+from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.settings import DType, FitSettings
 from sharebasis.verification import compare
 

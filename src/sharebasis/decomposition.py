@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 from sharebasis.grouping import Group, LayerDistances
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
@@ -62,7 +62,7 @@ class Spectra:
 
     def __init__(self, directory: Path) -> None:
         self._index = store.load_record(directory / INDEX, SpectraIndex)
-        self._reader = store.TensorReader(directory, self._index.files)
+        self._reader = tensor_store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
         self.n_given, self.mlps = self._index.n_given, self._index.mlps
 
@@ -146,7 +146,7 @@ def decompose(
     workers = workers_of(given, device)
     originals = partial(_originals, dense, device)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
-        writer, unseen = store.TensorWriter(out, "spectra", SHARD_BYTES), []
+        writer, unseen = tensor_store.TensorWriter(out, "spectra", SHARD_BYTES), []
         tasks = (partial(metric.decompose, group, originals(group.parts)) for group in given)
         for i, (every, seen) in enumerate(in_parallel(tasks, workers)):
             if not seen:
@@ -210,7 +210,7 @@ def _measured(metric: Metric, mlp: Mlp, originals: Sequence[Tensor]) -> Widths |
     return measure(mlp, members) if members else None
 
 
-def _write_widths(writer: store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:
+def _write_widths(writer: tensor_store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:
     writer.add(f"{stem}.neurons", found.neurons.to("cpu", torch.int32))
     writer.add(f"{stem}.losses", torch.tensor(found.losses, dtype=torch.float64))
     for width, of_parts in zip(mlp.widths, found.energies, strict=True):

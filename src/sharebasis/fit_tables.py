@@ -23,22 +23,31 @@ Cell = tuple[str, int]
 def ranks_csv(fitted: FittedModel) -> str:
     """A row for each family of each layer: what its parts keep.
 
-    Columns: family, layer, parts, dense (how many of those are stored as they were), rank and
-    full_rank (their means), stored and original (numbers). A basis counts for each part that
-    uses it by the part's share of the group's weights.
+    Columns: family, layer, parts, dense (how many of those are stored as they were), rank,
+    full_rank and width (their means), stored and original (numbers). A basis counts for each part
+    that uses it by the part's share of the group's weights. The width is the fraction of its
+    neurons that an MLP's matrix still has, 1 for all others; both ranks are of what is left.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
     for one in fitted.groups:
         for cell, share in _parts(one.group):
-            row = [1, one.dense, one.rank, one.group.full_rank, share * one.n_stored]
+            width = one.group.n_weights / one.n_original
+            row = [1, one.dense, one.rank, one.group.full_rank, width, share * one.n_stored]
             own = np.array([*row, share * one.n_original], dtype=np.float64)
             cells[cell] = cells.get(cell, 0) + own
     rows = [
-        [*cell, int(n), int(dense), f"{rank / n:.6g}", f"{full / n:.6g}", round(own), round(whole)]
-        for cell, (n, dense, rank, full, own, whole) in sorted(cells.items())
+        [
+            *cell,
+            int(n),
+            int(dense),
+            *(f"{mean / n:.6g}" for mean in means),
+            round(own),
+            round(whole),
+        ]
+        for cell, (n, dense, *means, own, whole) in sorted(cells.items())
     ]
-    columns = ("family", "layer", "parts", "dense", "rank", "full_rank", "stored", "original")
-    return csv_text(columns, rows)
+    counts, means = ("parts", "dense"), ("rank", "full_rank", "width")
+    return csv_text(("family", "layer", *counts, *means, "stored", "original"), rows)
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:

@@ -29,7 +29,8 @@ from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Plan, curve_of_plans, narrowed_members, plans_of
 from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
-from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
+from sharebasis.sensitivity.corrections import group_weight, weigh
+from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing, Storage
 from sharebasis.shared_basis import fit_shared_basis
 from sharebasis.splitting import Part
@@ -174,7 +175,7 @@ class _Fit:
         ):
             energy = float(self.energies[numbers[part.name]].sum())
             n_original = part.shape[0] * part.shape[1]
-            loss /= self.sensitivity.weight(group)  # plans are made of weighed ones
+            loss /= group_weight(self.sensitivity, group)  # plans are made of weighed ones
             if isinstance(own, Tensor):
                 weights = [own.to("cpu", self._dtype(group))]
                 yield self._add(group, rank, n_original, loss, energy, weights=weights)
@@ -200,7 +201,7 @@ class _Fit:
             basis, stacked = factors
             self.writer.add_factors(entry, basis, _by_part(group, stacked), self._dtype(group))
         n_stored = self.writer.n_numbers - before
-        weight = self.sensitivity.weight(group)
+        weight = group_weight(self.sensitivity, group)
         is_dense = factors is None
         return FittedGroup(group, n_original, entry.rank, n_stored, loss, energy, is_dense, weight)
 
@@ -257,7 +258,7 @@ def _chosen(
     pairs = zip(given, limits, strict=True)
     of_part = {part.name: limit for group, limit in pairs for part in group.parts}
     groups = source.groups if offered else given
-    energies = sensitivity.weigh(groups, energies[: len(groups)])
+    energies = weigh(sensitivity, groups, energies[: len(groups)])
     curves = []
     for i, group in enumerate(groups):
         curve = curve_of(group, energies[i], settings.storage)
@@ -267,7 +268,7 @@ def _chosen(
     plans = []
     for j, mlp in enumerate(mlps):
         own = [of_part[part.name] for part in mlp.parts]
-        weights = [sensitivity.weight(Group((part,))) for part in mlp.parts]
+        weights = [group_weight(sensitivity, Group((part,))) for part in mlp.parts]
         plans.append(plans_of(mlp, source.widths(j).weighed(weights), own, settings.storage))
         curves.append(curve_of_plans(mlp.down.name, mlp.n_weights, plans[j]))
     cover = Cover(_choices(groups, n_given, mlps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ LEDGER = "SHAREBASIS_LEDGER"
 """Environment variable that names the file; without it nothing is recorded."""
 POINT = "SHAREBASIS_POINT"
 """Environment variable that says for whom a stage runs."""
+
+
+Event = Mapping[str, Any]
 
 
 def record(ledger: Path, **event: Any) -> None:
@@ -27,7 +30,7 @@ def record(ledger: Path, **event: Any) -> None:
         os.close(handle)
 
 
-def read(ledger: Path) -> list[dict[str, Any]]:
+def read(ledger: Path) -> list[Event]:
     """Every event so far; none, if nothing has been recorded."""
     try:
         lines = ledger.read_text(encoding="utf-8").splitlines()
@@ -36,16 +39,28 @@ def read(ledger: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def process_age() -> float | None:
+    """Seconds since this process began; None where there is no /proc to tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def recorded(stage: str) -> Iterator[None]:
-    """Record that a stage begins, and how it ends: a stage that is killed has begun only."""
+    """Record that a stage begins, and how it ends: a stage that is killed has begun only.
+
+    Its seconds do not count those that its process took to start, which are told apart.
+    """
     name = os.environ.get(LEDGER)
     if name is None:
         yield
         return
     ledger, what = Path(name), {"what": "stage", "name": stage, "point": os.environ.get(POINT)}
     began = time.monotonic()
-    record(ledger, **what, state="began")
+    record(ledger, **what, state="began", startup=process_age())
     try:
         yield
     except BaseException as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 from sharebasis.errors import CalibrationError
 from sharebasis.moments import Moment, MomentAccumulator, Site
 
@@ -41,7 +41,7 @@ def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulator
     """
     with store.writing(target) as out:
         store.require_disk(out, sum(4 * site.d * (site.d + 1) for site in sites))
-        writer = store.TensorWriter(out, "moments", SHARD_BYTES)
+        writer = tensor_store.TensorWriter(out, "moments", SHARD_BYTES)
         for name, tensor in packed(accumulators):
             writer.add(name, tensor)
         writer.flush()
@@ -63,7 +63,7 @@ def tokens_of(accumulators: Accumulators) -> dict[str, int]:
     return {name: own.n_tokens for name, own in accumulators.items()}
 
 
-def read_moment(reader: store.TensorReader, site: str, n_tokens: int) -> Moment:
+def read_moment(reader: tensor_store.TensorReader, site: str, n_tokens: int) -> Moment:
     """Read one site's moment back."""
     upper, total_sum = reader.read(f"{site}.total"), reader.read(f"{site}.sum")
     d = len(total_sum)
@@ -88,7 +88,7 @@ class MomentStore:
 
     def __init__(self, directory: Path) -> None:
         index = store.load_record(directory / INDEX, MomentIndex)
-        self._reader = store.TensorReader(directory, index.files)
+        self._reader = tensor_store.TensorReader(directory, index.files)
         self._n_tokens = index.n_tokens
         self._site = {reader: site.name for site in index.sites for reader in site.readers}
 

@@ -28,6 +28,7 @@ from sharebasis.errors import PropagationError
 from sharebasis.hub import DTYPES, MANIFEST, load_model
 from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Site
+from sharebasis.outcomes import PROPAGATION, Propagation
 from sharebasis.progress import progress
 from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
@@ -38,20 +39,6 @@ from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
 log = logging.getLogger(__name__)
-
-INDEX = "propagation.json"
-
-
-@dataclass(frozen=True)
-class Propagation:
-    """How it went. Without a block, nothing but this lies in its directory."""
-
-    refitted: int
-    """Groups."""
-    left: int
-    """Groups that stayed as they were."""
-    distances: tuple[float, ...]
-    """After every block, the median over tokens of ‖h - ĥ‖² / ‖h‖²."""
 
 
 @dataclass
@@ -334,7 +321,7 @@ def propagate(
     result = Propagation(refitted, len(index.groups) - refitted, tuple(distances))
     with store.writing(target) as out:
         rewrite(out, compressed, index, found, fit.shard_bytes)
-        store.save_record(out / INDEX, result)
+        store.save_record(out / PROPAGATION, result)
     checkpoint.remove()
     return result
 
@@ -359,9 +346,3 @@ def _start(
     first, batch = propagator.blocks.names[0], propagator.settings.batch
     hidden = [embed(propagator.original, first, chunk).cpu() for chunk in windows.split(batch)]
     return [], {}, Streams(torch.cat(hidden), torch.cat(hidden))
-
-
-def write_unpropagated(target: Path) -> None:
-    """Write that no block was passed."""
-    with store.writing(target) as out:
-        store.save_record(out / INDEX, Propagation(0, 0, ()))

@@ -19,12 +19,11 @@ from sharebasis.compressed_writer import rewrite
 from sharebasis.errors import RecoveryError
 from sharebasis.factorize import balance
 from sharebasis.hub import MANIFEST, load_model
+from sharebasis.outcomes import RECOVERY, Recovery
 from sharebasis.settings import DataSettings, RecoverSettings
 from sharebasis.share_linear import ShareLinear
 from sharebasis.texts import cut, read_windows
-from sharebasis.training import Recovery, distill
-
-INDEX = "recovery.json"
+from sharebasis.training import distill
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +187,4 @@ def write_recovered(
     factors = {name: own for group in groups for name, own in group.named()}
     with store.writing(target) as out:
         rewrite(out, source, index, factors, shard_bytes)
-        store.save_record(out / INDEX, recovery)
-
-
-def write_unrecovered(target: Path) -> None:
-    """Write that no step was taken."""
-    with store.writing(target) as out:
-        store.save_record(out / INDEX, Recovery(0, 0, 0, ()))
+        store.save_record(out / RECOVERY, recovery)

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sharebasis import store
+from sharebasis import store, tensor_store
 from sharebasis.errors import SourceError, WeightsError
 from sharebasis.hub import MANIFEST, first_line, load_config, quiet_in_logs
 from sharebasis.progress import progress
@@ -133,7 +133,7 @@ def extract(source: Source, target: Path) -> Manifest:
             _convert(source.path.parent, out, gguf_file=source.path.name)
         else:
             _convert(source.path, out)
-        tensors = tuple(_check(store.TensorReader.of_checkpoint(out), converted_from))
+        tensors = tuple(_check(tensor_store.TensorReader.of_checkpoint(out), converted_from))
         manifest = Manifest(source.name, source.version, tensors)
         store.save_record(out / MANIFEST, manifest)
     return manifest
@@ -142,9 +142,9 @@ def extract(source: Source, target: Path) -> Manifest:
 def _copy(source: Path, out: Path) -> None:
     """Copy a directory in hub format, shards byte for byte."""
     load_config(source)
-    files = sorted(set(store.TensorReader.of_checkpoint(source).files.values()))
+    files = sorted(set(tensor_store.TensorReader.of_checkpoint(source).files.values()))
     for name in files:
-        with store.opened(source / name):
+        with tensor_store.opened(source / name):
             pass  # a missing or truncated shard is found before anything is copied
     store.require_disk(out, sum((source / name).stat().st_size for name in files))
     companions = (path.name for pattern in _COMPANIONS for path in source.glob(pattern))
@@ -176,12 +176,12 @@ def _convert(directory: Path, out: Path, **options: Any) -> None:
         tokenizer.save_pretrained(out)
 
 
-def _check(reader: store.TensorReader, converted_from: str | None) -> Iterator[TensorOrigin]:
+def _check(reader: tensor_store.TensorReader, converted_from: str | None) -> Iterator[TensorOrigin]:
     """Hash every tensor; refuse one that is not finite."""
     with progress("extract", len(reader.files), "tensors") as advance:
         for name, file in sorted(reader.files.items()):
             path = reader.directory / file
-            with store.opened(path) as tensors:
+            with tensor_store.opened(path) as tensors:
                 view = tensors.get_slice(name)
                 shape, dtype = tuple(view.get_shape()), view.get_dtype()
             digest, n_bad = hashlib.sha256(), 0
@@ -206,13 +206,13 @@ def _blocks(path: Path, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
     read count as resident memory until it is closed.
     """
     if not shape:
-        with store.opened(path) as file:
+        with tensor_store.opened(path) as file:
             yield file.get_tensor(name).reshape(1)
         return
     row_bytes = 8 * math.prod(shape[1:])  # of the widest dtype
     rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
     for start in range(0, shape[0], rows):
-        with store.opened(path) as file:
+        with tensor_store.opened(path) as file:
             yield file.get_slice(name)[start : start + rows].reshape(-1).clone()
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.distillation import divergence, hidden_distance
 from sharebasis.errors import RecoveryError
 from sharebasis.hub import DTYPES
+from sharebasis.outcomes import Look, Recovery
 from sharebasis.progress import progress
 from sharebasis.settings import RecoverSettings
 
@@ -25,29 +26,6 @@ log = logging.getLogger(__name__)
 
 Factors = Mapping[str, nn.Parameter]
 """What is trained, by the names of its tensors."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the held-out windows said."""
-
-    step: int
-    """Steps taken before it."""
-    divergence: float
-    """Mean KL(original || compressed) over their positions, in nats."""
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How a training went. Without a step, nothing but this lies in its directory."""
-
-    steps: int
-    """Taken, until the end or the stop."""
-    best: int
-    """The step whose factors were kept."""
-    tokens: int
-    """Trained on, repeats included."""
-    looks: tuple[Look, ...]
 
 
 def distill(

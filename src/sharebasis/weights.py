@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from sharebasis import experts, store
+from sharebasis import experts, tensor_store
 from sharebasis.errors import WeightsError
 from sharebasis.experts import Slice
 from sharebasis.hub import empty_model, first_line, load_config, repeated
@@ -60,7 +60,7 @@ class DenseWeights:
         Raises:
             SourceError, WeightsError: it is not.
         """
-        self._reader = store.TensorReader.of_checkpoint(directory)
+        self._reader = tensor_store.TensorReader.of_checkpoint(directory)
         self._model = empty_model(load_config(directory))
         state = self._model.state_dict()
         self._direct, conversions = _assign(self._model, self._reader.files, state)

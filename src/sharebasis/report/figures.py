@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from sharebasis.report.series import at_one_budget, in_order, series
 
 MARKERS = "os^Dv<>Pp*X"
 N_COLUMNS = 4
+NEURONS = "neurons of the MLP"
+"""The panel of the widths."""
 SPAN = 1000
 """How many times its lowest value an axis of the quality shows: what is far off hides the rest."""
 DETERMINED: Mapping[str, dict[str, Any]] = {
@@ -68,18 +70,32 @@ def quality(points: Sequence[Point]) -> Figure:
 
 
 def ranks(chosen: Mapping[str, Point], title: str) -> Figure:
-    """The rank of every layer as a fraction of the full one, a panel for each family."""
-    figure, panels = _panels(cell.family for point in chosen.values() for cell in point.cells)
-    figure.suptitle(f"Rank by layer, as a fraction of the full rank (1: dense). {title}")
+    """The rank of every layer as a fraction of the full one, a panel for each family.
+
+    Where neurons are gone, ranks alone would not tell: then what every MLP has left is shown, too.
+    """
+    cells = [cell for point in chosen.values() for cell in point.cells]
+    narrowed = {cell.family for cell in cells if cell.width < 1}
+    figure, panels = _panels({cell.family for cell in cells}, [NEURONS] if narrowed else [])
+    said = "Rank by layer, as a fraction of the full rank"
+    if narrowed:
+        said += (
+            " of what is left; the last panel: the fraction of its neurons\nthat an MLP has left"
+        )
+    figure.suptitle(f"{said}. {title}")
     for i, (label, point) in enumerate(chosen.items()):
-        for family, axes in panels.items():
-            own = sorted((one.layer, _rank(one)) for one in point.cells if one.family == family)
+        of_panels = {
+            **{family: _by_layer(point.cells, {family}, _rank) for family in panels},
+            NEURONS: _by_layer(point.cells, narrowed, _width),
+        }
+        for panel, axes in panels.items():
+            own = of_panels[panel]
             axes.plot(*zip(*own, strict=True), label=label, **_style(i)) if own else None
     for family, axes in panels.items():
         axes.set(title=family, ylim=(0, 1.04), xlabel="layer")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-    figure.supylabel("rank / full rank", fontsize=10)
+    figure.supylabel("fraction left", fontsize=10)
     _legend_below(figure, next(iter(panels.values())))
     return figure
 
@@ -195,8 +211,23 @@ def _sum(point: Point, layer: int, families: set[str]) -> tuple[int, int]:
     return sum(cell.stored for cell in own), sum(cell.original for cell in own)
 
 
+def _by_layer(
+    cells: Iterable[Cell], families: set[str], value: Callable[[Cell], float]
+) -> list[tuple[int, float]]:
+    """A value of every layer that has some families: the least of these."""
+    found: dict[int, float] = {}
+    for cell in cells:
+        if cell.family in families:
+            found[cell.layer] = min(value(cell), found.get(cell.layer, math.inf))
+    return sorted(found.items())
+
+
 def _rank(cell: Cell) -> float:
     return cell.rank / cell.full_rank
+
+
+def _width(cell: Cell) -> float:
+    return cell.width
 
 
 def _kept(point: Point, families: set[str]) -> float:
@@ -216,9 +247,9 @@ def _style(i: int) -> dict[str, Any]:
     return {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5}
 
 
-def _panels(families: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each family."""
-    names = in_order(families)
+def _panels(families: Iterable[str], others: Sequence[str] = ()) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each family, and some more."""
+    names = [*in_order(families), *others]
     n_columns = min(N_COLUMNS, max(len(names), 1))
     n_rows = math.ceil(len(names) / n_columns)
     figure = Figure(figsize=(2.9 * n_columns + 0.6, 2.4 * n_rows + 1.1), layout="constrained")

@@ -21,7 +21,7 @@ from sharebasis.stage import PROVENANCE
 TEMPLATE = "page.html"
 ALT: Mapping[str, str] = {
     "quality": "Perplexity and KL against the removed fraction, a line for each method",
-    "ranks": "Rank of every layer, a panel for each family",
+    "ranks": "Rank of every layer, a panel for each family, and the neurons that MLPs have left",
     "families": "The fraction of its numbers that each family keeps",
     "depth": "Where the numbers went, layer by layer",
     "spectrum": "Loss against the fraction of the full rank, a panel for each family",

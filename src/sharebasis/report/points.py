@@ -57,6 +57,8 @@ class Cell:
     full_rank: float
     stored: int
     original: int
+    width: float = 1.0
+    """Of an MLP, the fraction of its neurons that it has; the ranks are those of what is left."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,7 @@ def _cells(table: str) -> tuple[Cell, ...]:
             float(row["full_rank"]),
             int(row["stored"]),
             int(row["original"]),
+            float(row.get("width", 1.0)),
         )
         for row in csv.DictReader(io.StringIO(table))
     )

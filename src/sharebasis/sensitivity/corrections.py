@@ -9,7 +9,7 @@ see. A factor that all cells have in common would change no allocation, and is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sharebasis.errors import CalibrationError
 from sharebasis.grouping import Group
-from sharebasis.settings import Sensing
+from sharebasis.sensitivity.outcome import CellLoss, Sensitivity
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,50 +32,19 @@ class Cell:
     """Their numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class CellLoss:
-    """What a cell was predicted to lose and what it was seen to, nats a prediction."""
-
-    kind: str
-    layers: tuple[int, int]
-    n_groups: int
-    predicted: float
-    """Half of the quadratic loss."""
-    measured: float
-    weight: float
-    """(measured / predicted) / (Σ measured / Σ predicted), clipped; 1 where nothing was lost."""
+def group_weight(sensitivity: Sensitivity, group: Group) -> float:
+    """The geometric mean over the parts of a group; 1 for what is not named."""
+    logs = [math.log(sensitivity.parts.get(part.name, 1.0)) for part in group.parts]
+    return math.exp(sum(logs) / len(logs))
 
 
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """artifacts/sensitivity.json."""
-
-    by: Sensing
-    removed: float | None
-    """Of the draft that was measured."""
-    clip: float
-    """Weights lie between its inverse and this."""
-    n_predictions: int
-    ratio: float
-    """Σ measured / Σ predicted, which the weights are relative to."""
-    cells: tuple[CellLoss, ...]
-    parts: Mapping[str, float]
-    """Name of a part (of a sublayer that is one part: the sublayer's) -> its weight."""
-
-    def weight(self, group: Group) -> float:
-        """The geometric mean over the parts of a group; 1 for what is not named."""
-        logs = [math.log(self.parts.get(part.name, 1.0)) for part in group.parts]
-        return math.exp(sum(logs) / len(logs))
-
-    def weigh(
-        self, groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]
-    ) -> Sequence[NDArray[np.float64]]:
-        """The energies of every group, times its weight."""
-        return [self.weight(group) * own for group, own in zip(groups, energies, strict=True)]
-
-
-UNWEIGHED = Sensitivity("none", None, 1.0, 0, 1.0, (), {})
-"""Every weight is 1."""
+def weigh(
+    sensitivity: Sensitivity, groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]
+) -> Sequence[NDArray[np.float64]]:
+    """The energies of every group, times its weight."""
+    return [
+        group_weight(sensitivity, group) * own for group, own in zip(groups, energies, strict=True)
+    ]
 
 
 def cells_of(

@@ -15,8 +15,9 @@ from sharebasis.attribution.sites import find_sites
 from sharebasis.decomposition import Spectra
 from sharebasis.hub import load_model
 from sharebasis.sensitivity.components import branches, made
-from sharebasis.sensitivity.corrections import Cell, Sensitivity, cells_of, corrections
+from sharebasis.sensitivity.corrections import Cell, cells_of, corrections
 from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.sensitivity.probes import probe
 from sharebasis.sensitivity.replay import block_names
 from sharebasis.settings import DType, FitSettings, SensitivitySettings

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from sharebasis import ledger
 from sharebasis.errors import ShareBasisError, SweepError
 from sharebasis.report.points import collect, write_points
 from sharebasis.stage import RESULTS
@@ -69,6 +70,8 @@ class Sweeping(Callback):
             root = Path(config.hydra.runtime.cwd)
             path = write_points(config.hydra.job.name, collect(done, root), root / RESULTS)
             log.info("What they measured: %s; dvc repro report draws it.", path.relative_to(root))
+        ended = {"state": "done", "seconds": ledger.process_age() or self.watch.seconds}
+        ledger.record(self.watch.path, what="sweep", name=config.hydra.job.name, **ended)
         if account.failed:
             sys.exit(f"{len(account.failed)} of {len(account.points)} points have failed.")
 

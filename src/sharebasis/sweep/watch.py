@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -16,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sharebasis import ledger
+from sharebasis.ledger import Event
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-
-Event = Mapping[str, Any]
 
 
 @dataclass
