@@ -19,11 +19,11 @@ from operator import itemgetter
 from pathlib import Path
 
 import yaml
+from gathering import gather
 from rich.console import Console
 from rich.table import Table
 
 from sharebasis import store
-from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
@@ -32,7 +32,7 @@ from sharebasis.decomposition import decompose
 from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.moment_store import MomentStore
 from sharebasis.propagation import propagate, propagation_identity, propagation_windows
 from sharebasis.recovery import recover, recovery_identity, recovery_windows
 from sharebasis.resources import pick_device
@@ -42,7 +42,6 @@ from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
-from sharebasis.sublayer import Classification
 from sharebasis.texts import cut, read_windows
 from sharebasis.verification import compare
 
@@ -104,31 +103,16 @@ def name_of(point: Point) -> str:
     return f"{point[0]}-{point[1]}"
 
 
-def gather(work: Path, settings: Settings, model: Classification) -> None:
-    """Calibrate into `work`, unless that is done, or go on where an earlier run was stopped."""
-    weights = work / "weights"
-    windows = read_windows(load_tokenizer(weights), settings.data, "calibration", settings.seed)
-    batch, gradients = settings.data.batch, settings.calibrate.gradients
-    identity = run_identity(weights, model.selected, windows, batch=batch, gradients=gradients)
-    checkpoint = Checkpoint(work / "checkpoint", identity, 60)
-    key = work / "moments.key"
-    if key.exists() and key.read_text() == checkpoint.key:
-        return
-    dense = load_model(weights, "float32", pick_device(settings.device))
-    found = calibrate(dense, model.selected, windows, batch, checkpoint, gradients)
-    write_moments(work / "moments", *found)
-    key.write_text(checkpoint.key)
-    checkpoint.remove()
-
-
 def fit_all(arguments: argparse.Namespace) -> None:
     """Every method at every budget, on one calibration and one decomposition a method."""
     settings = settings_of(arguments, "auto", 0.2)
     work, device = arguments.work, pick_device(settings.device)
     extract(find_source(settings.model.source), work / "weights")
     model = classify_model(meta_model(load_config(work / "weights")))
-    gather(work, settings, model)
-    parts, moments = split_selected(model, "none"), MomentStore(work / "moments")
+    tokenizer = load_tokenizer(work / "weights")
+    windows = read_windows(tokenizer, settings.data, "calibration", settings.seed)
+    moments = gather(work / "weights", work, settings, model, windows)
+    parts = split_selected(model, "none")
     for method in arguments.methods:
         first = settings_of(arguments, method, arguments.removed[0]).fit
         decompose(work / "weights", parts, moments, first, work / "spectra", device)

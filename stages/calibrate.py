@@ -1,11 +1,13 @@
 """Stage `calibrate`: weights and text -> the moment of every distinct input."""
 
+from dataclasses import asdict
+
 from sharebasis import store
 from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, load_model, load_tokenizer
-from sharebasis.moment_store import tokens_of, write_moments
+from sharebasis.moment_store import tokens_of, trimmed_of, write_moments
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.stage import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
@@ -20,7 +22,7 @@ def main() -> None:
     require_positions(load_config(WEIGHTS), settings.data.window)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
-    gradients = settings.calibrate.gradients
+    gradients, outliers = settings.calibrate.gradients, settings.calibrate.outliers
     identity = run_identity(
         WEIGHTS,
         sublayers,
@@ -29,16 +31,22 @@ def main() -> None:
         batch=batch,
         device=str(device),
         gradients=gradients,
+        outliers=asdict(outliers),
     )
     checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
     model = load_model(WEIGHTS, dtype, device)
-    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint, gradients)
+    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint, gradients, outliers)
     write_moments(MOMENTS, sites, sums)
     checkpoint.remove()
     counts = list(tokens_of(sums).values())
     write_metrics(
         "calibrate",
-        {"n_tokens": windows.numel(), "n_moments": len(counts), "n_unseen": counts.count(0)},
+        {
+            "n_tokens": windows.numel(),
+            "n_moments": len(counts),
+            "n_unseen": counts.count(0),
+            "n_trimmed": sum(trimmed_of(sums).values()),
+        },
         settings,
         device,
         weights=WEIGHTS,

@@ -194,6 +194,8 @@ WRONG: list[tuple[str, Any]] = [
     ("data.calibration", None),
     ("calibrate.checkpoint_seconds", 0),
     ("calibrate.checkpoint_seconds", float("nan")),
+    ("calibrate.outliers.inputs.treatment", "cut"),
+    ("calibrate.outliers.gradients.limit", 1),
     ("split.strategy", "halves"),
     ("vary.alignment", "rough"),
     ("vary.pairs", "some"),

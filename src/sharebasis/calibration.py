@@ -22,17 +22,21 @@ from sharebasis.moment_store import (
     packed,
     read_moment,
     tokens_of,
+    trimmed_of,
 )
 from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
 from sharebasis.rows import Rows
-from sharebasis.settings import Labels
+from sharebasis.settings import Labels, OutlierSettings
 from sharebasis.share_linear import State
 from sharebasis.sublayer import Sublayer
 from sharebasis.surgery import wrap
 
 log = logging.getLogger(__name__)
+
+ALL_COUNT = OutlierSettings()
+"""Every token counts, however long it is."""
 
 PROBE_TOKENS = 4
 """Enough to see which sublayers read the same tensor."""
@@ -45,6 +49,7 @@ def calibrate(
     batch: int,
     checkpoint: Checkpoint,
     gradients: Labels | None = None,
+    outliers: OutlierSettings = ALL_COUNT,
 ) -> tuple[Sequence[Site], Accumulators]:
     """Gather the moment of every distinct input of the selected sublayers.
 
@@ -55,6 +60,7 @@ def calibrate(
         batch: windows a forward pass.
         checkpoint: where a run that was killed goes on from.
         gradients: gather those of the gradients of outputs, too (`run_backward`).
+        outliers: what becomes of tokens that are far longer than others.
 
     Raises:
         CalibrationError: a sublayer never ran.
@@ -62,7 +68,8 @@ def calibrate(
     """
     windows = windows.to(model.device)
     probe = windows[:1, :PROBE_TOKENS]
-    sites, accumulators = start_calibrating(model, sublayers, probe, gradients is not None)
+    wanted = gradients is not None
+    sites, accumulators = start_calibrating(model, sublayers, probe, wanted, outliers)
     done = _resume(checkpoint, accumulators)
     tokens = windows.shape[1]
     with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
@@ -74,8 +81,11 @@ def calibrate(
                 run_backward(model, chunk, gradients, seed=start)
             advance(chunk.numel())
             if checkpoint.due:
-                record = {"windows": start + len(chunk), "n_tokens": tokens_of(accumulators)}
-                checkpoint.save(record, packed(accumulators))
+                counts = {
+                    "n_tokens": tokens_of(accumulators),
+                    "n_trimmed": trimmed_of(accumulators),
+                }
+                checkpoint.save({"windows": start + len(chunk), **counts}, packed(accumulators))
     unseen = [site.name for site in sites if accumulators[site.name].n_tokens == 0]
     if unseen:
         log.warning(
@@ -94,7 +104,8 @@ def _resume(checkpoint: Checkpoint, accumulators: Accumulators) -> int:
         return 0
     record, reader = found
     for name, accumulator in accumulators.items():
-        accumulator.load(read_moment(reader, name, record["n_tokens"][name]))
+        moment = read_moment(reader, name, record["n_tokens"][name])
+        accumulator.load(moment, record["n_trimmed"].get(name, 0))
     log.info("Going on from window %d, the last checkpoint.", record["windows"])
     return int(record["windows"])
 
@@ -126,6 +137,7 @@ def start_calibrating(
     sublayers: Sequence[Sublayer],
     probe: Int64[Tensor, "windows window"],
     gradients: bool = False,
+    outliers: OutlierSettings = ALL_COUNT,
 ) -> tuple[Sequence[Site], Accumulators]:
     """Wrap the sublayers and set every part to CALIBRATING.
 
@@ -137,6 +149,7 @@ def start_calibrating(
         sublayers: whose inputs are tracked.
         probe: a few token ids, run once to see which sublayers read the same tensor.
         gradients: track the gradients of outputs, too; each output has a moment of its own.
+        outliers: what becomes of tokens that are far longer than others.
 
     Raises:
         CalibrationError: a sublayer did not run.
@@ -150,9 +163,13 @@ def start_calibrating(
     widths = [*(site.d for site in sites), *outputs.values()]
     require_memory(sum(8 * d**2 for d in widths), "The moments", model.device)
     modules = wrap(model, rows)
-    accumulators = {site.name: MomentAccumulator(site.name, site.d, model.device) for site in sites}
+    accumulators = {
+        site.name: MomentAccumulator(site.name, site.d, model.device, outliers.inputs)
+        for site in sites
+    }
     of_output = {
-        name: MomentAccumulator(gradient_site(name), d, model.device) for name, d in outputs.items()
+        name: MomentAccumulator(gradient_site(name), d, model.device, outliers.gradients)
+        for name, d in outputs.items()
     }
     tied = {one.name: one.tied_to or one.name for one in sublayers}
     for site in sites:

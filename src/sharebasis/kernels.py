@@ -56,14 +56,17 @@ def observed_linear(
     weight: Float[Tensor, "d_out d_in"],
     observe: Callable[[Tensor], None],
 ) -> Float[Tensor, "*batch d_out"]:
-    """x Wᵀ, whose gradient is shown to `observe` when it comes, as rows of width d_out.
+    """x Wᵀ, whose gradient is shown to `observe` when it comes, in the shape of the output.
 
     A hook on the output would not do: a model that goes on to change the output in place
     leaves the hook behind. The weight gets no gradient.
     """
+    shape = x.shape[:-1]
     # As rows, so that the output is no view, which a model may not change in place.
-    y: Tensor = _ObservedLinear.apply(x.flatten(0, -2), weight, observe)
-    return y.unflatten(0, x.shape[:-1])
+    y: Tensor = _ObservedLinear.apply(
+        x.flatten(0, -2), weight, lambda gradient: observe(gradient.unflatten(0, shape))
+    )
+    return y.unflatten(0, shape)
 
 
 class _ObservedLinear(torch.autograd.Function):

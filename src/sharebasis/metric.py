@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharebasis.factorize import Decomposition, decompose_reads
 from sharebasis.grouping import Group
-from sharebasis.moment_store import MomentStore
+from sharebasis.moment_store import MomentStore, gradient_site
 from sharebasis.moments import Moment
 from sharebasis.settings import METHODS, FitSettings
 from sharebasis.shared_basis import Member
@@ -99,9 +99,13 @@ class Metric:
         """Of what a part puts out, weighed by how often it runs."""
         assert self._moments is not None
         moments = self._moments
-        whole = reduce(add, (moments.gradient(name) for name in self._users(part)))
+        users = tuple(self._users(part))
+        whole = reduce(add, map(moments.gradient, users))
         rows = torch.tensor(list(part.rows))
         own = replace(whole.at(rows), n_tokens=moments.n_tokens)
+        seen = sum(moments.n_seen(gradient_site(name)) for name in users)
+        if seen > whole.n_tokens:  # what was left out counts as the rest does on average
+            own = replace(own, total=own.total * (seen / whole.n_tokens))
         damped = own.to(self._device).damped(self._settings.damping_gradients)
         return damped.diagonal() if self._own.gradients == "diagonal" else damped
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,9 +27,11 @@ class MomentIndex:
 
     sites: tuple[Site, ...]
     n_tokens: Mapping[str, int]
-    """Tokens seen, by site name."""
+    """Tokens that count, by site name."""
     files: Mapping[str, str]
     """Tensor name -> file name."""
+    n_trimmed: Mapping[str, int] = field(default_factory=dict)
+    """Tokens that were left out, by site name, where there were any."""
 
 
 def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulators) -> None:
@@ -45,7 +47,9 @@ def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulator
         for name, tensor in packed(accumulators):
             writer.add(name, tensor)
         writer.flush()
-        index = MomentIndex(tuple(sites), tokens_of(accumulators), writer.files)
+        index = MomentIndex(
+            tuple(sites), tokens_of(accumulators), writer.files, trimmed_of(accumulators)
+        )
         store.save_record(out / INDEX, index)
 
 
@@ -59,8 +63,13 @@ def packed(accumulators: Accumulators) -> Iterator[tuple[str, Tensor]]:
 
 
 def tokens_of(accumulators: Accumulators) -> dict[str, int]:
-    """Tokens seen, by site name."""
+    """Tokens that count, by site name."""
     return {name: own.n_tokens for name, own in accumulators.items()}
+
+
+def trimmed_of(accumulators: Accumulators) -> dict[str, int]:
+    """Tokens that were left out, by site name, where there were any."""
+    return {name: own.n_trimmed for name, own in accumulators.items() if own.n_trimmed}
 
 
 def read_moment(reader: tensor_store.TensorReader, site: str, n_tokens: int) -> Moment:
@@ -89,7 +98,7 @@ class MomentStore:
     def __init__(self, directory: Path) -> None:
         index = store.load_record(directory / INDEX, MomentIndex)
         self._reader = tensor_store.TensorReader(directory, index.files)
-        self._n_tokens = index.n_tokens
+        self._n_tokens, self._n_trimmed = index.n_tokens, index.n_trimmed
         self._site = {reader: site.name for site in index.sites for reader in site.readers}
 
     def site(self, sublayer: str) -> str:
@@ -105,7 +114,11 @@ class MomentStore:
     @property
     def n_tokens(self) -> int:
         """Tokens of the calibration text: what the busiest input has seen."""
-        return max(self._n_tokens.values())
+        return max(map(self.n_seen, self._n_tokens))
+
+    def n_seen(self, site: str) -> int:
+        """Tokens of a site, those that were left out included."""
+        return self._n_tokens[site] + self._n_trimmed.get(site, 0)
 
     def gradient(self, sublayer: str) -> Moment:
         """Of the gradients of what a sublayer puts out.

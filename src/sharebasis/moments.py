@@ -10,6 +10,8 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from sharebasis.errors import CalibrationError
+from sharebasis.outliers import tame
+from sharebasis.settings import Outliers
 
 # Eigenvalues below this fraction of the largest are rounding noise of the accumulation.
 NULL_SPACE = 1e-12
@@ -102,15 +104,27 @@ class MomentAccumulator:
     so how the tokens are cut into batches changes the result by float64 rounding only.
     """
 
-    def __init__(self, site: str, d: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        site: str,
+        d: int,
+        device: torch.device | str = "cpu",
+        outliers: Outliers = Outliers(),  # noqa: B008 (frozen)
+    ) -> None:
         self.site = site
+        self.outliers = outliers
         self.total = torch.zeros(d, d, dtype=torch.float64, device=device)
         """Whole panels down to the diagonal; `moment` mirrors the upper triangle."""
         self.sum = torch.zeros(d, dtype=torch.float64, device=device)
         self.n_tokens = 0
+        self.n_trimmed = 0
+        """Tokens that were left out."""
 
     def update(self, inputs: Float[Tensor, "*batch d"]) -> None:
-        """Add every row of `inputs`.
+        """Add every row of `inputs`, but for what `outliers` says.
+
+        Args:
+            inputs: the last but one dimension is a window, see `outliers.tame`.
 
         Raises:
             CalibrationError: the rows have another width than the site.
@@ -119,7 +133,7 @@ class MomentAccumulator:
             raise CalibrationError(
                 f"{self.site} has inputs of width {self.sum.shape[0]}, not {inputs.shape[-1]}."
             )
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.total)
+        rows = tame(inputs.detach().to(self.total), self.outliers).reshape(-1, inputs.shape[-1])
         # Panels of the upper triangle: barely more than half the multiply-adds of the whole. A
         # BLAS symmetric update would do, but only in threads that fight torch's for the cores.
         for start in range(0, len(self.total), PANEL):
@@ -127,12 +141,14 @@ class MomentAccumulator:
             panel.addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
         self.sum += rows.sum(0)
         self.n_tokens += rows.shape[0]
+        self.n_trimmed += inputs.shape[:-1].numel() - rows.shape[0]
 
-    def load(self, moment: Moment) -> None:
+    def load(self, moment: Moment, n_trimmed: int = 0) -> None:
         """Go on from a moment gathered earlier."""
         self.total.copy_(moment.total)
         self.sum.copy_(moment.sum)
         self.n_tokens = moment.n_tokens
+        self.n_trimmed = n_trimmed
 
     def moment(self) -> Moment:
         """Everything gathered so far.

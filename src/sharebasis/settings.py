@@ -21,6 +21,7 @@ Storage = Literal["plain", "interpolative"]
 Side = Literal["input", "output"]
 Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
+Treatment = Literal["none", "clip", "trim"]
 Sensing = Literal["none", "probes", "attribution"]
 Nearness = Literal["adjacent", "by_distance"]
 PositiveInt = Annotated[int, Gt(0)]
@@ -148,6 +149,25 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """What becomes of a token in a moment whose vector is far longer than those of its window."""
+
+    treatment: Treatment = "none"
+    """none: it counts like the others; clip: as if it were as long as the limit; trim: not at
+    all."""
+    limit: Annotated[float, Gt(1)] = 5.0
+    """Of the length, times the median of the window's vectors that are not zero."""
+
+
+@dataclass(frozen=True)
+class OutlierSettings:
+    """The same for both sides."""
+
+    inputs: Outliers = Outliers()
+    gradients: Outliers = Outliers()
+
+
+@dataclass(frozen=True)
 class CalibrateSettings:
     """How the moments are gathered."""
 
@@ -156,6 +176,9 @@ class CalibrateSettings:
     gradients: Labels | None
     """Whether the gradients of outputs are tracked, too, by a backward pass: of the loss on
     the next token of the text, or on one that the model itself would have drawn."""
+    outliers: OutlierSettings
+    """What becomes of tokens that are far longer than others, in moments of inputs and of
+    gradients."""
 
 
 @dataclass(frozen=True)
