@@ -17,10 +17,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 
 REPOSITORY = Path(__file__).parents[1]
 
-jaxtyping.install_import_hook("sharebasis", "beartype.beartype")
+# Every function checks its types; where a signature can name a shape, that too, which costs ten
+# times as much. Not those two modules that see every operator of every pass: they have no shapes,
+# and mypy.
+SOURCE = REPOSITORY / "src"
+SHAPED = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in sorted(SOURCE.rglob("*.py"))
+    if "jaxtyping" in path.read_text()
+]
+OPERATORS = ("sharebasis.trace", "sharebasis.attribution.residual_sums")
+beartype_package(
+    "sharebasis", conf=BeartypeConf(claw_is_pep526=False, claw_skip_package_names=OPERATORS)
+)
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 import pytest
 import torch
