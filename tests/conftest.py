@@ -37,6 +37,7 @@ beartype_package(
 )
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -59,6 +60,10 @@ from sharebasis.splitting import Part
 
 torch.set_num_threads(1)  # the models are far too small for more to pay
 
+# How long an example takes says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
+
 END = "<|end|>"
 CORPUS = (
     "the state of the union is strong and the people of these states are free\n"
@@ -69,6 +74,15 @@ SIZES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "families.yaml").read_text()
 )
 """A small config of every family, by name."""
+
+
+LONGEST = ("test_sweep.py", "test_families.py", "test_head_views.py", "test_pipeline.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none of them is at last alone on one core."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
