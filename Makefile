@@ -23,7 +23,7 @@ repro: env
 	python -m sharebasis.summary
 
 test: test-env check
-	python -m pytest -n auto --dist loadfile
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: test-env
 	ruff format --check .

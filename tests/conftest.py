@@ -17,11 +17,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 
 REPOSITORY = Path(__file__).parents[1]
 
-jaxtyping.install_import_hook("sharebasis", "beartype.beartype")
+# Every function checks its types; where a signature can name a shape, that too, which costs ten
+# times as much. Not those two modules that see every operator of every pass: they have no shapes,
+# and mypy.
+SOURCE = REPOSITORY / "src"
+SHAPED = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in sorted(SOURCE.rglob("*.py"))
+    if "jaxtyping" in path.read_text()
+]
+OPERATORS = ("sharebasis.trace", "sharebasis.attribution.residual_sums")
+beartype_package(
+    "sharebasis", conf=BeartypeConf(claw_is_pep526=False, claw_skip_package_names=OPERATORS)
+)
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -44,6 +60,10 @@ from sharebasis.splitting import Part
 
 torch.set_num_threads(1)  # the models are far too small for more to pay
 
+# How long an example takes says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
+
 END = "<|end|>"
 CORPUS = (
     "the state of the union is strong and the people of these states are free\n"
@@ -54,6 +74,15 @@ SIZES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "families.yaml").read_text()
 )
 """A small config of every family, by name."""
+
+
+LONGEST = ("test_sweep.py", "test_families.py", "test_head_views.py", "test_pipeline.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none of them is at last alone on one core."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
