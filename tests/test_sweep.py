@@ -346,6 +346,31 @@ def test_a_log_has_a_line_for_every_point_and_no_bar(swept: Swept) -> None:
     assert "\x1b" not in swept.first.stdout + swept.first.stderr
 
 
+def test_the_benchmark_adds_up_what_the_ledger_says(swept: Swept) -> None:
+    first = min((swept.checkout.root / "artifacts/sweeps/sweep").iterdir())
+    run = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks/sweep.py"), str(first)],
+        env=swept.checkout.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    events = ledger.read(first / "ledger.jsonl")
+    (wall,) = (event["seconds"] for event in events if event["what"] == "sweep")
+    counted = [
+        event for event in events if event["name"] in (*COMMON, "decompose", "fit", "verify")
+    ]
+    stages = sum(event.get("seconds", 0) for event in counted)
+    startup = sum(event.get("startup", 0) for event in counted)
+    assert 0 < stages < stages + startup < wall
+    assert f"wall / their processes         {wall / (stages + startup):.3f}" in run.stdout
+    assert f"wall / them without start-up   {wall / stages:.3f}" in run.stdout
+    rows = [line.replace("│", " ").split()[:3] for line in run.stdout.splitlines()]
+    for row in (["extract", "1", "1"], ["decompose", "2", "2"], ["verify", "4", "2"]):
+        assert row in rows
+
+
 def test_every_experiment_has_its_own_parameters_and_results(swept: Swept) -> None:
     for name, commit in swept.found.items():
         params = swept.checkout.shown(commit, "params.yaml")

@@ -79,9 +79,7 @@ def ranks(chosen: Mapping[str, Point], title: str) -> Figure:
     figure, panels = _panels({cell.family for cell in cells}, [NEURONS] if narrowed else [])
     said = "Rank by layer, as a fraction of the full rank"
     if narrowed:
-        said += (
-            " of what is left; the last panel: the fraction of its neurons\nthat an MLP has left"
-        )
+        said += "; last, neurons as a fraction of all.\nRanks of an MLP are of what is left of it"
     figure.suptitle(f"{said}. {title}")
     for i, (label, point) in enumerate(chosen.items()):
         of_panels = {

@@ -23,7 +23,7 @@ from sharebasis.errors import SweepError
 from sharebasis.ledger import LEDGER, POINT
 from sharebasis.stage import CHECKPOINTS
 from sharebasis.sweep.pipeline import Pipeline
-from sharebasis.sweep.records import Records, read_lock, write_lock
+from sharebasis.sweep.records import LOCK, Records, read_lock
 
 LINKS = "reflink,hardlink,symlink,copy"
 """How artefacts get from the cache into a workspace; no stage writes into a file that exists."""
@@ -129,7 +129,7 @@ def workspace(
     repository.records.lay_out(repository.pipeline, stages, path)
     before = path / BEFORE
     before.mkdir(parents=True)
-    write_lock(before, read_lock(path))
+    shutil.copyfile(path / LOCK, before / LOCK)
     try:
         yield path
     finally:
