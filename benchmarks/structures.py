@@ -1,7 +1,7 @@
 """What structures are worth to a whole model: the loss that `fit=auto` predicts with and without.
 
     python benchmarks/structures.py [--artifacts artifacts] [--removed 0.2 0.4]
-        [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
+        [--alone] [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
 
 Takes what the stages up to `decompose` and `vary` have written, measures the groups that each offer
 adds to those in artifacts/spectra, and lets the allocation choose. An offer is
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4])
     offers = ["shared:2=k,v", "by_distance:2=k,v", "shared:2,by_distance:2=k,v"]
     parser.add_argument("--offers", nargs="*", default=[*offers, "shared:2:inner=up,down"])
+    parser.add_argument("--alone", action="store_true", help="MLPs keep all of their neurons")
     arguments = parser.parse_args()
     weights, sublayers, moments, variation, spectra = (
         arguments.artifacts / path.name
@@ -81,6 +82,7 @@ def main() -> None:
     parts = split_selected(store.load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)
+    source.mlps = () if arguments.alone else source.mlps
     metric = Metric(MomentStore(moments), source.twins, settings, torch.device("cpu"))
     given, known = source.groups, source.energies()
     print("| offered | removed | loss | picked |\n| --- | --- | --- | --- |")
