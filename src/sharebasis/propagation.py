@@ -33,7 +33,7 @@ from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
-from sharebasis.share_linear import ShareLinear
+from sharebasis.share_linear import ShareLinear, SplitLinear
 from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
@@ -162,18 +162,21 @@ class Propagator:
         """Of the original's inputs and what the compressed model has there now."""
         block = self.compressed.get_submodule(self.blocks.names[i])
         module, device = self.compressed.get_submodule(site.name), self.compressed.device
-        accumulator = PairAccumulator(site.name, site.d, device)
+        assert isinstance(module, SplitLinear)
+        accumulator = PairAccumulator(site.name, site.d, module.in_features, device)
         drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
         for j, chunk in enumerate(self._cut(hidden)):
-            x = run.inputs[site.name][j].to(device)
+            # Some models flatten batch and window in between.
+            x = run.inputs[site.name][j].to(device).reshape(*chunk.shape[:2], -1)
             weights = token_weights(x, self.settings.skip, self.settings.clip)
             if drift is None:
                 (other, *_), _ = first_call(module, partial(self._run, i, block, chunk))
-                accumulator.update(x, other, weights)
+                away = None
             else:
                 with watched({site.name: module}) as seen:
                     away = drift(j, chunk)
-                accumulator.update(x, seen[site.name], weights, away)
+                other = seen[site.name]
+            accumulator.update(x, other.reshape(*chunk.shape[:2], -1), weights, away)
         return accumulator.moment()
 
     def _drift_of(self, i: int, site: Site, run: _Run, hidden: Tensor) -> Drift | None:
@@ -288,8 +291,8 @@ def propagate(
     the whole text, and of one block at a time what the original's sublayers are given.
 
     A group is refitted if all its parts read one input. Left as they are: what layers share, what
-    is tied to another weight, experts, to which the two models may send different tokens, and MLPs
-    that lack neurons, whose inputs the original does not have.
+    is tied to another weight, and experts, to which the two models may send different tokens. In
+    an MLP that lacks neurons, those that are left learn anew to say what all of them said.
 
     Args:
         weights: artifacts/weights.
@@ -310,15 +313,14 @@ def propagate(
     """
     index = store.load_record(compressed / compressed_index.FILE, CompressedIndex)
     original = load_model(weights, settings.dtype, device)
-    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
     names, windows = block_names(original, classification), windows.to(device)
     propagator = Propagator(
         original,
         load_compressed(compressed, DTYPES[settings.dtype], device),
         index,
         Blocks(original, names, windows, settings.batch),
-        [x for x in classification.selected if x.expert is None and x.name not in narrowed],
-        Refitter(original, moments, settings, fit),
+        [x for x in classification.selected if x.expert is None],
+        Refitter(original, moments, settings, fit, index.mlps),
         settings,
     )
     distances, found, streams = _start(propagator, windows, checkpoint)
