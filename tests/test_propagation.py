@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, propagation, store
@@ -49,6 +51,7 @@ AUTO = {
     "propagate.amount": 0.3,
     "propagate.stream": 0.0,
     "propagate.windows": 20,
+    "propagate.held_out": 0,
     "propagate.window": 16,
     "propagate.batch": 8,
 }
@@ -344,6 +347,45 @@ def test_a_killed_run_goes_on_to_the_same_end(
         torch.testing.assert_close(killed[name], product, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("better", [True, False])
+@torch.no_grad()
+def test_what_held_out_windows_do_not_like_is_not_kept(
+    better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refit that damages the last layer is worse than none; both divergences are the models'."""
+    install = propagation.install
+
+    def damage(group: CompressedGroup, tensors: dict[str, Tensor], linears: Any) -> None:
+        if group.name == "model.layers.2.mlp.down_proj":
+            tensors[group.parts[0].coefficient].mul_(-3.0)
+        install(group, tensors, linears)
+
+    if not better:
+        monkeypatch.setattr(propagation, "install", damage)
+    found = case.propagate(tmp_path / "out", windows=16, held_out=4)
+    assert found.before == pytest.approx(_divergence(case, case.work / "compressed"), rel=1e-4)
+    assert found.before is not None
+    assert found.after is not None
+    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    if better:
+        assert found.after < found.before
+        assert found.after == pytest.approx(_divergence(case, tmp_path / "out"), rel=1e-4)
+        assert found.refitted == 21
+    else:
+        assert found.after > found.before
+        assert (found.refitted, found.left) == (0, 21)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _divergence(case: Case, directory: Path) -> float:
+    """By torch's own, on the windows that are held out above."""
+    p, q = (
+        model(input_ids=WINDOWS[16:]).logits.flatten(0, 1).double().log_softmax(-1)
+        for model in (load_model(case.work / "weights", "float32", CPU), load_compressed(directory))
+    )
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
+
+
 def test_another_amount_is_another_run(case: Case) -> None:
     weights, compressed = case.work / "weights", case.work / "compressed"
     own = case.settings.propagate
@@ -396,12 +438,13 @@ def test_the_windows_are_the_first_of_the_calibration_text(
             "data.calibration.windows": 4,
             "data.window": 16,
             "propagate.windows": 2,
+            "propagate.held_out": 1,
             "propagate.window": 16,
         }
     )
     own = propagation_windows(tokenizer, settings.data, settings.propagate, 0)
     whole = read_windows(tokenizer, settings.data, "calibration", 0)
-    assert torch.equal(own, whole[:2])
+    assert torch.equal(own, whole[:3])
 
 
 def test_left_out_it_says_so(tmp_path: Path) -> None:
