@@ -177,8 +177,9 @@ def sense(work: Path, settings: Settings) -> Sensitivity:
     data = cut(settings.data, "calibration", own.windows, own.window)
     windows = read_windows(load_tokenizer(weights), data, "calibration", settings.seed)
     model, dtype = classify_model(meta_model(load_config(weights))), settings.model.dtype
+    artefacts = weights, work / "spectra", MomentStore(work / "moments"), model
     return measure_sensitivity(
-        weights, work / "spectra", model, windows, own, settings.fit, dtype, device
+        *artefacts, windows, own, settings.fit, dtype, work / "draft", device
     )
 
 

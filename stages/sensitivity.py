@@ -3,11 +3,20 @@
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.moment_store import MomentStore
 from sharebasis.resources import pick_device
 from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.settings import Settings
-from sharebasis.stage import SENSITIVITY, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import (
+    MOMENTS,
+    SENSITIVITY,
+    SENSITIVITY_DRAFT,
+    SPECTRA,
+    SUBLAYERS,
+    WEIGHTS,
+    report_errors,
+)
 from sharebasis.sublayer import Classification
 from sharebasis.texts import cut, read_windows, require_positions
 
@@ -25,8 +34,9 @@ def measure(settings: Settings) -> Sensitivity:
     require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")
     data = cut(settings.data, "calibration", own.windows, own.window)
     windows = read_windows(load_tokenizer(WEIGHTS), data, "calibration", settings.seed)
+    artefacts = WEIGHTS, SPECTRA, MomentStore(MOMENTS), sublayers
     return measure_sensitivity(
-        WEIGHTS, SPECTRA, sublayers, windows, own, settings.fit, dtype, device
+        *artefacts, windows, own, settings.fit, dtype, SENSITIVITY_DRAFT, device
     )
 
 
