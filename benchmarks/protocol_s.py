@@ -36,8 +36,8 @@ from sharebasis.moment_store import MomentStore
 from sharebasis.propagation import propagate, propagation_identity, propagation_windows
 from sharebasis.recovery import recover, recovery_identity, recovery_windows
 from sharebasis.resources import pick_device
-from sharebasis.sensitivity.corrections import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.measurement import measure_sensitivity
+from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
@@ -161,8 +161,9 @@ def sense(work: Path, settings: Settings) -> Sensitivity:
     data = cut(settings.data, "calibration", own.windows, own.window)
     windows = read_windows(load_tokenizer(weights), data, "calibration", settings.seed)
     model, dtype = classify_model(meta_model(load_config(weights))), settings.model.dtype
+    artefacts = weights, work / "spectra", MomentStore(work / "moments"), model
     return measure_sensitivity(
-        weights, work / "spectra", model, windows, own, settings.fit, dtype, device
+        *artefacts, windows, own, settings.fit, dtype, work / "draft", device
     )
 
 

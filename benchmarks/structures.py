@@ -29,7 +29,7 @@ from sharebasis.fitting import _chosen
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
-from sharebasis.sensitivity.corrections import UNWEIGHED
+from sharebasis.sensitivity.outcome import UNWEIGHED
 from sharebasis.settings import FitSettings
 from sharebasis.shared_basis import energies, pooled_basis
 from sharebasis.splitting import split_selected

@@ -4,7 +4,15 @@ from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import Settings
-from sharebasis.stage import SENSITIVITY, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.stage import (
+    MOMENTS,
+    SENSITIVITY,
+    SENSITIVITY_DRAFT,
+    SPECTRA,
+    SUBLAYERS,
+    WEIGHTS,
+    report_errors,
+)
 
 
 @report_errors
@@ -17,6 +25,7 @@ def main() -> None:
 def measure(settings: Settings) -> Sensitivity:
     # Here, as a run that leaves the stage out need not load torch.
     from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.moment_store import MomentStore
     from sharebasis.resources import pick_device
     from sharebasis.sensitivity.measurement import measure_sensitivity
     from sharebasis.sublayer import Classification
@@ -27,8 +36,9 @@ def measure(settings: Settings) -> Sensitivity:
     require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")
     data = cut(settings.data, "calibration", own.windows, own.window)
     windows = read_windows(load_tokenizer(WEIGHTS), data, "calibration", settings.seed)
+    artefacts = WEIGHTS, SPECTRA, MomentStore(MOMENTS), sublayers
     return measure_sensitivity(
-        WEIGHTS, SPECTRA, sublayers, windows, own, settings.fit, dtype, device
+        *artefacts, windows, own, settings.fit, dtype, SENSITIVITY_DRAFT, device
     )
 
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import compressed_index, propagation, store, tensor_store
@@ -48,6 +50,7 @@ AUTO = {
     "propagate.amount": 0.3,
     "propagate.stream": 0.0,
     "propagate.windows": 20,
+    "propagate.held_out": 0,
     "propagate.window": 16,
     "propagate.batch": 8,
 }
@@ -57,6 +60,13 @@ SHARED = {
     "fit.method": "basis_sharing",
     "fit.shared": ["q", "k", "v", "gate", "up"],
     "fit.group_size": 2,
+}
+
+
+NARROWED = {
+    "fit.structures": ["private", "narrowed"],
+    "fit.allocation": "global",
+    "fit.removed": 0.5,
 }
 
 
@@ -233,21 +243,72 @@ def test_a_block_that_norms_what_it_writes_is_only_regressed(
         torch.testing.assert_close(stream[name], product, rtol=0, atol=0)
 
 
+@pytest.fixture(scope="module")
+def narrowed(make_case: MakeCase) -> Case:
+    return make_case("gpt2", NARROWED)
+
+
 @torch.no_grad()
-def test_a_bias_keeps_the_mean_of_what_is_put_out(make_case: MakeCase, tmp_path: Path) -> None:
-    case = make_case("gpt2", {"split.strategy": "qkv"})
+def test_neurons_that_are_left_say_what_all_of_them_said(narrowed: Case, tmp_path: Path) -> None:
+    """A down that is stored as it is: torch's own least squares, of what both models ran."""
+    narrowed.propagate(tmp_path / "out", amount=1.0, damping=0.0, mean=False)
+    dense = {group.parts[0].sublayer for group in narrowed.index.groups if group.basis is None}
+    downs = [mlp.down for mlp in narrowed.index.mlps if mlp.down in dense]
+    assert downs
+    models = (
+        load_model(narrowed.work / "weights", "float32", CPU),
+        load_compressed(tmp_path / "out"),
+    )
+    for name in downs:
+        seen = []
+        for model in models:
+            with watched({name: model.get_submodule(name)}) as own:
+                model.base_model(input_ids=WINDOWS)
+            seen.append(own[name].flatten(0, 1).double())
+        said = seen[0] @ models[0].get_submodule(name).weight.double()
+        best = torch.linalg.lstsq(seen[1], said).solution.T
+        found = models[1].get_submodule(name).weight.double()
+        assert found.shape[1] < seen[0].shape[1]
+        assert (found - best).norm() < 1e-3 * best.norm()
+
+
+def test_without_drift_neurons_that_are_left_stay_what_they_were(
+    narrowed: Case, tmp_path: Path
+) -> None:
+    """At next to no amount, what is written is what `fit` took down to be."""
+    narrowed.propagate(tmp_path / "out", amount=1e-9, mean=False)
+    before, after = _products(narrowed.work / "compressed"), _products(tmp_path / "out")
+    dense = {f"{mlp.down}.dense" for mlp in narrowed.index.mlps} & before.keys()
+    assert dense
+    for name in dense:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"])
+@torch.no_grad()
+def test_a_bias_keeps_the_mean_of_what_is_put_out(
+    last: str, narrowed: Case, make_case: MakeCase, tmp_path: Path
+) -> None:
+    case = narrowed
+    if last == "attn.c_attn":
+        case, name = make_case("gpt2", {"split.strategy": "qkv"}), f"transformer.h.2.{last}"
+    else:
+        (name, *_) = (
+            one for mlp in case.index.mlps for one in (*mlp.reads, mlp.down) if one.endswith(last)
+        )
+    kept = next((list(mlp.kept) for mlp in case.index.mlps if name in mlp.reads), ...)
     model = load_model(case.work / "weights", "float32", CPU)
-    name = "transformer.h.2.attn.c_attn"
 
     def mean(one: PreTrainedModel) -> Tensor:
         with watched({name: one.get_submodule(name)}) as seen:
             one.base_model(input_ids=WINDOWS)
-        return one.get_submodule(name)(seen[name]).flatten(0, 1).mean(0)
+        found = one.get_submodule(name)(seen[name]).flatten(0, 1).mean(0)
+        return found[kept] if one is model else found
 
     off = []
-    for kept in (False, True):
-        case.propagate(tmp_path / f"{kept}", mean=kept)
-        off.append((mean(load_compressed(tmp_path / f"{kept}")) - mean(model)).norm())
+    for keeps in (False, True):
+        case.propagate(tmp_path / f"{keeps}", mean=keeps)
+        off.append((mean(load_compressed(tmp_path / f"{keeps}")) - mean(model)).norm())
     assert off[1] < 1e-3 * off[0]
     assert _n_stored(tmp_path / "True") == _n_stored(case.work / "compressed")
 
@@ -285,6 +346,45 @@ def test_a_killed_run_goes_on_to_the_same_end(
         torch.testing.assert_close(killed[name], product, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("better", [True, False])
+@torch.no_grad()
+def test_what_held_out_windows_do_not_like_is_not_kept(
+    better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refit that damages the last layer is worse than none; both divergences are the models'."""
+    install = propagation.install
+
+    def damage(group: CompressedGroup, tensors: dict[str, Tensor], linears: Any) -> None:
+        if group.name == "model.layers.2.mlp.down_proj":
+            tensors[group.parts[0].coefficient].mul_(-3.0)
+        install(group, tensors, linears)
+
+    if not better:
+        monkeypatch.setattr(propagation, "install", damage)
+    found = case.propagate(tmp_path / "out", windows=16, held_out=4)
+    assert found.before == pytest.approx(_divergence(case, case.work / "compressed"), rel=1e-4)
+    assert found.before is not None
+    assert found.after is not None
+    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    if better:
+        assert found.after < found.before
+        assert found.after == pytest.approx(_divergence(case, tmp_path / "out"), rel=1e-4)
+        assert found.refitted == 21
+    else:
+        assert found.after > found.before
+        assert (found.refitted, found.left) == (0, 21)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _divergence(case: Case, directory: Path) -> float:
+    """By torch's own, on the windows that are held out above."""
+    p, q = (
+        model(input_ids=WINDOWS[16:]).logits.flatten(0, 1).double().log_softmax(-1)
+        for model in (load_model(case.work / "weights", "float32", CPU), load_compressed(directory))
+    )
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
+
+
 def test_another_amount_is_another_run(case: Case) -> None:
     weights, compressed = case.work / "weights", case.work / "compressed"
     own = case.settings.propagate
@@ -306,6 +406,8 @@ def test_another_amount_is_another_run(case: Case) -> None:
         # q, k, v, gate and up of two of the three layers share.
         ("llama", SHARED, 5),
         ("mixtral", {}, 3 * 4 * 2),  # experts
+        ("llama", NARROWED, 0),
+        ("opt", NARROWED, 0),
     ],
 )
 def test_families_and_what_is_left(
@@ -318,6 +420,9 @@ def test_families_and_what_is_left(
     before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
     assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
     assert _n_stored(tmp_path / "out") == _n_stored(case.work / "compressed")
+    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    assert index.mlps == case.index.mlps
+    assert bool(index.mlps) == (changes is NARROWED)
 
 
 def test_the_windows_are_the_first_of_the_calibration_text(
@@ -332,12 +437,13 @@ def test_the_windows_are_the_first_of_the_calibration_text(
             "data.calibration.windows": 4,
             "data.window": 16,
             "propagate.windows": 2,
+            "propagate.held_out": 1,
             "propagate.window": 16,
         }
     )
     own = propagation_windows(tokenizer, settings.data, settings.propagate, 0)
     whole = read_windows(tokenizer, settings.data, "calibration", 0)
-    assert torch.equal(own, whole[:2])
+    assert torch.equal(own, whole[:3])
 
 
 def test_left_out_it_says_so(tmp_path: Path) -> None:

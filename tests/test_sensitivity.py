@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sharebasis import store
-from sharebasis.allocation import DENSE, Curve, allocate
+from sharebasis import compressed_index, store
+from sharebasis.allocation import Curve, allocate
 from sharebasis.attribution.error_attribution import attribute
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
+from sharebasis.compressed import linears_by_tensor, load_compressed
+from sharebasis.compressed_index import CompressedIndex
 from sharebasis.decomposition import Spectra, decompose
 from sharebasis.errors import CalibrationError
 from sharebasis.fitting import fit, fit_metrics
@@ -41,7 +44,7 @@ from sharebasis.sensitivity.corrections import (
     group_weight,
     weigh,
 )
-from sharebasis.sensitivity.draft import compressed, draft, wrap_parts
+from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
 from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.probes import probe
@@ -63,14 +66,19 @@ AUTO = {
     "fit.removed": 0.3,
 }
 
+NARROWED = {"fit.structures": ["private", "narrowed"], "fit.removed": 0.5}
+
 
 @dataclass(frozen=True)
 class Case:
     """A small model, decomposed."""
 
+    family: str
     weights: Path
     spectra: Path
     fit: FitSettings
+    moments: MomentStore | None = None
+    """For structures that are offered."""
 
     def load(self) -> PreTrainedModel:
         return load_model(self.weights, "float32", CPU)
@@ -81,30 +89,61 @@ class Case:
 
     def measure(self, own: SensitivitySettings = PROBES, **changes: Any) -> Sensitivity:
         budget = replace(self.fit, **changes)
+        models = self.weights, self.spectra, self.moments, self.found
         windows = WINDOWS[: own.windows]
-        return measure_sensitivity(
-            self.weights, self.spectra, self.found, windows, own, budget, "float32", CPU
-        )
+        return measure_sensitivity(*models, windows, own, budget, "float32", self.scratch, CPU)
+
+    @property
+    def scratch(self) -> Path:
+        return self.spectra.parent / "draft"
+
+    @contextmanager
+    def draft(self) -> Iterator[Draft]:
+        with draft(self.weights, self.spectra, self.moments, self.fit, self.scratch, CPU) as plan:
+            yield plan
+        assert not self.scratch.exists()
+
+
+MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def case(
-    request: pytest.FixtureRequest,
+def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
+    return make_case(request.param)
+
+
+@pytest.fixture(scope="module", params=["private", "narrowed"])
+def any_case(request: pytest.FixtureRequest, case: Case, make_case: MakeCase) -> Case:
+    """Neurons may go in the second."""
+    return case if request.param == "private" else make_case(case.family, narrowed=True)
+
+
+@pytest.fixture(scope="module")
+def make_case(
     make_directory: MakeDirectory,
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
+) -> MakeCase:
+    def make(family: str, narrowed: bool = False) -> Case:
+        target = tmp_path_factory.mktemp("case")
+        return _case(family, narrowed, make_directory(family), target, make_settings)
+
+    return make
+
+
+def _case(
+    family: str, narrowed: bool, weights: Path, target: Path, make_settings: MakeSettings
 ) -> Case:
-    weights, target = make_directory(request.param), tmp_path_factory.mktemp("case")
     model = load_model(weights, "float32", CPU)
     found = classify_model(model)
     checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
     write_moments(
         target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint, "text")
     )
-    own = make_settings(AUTO).fit
+    own = make_settings({**AUTO, **(NARROWED if narrowed else {})}).fit
     parts, moments = split_selected(found, "qkv"), MomentStore(target / "moments")
     decompose(weights, parts, moments, own, target / "spectra", CPU)
-    return Case(weights, target / "spectra", own)
+    return Case(family, weights, target / "spectra", own, moments if narrowed else None)
 
 
 @torch.no_grad()
@@ -115,35 +154,59 @@ def _logits(model: nn.Module, windows: Tensor = WINDOWS[:3]) -> Tensor:
 # What is measured
 
 
-def _divergence_of(case: Case, groups: Sequence[int]) -> float:
+def _divergence_of(case: Case, directory: Path, groups: Sequence[int]) -> float:
     """By torch's own divergence, from a model whose weights are written over by hand."""
-    model, plan = case.load(), draft(Spectra(case.spectra), case.fit)
-    original = _logits(model)
+    model = case.load()
+    original, small = _logits(model), load_compressed(directory)
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    linears = linears_by_tensor(small, index)
     with torch.no_grad():
         for i in groups:
-            group, rank = plan.spectra.groups[i], plan.ranks[i]
-            (part,) = group.parts
-            module: Any = model.get_submodule(part.sublayer.name)
-            weight = module.weight if part.sublayer.type == "Linear" else module.weight.T
-            if rank != DENSE:
-                basis, coefficient = plan.spectra.factors(i, rank)
-                weight[part.rows.numbers] = (coefficient @ basis).float()
+            (part,) = index.groups[i].parts
+            module: Any = model.get_submodule(part.sublayer)
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            new = linears[part.coefficient].dense()
+            kept = [list(mlp.kept) for mlp in index.mlps if part.sublayer in mlp.reads]
+            columns = [list(mlp.kept) for mlp in index.mlps if part.sublayer == mlp.down]
+            if columns:
+                weight[:] = 0
+                weight[:, columns[0]] = new
+            else:
+                weight[kept[0] if kept else part.rows.numbers] = new
     p, q = (x.flatten(0, 1).double().log_softmax(-1) for x in (original, _logits(model)))
     return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
 
 
-def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(case: Case) -> None:
-    plan = draft(Spectra(case.spectra), case.fit)
-    cells = cells_of(plan.spectra.groups, 3, lambda group: group.family)
+def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(
+    any_case: Case, tmp_path: Path
+) -> None:
+    case = any_case
+    fit(case.weights, case.spectra, case.fit, tmp_path / "small", CPU, case.moments)
     model = case.load()
     before = {name: own.clone() for name, own in model.state_dict().items()}
-    found = probe(model, plan, cells, WINDOWS[:3], 2, block_names(case.found))
-    expected = [_divergence_of(case, cell.groups) for cell in cells]
+    with case.draft() as plan:
+        cells = cells_of(plan.groups, 3, lambda group: group.family)
+        linears = wrap_parts(model, Spectra(case.spectra))
+        found = probe(model, linears, plan, cells, WINDOWS[:3], 2, block_names(case.found))
+    expected = [_divergence_of(case, tmp_path / "small", cell.groups) for cell in cells]
     assert max(expected) > 1e-3
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     # Afterwards it is the model that it was.
     assert torch.equal(_logits(model), _logits(case.load()))
     assert all(torch.equal(before[name], own) for name, own in case.load().state_dict().items())
+
+
+def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_path: Path) -> None:
+    case, model = any_case, any_case.load()
+    fit(case.weights, case.spectra, case.fit, tmp_path / "small", CPU, case.moments)
+    index = store.load_record(tmp_path / "small" / compressed_index.FILE, CompressedIndex)
+    assert bool(index.mlps) == (case.moments is not None)
+    linears = wrap_parts(model, Spectra(case.spectra))
+    with case.draft() as plan, compressed(linears, plan, range(len(plan.groups))):
+        found = _logits(model)
+    wanted = _logits(load_compressed(tmp_path / "small"))
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (_logits(model) - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
 def test_where_the_loss_is_small_half_of_it_is_the_divergence(
@@ -164,9 +227,9 @@ def test_where_the_loss_is_small_half_of_it_is_the_divergence(
     parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "m")
     decompose(weights, parts, moments, own, tmp_path / "spectra", CPU)
     sensing = replace(PROBES, runs=1, windows=16, batch=16)
-    one = measure_sensitivity(
-        weights, tmp_path / "spectra", found, windows[:16], sensing, own, "float32", CPU
-    )
+    models = weights, tmp_path / "spectra", moments, found
+    scratch = tmp_path / "draft"
+    one = measure_sensitivity(*models, windows[:16], sensing, own, "float32", scratch, CPU)
     assert one.ratio == pytest.approx(1.0, abs=0.35)
 
 
@@ -219,8 +282,9 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
 def test_attribution_counts_every_part_once_and_measures_what_attribute_says(case: Case) -> None:
     sensing = replace(PROBES, by="attribution")
     found = case.measure(sensing)
-    plan, (original, other) = draft(Spectra(case.spectra), case.fit), (case.load(), case.load())
-    with compressed(wrap_parts(other, plan.spectra), plan, range(len(plan.ranks))):
+    original, other = case.load(), case.load()
+    linears = wrap_parts(other, Spectra(case.spectra))
+    with case.draft() as plan, compressed(linears, plan, range(len(plan.groups))):
         result = attribute(original, other, WINDOWS[:3])
     made = {(kind, i): 0.0 for kind in ("attn", "mlp") for i in range(3)}
     for one in result.components:
@@ -230,8 +294,8 @@ def test_attribution_counts_every_part_once_and_measures_what_attribute_says(cas
     assert {(one.kind, one.layers[0]): one.measured for one in found.cells} == pytest.approx(
         made, rel=1e-3, abs=1e-6
     )
-    assert sum(one.n_groups for one in found.cells) == len(plan.ranks)
-    assert {part.name for group in plan.spectra.groups for part in group.parts} == set(found.parts)
+    assert sum(one.n_groups for one in found.cells) == len(plan.groups)
+    assert {part.name for group in plan.groups for part in group.parts} == set(found.parts)
     assert sum(one.predicted for one in found.cells) == pytest.approx(sum(plan.losses) / 2)
 
 
@@ -355,11 +419,10 @@ def test_the_allocation_minimises_the_weighed_loss_and_reports_both(
     assert weighed["sensitivity"]["max_weight"] == pytest.approx(max(weights))
     assert weighed["relative_loss"] > plain["relative_loss"]  # that one was the least there is
     groups, energies = Spectra(case.spectra).groups, Spectra(case.spectra).energies()
-    unweighed = draft(Spectra(case.spectra), case.fit)
-    of_plain = sum(
-        group_weight(sensitivity, group) * loss
-        for group, loss in zip(groups, unweighed.losses, strict=True)
-    ) / sum(own.sum() for own in weigh(sensitivity, groups, energies))
+    with case.draft() as unweighed:
+        pairs = zip(unweighed.groups, unweighed.losses, strict=True)
+        of_plain = sum(group_weight(sensitivity, group) * loss for group, loss in pairs)
+    of_plain /= sum(own.sum() for own in weigh(sensitivity, groups, energies))
     assert weighed["sensitivity"]["relative_weighed_loss"] < of_plain
     assert load_compressed(tmp_path / "compressed")
 

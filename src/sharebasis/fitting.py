@@ -233,14 +233,6 @@ def _narrowed(
     return found
 
 
-def choose_ranks(
-    source: Spectra, energies: Sequence[NDArray[np.float64]], settings: FitSettings
-) -> Sequence[int]:
-    """The rank of every given group, if nothing else were offered."""
-    ranks, _ = _chosen(source, energies, settings, UNWEIGHED, offered=False)
-    return [ranks[i] for i in range(source.n_given)]
-
-
 def _chosen(
     source: Spectra,
     energies: Sequence[NDArray[np.float64]],

@@ -19,11 +19,15 @@ class Propagation:
     """How it went. Without a block, nothing but this lies in its directory."""
 
     refitted: int
-    """Groups."""
+    """Groups; none where the model was better without."""
     left: int
     """Groups that stayed as they were."""
     distances: tuple[float, ...]
     """After every block, the median over tokens of ‖h - ĥ‖² / ‖h‖²."""
+    before: float | None = None
+    """Mean KL(original || compressed) over the held-out windows, in nats; None: there were none."""
+    after: float | None = None
+    """The same of the refitted model, whether it was kept or not."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from sharebasis.checkpoint import Checkpoint, identity_of
 from sharebasis.compressed import linears_by_tensor, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.compressed_writer import rewrite
+from sharebasis.distillation import divergence
 from sharebasis.errors import PropagationError
 from sharebasis.hub import DTYPES, MANIFEST, load_model
 from sharebasis.moment_store import MomentStore
@@ -34,7 +35,7 @@ from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
-from sharebasis.share_linear import ShareLinear
+from sharebasis.share_linear import ShareLinear, SplitLinear
 from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
@@ -53,6 +54,24 @@ class Streams:
         """Median over tokens of ‖h - ĥ‖² / ‖h‖²."""
         one, other = self.original.float(), self.compressed.float()
         return ((one - other).square().sum(-1) / one.square().sum(-1)).median().item()
+
+
+@dataclass
+class _Progress:
+    """How far a run is."""
+
+    before: float | None
+    """Divergence on held-out windows."""
+    distances: list[float]
+    found: Tensors
+    """New ones, of the blocks that were passed."""
+    streams: Streams
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """The streams count as tensors, too."""
+        both = [("original", self.streams.original), ("compressed", self.streams.compressed)]
+        record = {"before": self.before, "distances": self.distances}
+        checkpoint.save(record, [*both, *self.found.items()])
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,19 @@ class Propagator:
         )
         return found
 
+    def divergence(self, windows: Int64[Tensor, "windows window"]) -> float | None:
+        """Mean KL(original || compressed) over all positions, in nats; None without a window."""
+        if not len(windows):
+            return None
+        found = []
+        for window in windows.split(1):
+            logits = (
+                model(input_ids=window, use_cache=False).logits
+                for model in (self.original, self.compressed)
+            )
+            found.append(divergence(*logits).item())
+        return sum(found) / len(found)
+
     def _biases(
         self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
     ) -> Tensors:
@@ -149,18 +181,21 @@ class Propagator:
         """Of the original's inputs and what the compressed model has there now."""
         block = self.compressed.get_submodule(self.blocks.names[i])
         module, device = self.compressed.get_submodule(site.name), self.compressed.device
-        accumulator = PairAccumulator(site.name, site.d, device)
+        assert isinstance(module, SplitLinear)
+        accumulator = PairAccumulator(site.name, site.d, module.in_features, device)
         drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
         for j, chunk in enumerate(self._cut(hidden)):
-            x = run.inputs[site.name][j].to(device)
+            # Some models flatten batch and window in between.
+            x = run.inputs[site.name][j].to(device).reshape(*chunk.shape[:2], -1)
             weights = token_weights(x, self.settings.skip, self.settings.clip)
             if drift is None:
                 (other, *_), _ = first_call(module, partial(self._run, i, block, chunk))
-                accumulator.update(x, other, weights)
+                away = None
             else:
                 with watched({site.name: module}) as seen:
                     away = drift(j, chunk)
-                accumulator.update(x, seen[site.name], weights, away)
+                other = seen[site.name]
+            accumulator.update(x, other.reshape(*chunk.shape[:2], -1), weights, away)
         return accumulator.moment()
 
     def _drift_of(self, i: int, site: Site, run: _Run, hidden: Tensor) -> Drift | None:
@@ -247,12 +282,12 @@ def propagation_identity(
 def propagation_windows(
     tokenizer: PreTrainedTokenizerBase, data: DataSettings, settings: PropagateSettings, seed: int
 ) -> Int64[Tensor, "windows window"]:
-    """The windows to refit on, from the start of the calibration text.
+    """The windows to refit on and then those held out, from the start of the calibration text.
 
     Raises:
         TextError: there is too little of it.
     """
-    own = cut(data, "calibration", settings.windows, settings.window)
+    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
     return read_windows(tokenizer, own, "calibration", seed)
 
 
@@ -271,19 +306,20 @@ def propagate(
 ) -> Propagation:
     """Refit a compressed model block by block and write it anew; whole or not at all.
 
-    It stores as many numbers as before. Memory holds both models, the hidden states of both for
-    the whole text, and of one block at a time what the original's sublayers are given.
+    It stores as many numbers as before, and is what it was where held-out windows like that
+    better. Memory holds both models, the hidden states of both for the whole text, and of one block
+    at a time what the original's sublayers are given.
 
     A group is refitted if all its parts read one input. Left as they are: what layers share, what
-    is tied to another weight, experts, to which the two models may send different tokens, and MLPs
-    that lack neurons, whose inputs the original does not have.
+    is tied to another weight, and experts, to which the two models may send different tokens. In
+    an MLP that lacks neurons, those that are left learn anew to say what all of them said.
 
     Args:
         weights: artifacts/weights.
         classification: of its sublayers.
         compressed: artifacts/compressed.
         moments: artifacts/moments, for those of the gradients.
-        windows: token ids.
+        windows: from `propagation_windows`.
         settings: of the stage.
         fit: metric and damping of the fit before, and the size of shards.
         checkpoint: where a run that was killed goes on from.
@@ -297,28 +333,30 @@ def propagate(
     """
     index = store.load_record(compressed / compressed_index.FILE, CompressedIndex)
     original = load_model(weights, settings.dtype, device)
-    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
-    names, windows = block_names(original, classification), windows.to(device)
+    names = block_names(original, classification)
+    text, held_out = windows.to(device).split([settings.windows, settings.held_out])
     propagator = Propagator(
         original,
         load_compressed(compressed, DTYPES[settings.dtype], device),
         index,
-        Blocks(original, names, windows, settings.batch),
-        [x for x in classification.selected if x.expert is None and x.name not in narrowed],
-        Refitter(original, moments, settings, fit),
+        Blocks(original, names, text, settings.batch),
+        [x for x in classification.selected if x.expert is None],
+        Refitter(original, moments, settings, fit, index.mlps),
         settings,
     )
-    distances, found, streams = _start(propagator, windows, checkpoint)
-    with progress("propagate", len(names), "blocks", len(distances)) as advance:
-        for i in range(len(distances), len(names)):
-            found |= propagator.pass_block(i, streams)
-            distances.append(streams.distance)
+    state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
+    with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
+        for i in range(len(state.distances), len(names)):
+            state.found |= propagator.pass_block(i, state.streams)
+            state.distances.append(state.streams.distance)
             advance()
             if checkpoint.due:
-                both = [("original", streams.original), ("compressed", streams.compressed)]
-                checkpoint.save({"distances": distances}, [*both, *found.items()])
+                state.save(checkpoint)
+    after = propagator.divergence(held_out)
+    found = state.found if _is_better(state.before, after) else {}
     refitted = sum(group.parts[0].coefficient in found for group in index.groups)
-    result = Propagation(refitted, len(index.groups) - refitted, tuple(distances))
+    left, distances = len(index.groups) - refitted, tuple(state.distances)
+    result = Propagation(refitted, left, distances, state.before, after)
     with store.writing(target) as out:
         rewrite(out, compressed, index, found, fit.shard_bytes)
         store.save_record(out / PROPAGATION, result)
@@ -326,23 +364,40 @@ def propagate(
     return result
 
 
-def _start(
-    propagator: Propagator, windows: Tensor, checkpoint: Checkpoint
-) -> tuple[list[float], Tensors, Streams]:
-    """(distances, new tensors, streams), from the first block on or where a run was killed."""
-    if (state := checkpoint.resume()) is not None:
-        record, reader = state
-        found = dict(reader.stream())
-        streams = Streams(found.pop("original"), found.pop("compressed"))
-        linears = linears_by_tensor(propagator.compressed, propagator.index)
-        for group in propagator.index.groups:
-            if group.parts[0].coefficient in found:
-                install(group, found, linears)
-        for name in found:
-            if name.endswith(".bias"):
-                propagator.compressed.get_parameter(name).copy_(found[name])
-        log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
-        return list(record["distances"]), found, streams
+def _is_better(before: float | None, after: float | None) -> bool:
+    if before is None or after is None:
+        return True
+    better = after < before
+    log.info(
+        "propagate: held-out divergence %.4f nats before, %.4f after; %s.",
+        before,
+        after,
+        "kept" if better else "the factors stay as they were (more propagate.windows may help)",
+    )
+    return better
+
+
+def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> _Progress:
+    """Before the first block."""
     first, batch = propagator.blocks.names[0], propagator.settings.batch
-    hidden = [embed(propagator.original, first, chunk).cpu() for chunk in windows.split(batch)]
-    return [], {}, Streams(torch.cat(hidden), torch.cat(hidden))
+    hidden = [embed(propagator.original, first, chunk).cpu() for chunk in text.split(batch)]
+    streams = Streams(torch.cat(hidden), torch.cat(hidden))
+    return _Progress(propagator.divergence(held_out), [], {}, streams)
+
+
+def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> _Progress | None:
+    """Where a run was killed; the compressed model is given what that had found."""
+    if (state := checkpoint.resume()) is None:
+        return None
+    record, reader = state
+    found = dict(reader.stream())
+    streams = Streams(found.pop("original"), found.pop("compressed"))
+    linears = linears_by_tensor(propagator.compressed, propagator.index)
+    for group in propagator.index.groups:
+        if group.parts[0].coefficient in found:
+            install(group, found, linears)
+    for name in found:
+        if name.endswith(".bias"):
+            propagator.compressed.get_parameter(name).copy_(found[name])
+    log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
+    return _Progress(record["before"], list(record["distances"]), found, streams)

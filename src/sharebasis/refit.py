@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.compressed_index import CompressedGroup, CompressedPart
+from sharebasis import pruning
+from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
 from sharebasis.factorize import decompose_reads
 from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Moment
@@ -31,6 +33,8 @@ class Refitter:
     settings: PropagateSettings
     fit: FitSettings
     """Metric and damping of the fit before."""
+    mlps: Sequence[NarrowedMlp] = ()
+    """Those that lack neurons."""
 
     def tensors(self, group: CompressedGroup, pair: PairedMoment) -> Tensors:
         """New factors of a group, or new weights of one that is stored dense.
@@ -42,8 +46,7 @@ class Refitter:
         Raises:
             CalibrationError: a moment is not usable.
         """
-        damped = pair.damped(self.settings.damping)
-        targets = [self._target(part, damped) for part in group.parts]
+        targets = [self._target(part, pair) for part in group.parts]
         if group.basis is None:
             return dict(zip((part.coefficient for part in group.parts), targets, strict=True))
         inputs = pair.compressed.damped(self.fit.damping_inputs)
@@ -65,21 +68,48 @@ class Refitter:
         """
         own = self.original.get_submodule(part.sublayer).bias
         assert isinstance(own, Tensor)
-        mean = self._weight(part).double() @ pair.original.mean
+        mean = self._weight(part).double() @ pair.mean
         mean = mean - fitted.double() @ pair.compressed.mean
-        return own[part.rows.numbers.to(own.device)] + mean
+        return self._rows(part, own) + mean
 
     def _target(self, part: CompressedPart, pair: PairedMoment) -> Tensor:
         own, weight = self.settings, self._weight(part)
+        first = self._without_drift(part, weight)
         if pair.drift is None:
-            return regressed(weight, pair, own.amount)
-        return regressed(weight, pair, own.stream, own.stream * part.rows.take(pair.drift))
+            return regressed(weight, pair, own.amount, start=first, damping=own.damping)
+        drift = own.stream * part.rows.take(pair.drift)
+        return regressed(weight, pair, own.stream, drift, first, own.damping)
 
     def _weight(self, part: CompressedPart) -> Tensor:
+        """Of the original, of all its neurons if it is a down."""
         module = self.original.get_submodule(part.sublayer)
         assert isinstance(module, nn.Linear | Conv1D)
         weight = module.weight.detach()
-        return part.rows.take(weight.T if isinstance(module, Conv1D) else weight)
+        return self._rows(part, weight.T if isinstance(module, Conv1D) else weight)
+
+    def _rows(self, part: CompressedPart, every: Tensor) -> Tensor:
+        """Those of a part, of something that the original has for every output."""
+        kept = self._neurons_out(part)
+        return part.rows.take(every if kept is None else every[kept.to(every.device)])
+
+    def _without_drift(self, part: CompressedPart, weight: Tensor) -> Tensor:
+        """What the target would be if inputs were those of the original."""
+        kept = self._neurons_in(part)
+        if kept is None:
+            return weight
+        inputs = self.moments.read(self.moments.site(part.sublayer)).to(weight.device)
+        damped = inputs.damped(self.fit.damping_inputs)
+        return pruning.refit(weight, damped, kept.to(weight.device))
+
+    def _neurons_out(self, part: CompressedPart) -> Tensor | None:
+        """The numbers of those that a part puts out, if there are fewer than there were."""
+        kept = (mlp.kept for mlp in self.mlps if part.sublayer in mlp.reads)
+        return next(map(torch.tensor, kept), None)
+
+    def _neurons_in(self, part: CompressedPart) -> Tensor | None:
+        """The same of those that it reads."""
+        kept = (mlp.kept for mlp in self.mlps if part.sublayer == mlp.down)
+        return next(map(torch.tensor, kept), None)
 
     def _gradients(self, group: CompressedGroup) -> Sequence[Moment] | None:
         metric = METHODS[self.fit.method].gradients
@@ -89,9 +119,12 @@ class Refitter:
         return [own.diagonal() for own in found] if metric == "diagonal" else found
 
     def _gradient(self, part: CompressedPart) -> Moment:
-        own = self.moments.gradient(part.sublayer).at(part.rows.numbers)
-        device = next(self.original.parameters()).device
-        return own.to(device).damped(self.fit.damping_gradients)
+        whole = self.moments.gradient(part.sublayer)
+        whole = whole.to(next(self.original.parameters()).device)
+        damping, kept = self.fit.damping_gradients, self._neurons_out(part)
+        if kept is not None:
+            return whole.damped(damping).at(kept.to(whole.sum.device))
+        return whole.at(part.rows.numbers.to(whole.sum.device)).damped(damping)
 
 
 def install(

@@ -9,7 +9,8 @@ lies between W and W'.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -22,31 +23,17 @@ from sharebasis.moments import Moment
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairedMoment:
-    """Sums over tokens, of x in the original and x̂ in the compressed model."""
+    """Sums over tokens, of x in the original and x̂ in the compressed model, which may be of
+    fewer coordinates."""
 
-    original: Moment
-    """Of x."""
+    mean: Float64[Tensor, " d"]
+    """E[x]."""
     compressed: Moment
     """Of x̂."""
-    cross: Float64[Tensor, "d d"]
+    cross: Float64[Tensor, "d d_left"]
     """Of x x̂ᵀ."""
-    drift: Float64[Tensor, "d_out d"] | None = None
+    drift: Float64[Tensor, "d_out d_left"] | None = None
     """Of δ x̂ᵀ, where δ = h - ĥ of the residual streams that the sublayer writes to."""
-
-    def damped(self, fraction: float) -> PairedMoment:
-        """With the mean diagonal of E[x̂ x̂ᵀ], times `fraction`, added to all three diagonals.
-
-        As if every input had some noise that both models see: a regression does then nothing
-        where there is nothing to learn from, rather than shrink it to zero.
-        """
-        extra = fraction * self.compressed.total.diagonal().mean()
-        noise = extra * torch.eye(len(self.cross), dtype=torch.float64, device=self.cross.device)
-        return PairedMoment(
-            replace(self.original, total=self.original.total + noise),
-            replace(self.compressed, total=self.compressed.total + noise),
-            self.cross + noise,
-            self.drift,
-        )
 
 
 class PairAccumulator:
@@ -55,18 +42,27 @@ class PairAccumulator:
     Products are of float32, sums of float64.
     """
 
-    def __init__(self, site: str, d: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, site: str, d: int, d_left: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """Args:
+        site: HF name of the first sublayer that reads this input, for messages.
+        d: width of x.
+        d_left: width of x̂; None: the same.
+        device: where inputs are.
+        """
         self.site, self.n_tokens = site, 0
         self._weight = 0.0
         self._drift: Tensor | None = None
-        zeros = torch.zeros(d, d, dtype=torch.float64, device=device)
-        self._totals = [zeros, zeros.clone(), zeros.clone()]
-        self._sums = [zeros[0].clone(), zeros[0].clone()]
+        d_left = d if d_left is None else d_left
+        like: Any = {"dtype": torch.float64, "device": device}
+        self._sums = torch.zeros(d, **like), torch.zeros(d_left, **like)
+        self._cross, self._own = torch.zeros(d, d_left, **like), torch.zeros(d_left, d_left, **like)
 
     def update(
         self,
         original: Float[Tensor, "*batch d"],
-        compressed: Float[Tensor, "*others d"],
+        compressed: Float[Tensor, "*others d_left"],
         weights: Float[Tensor, "*batch"],
         drift: Float[Tensor, "*batch d_out"] | None = None,
     ) -> None:
@@ -81,19 +77,21 @@ class PairAccumulator:
         Raises:
             CalibrationError: the two models were not given the same tokens.
         """
-        if original.shape != compressed.shape:
+        widths = tuple(map(len, self._sums))
+        if (original.shape[-1], compressed.shape[-1]) != widths or (
+            original.shape[:-1] != compressed.shape[:-1]
+        ):
             raise CalibrationError(
                 f"{self.site} is given {tuple(original.shape)} in the original and "
                 f"{tuple(compressed.shape)} in the compressed model; rows must be pairs."
             )
         x, y = (one.detach().flatten(0, -2).float() for one in (original, compressed))
         own = weights.flatten().float()[:, None]
-        self._sums[0] += (x * own).sum(0, dtype=torch.float64)
-        self._sums[1] += (y * own).sum(0, dtype=torch.float64)
+        for total, one in zip(self._sums, (x, y), strict=True):
+            total += (one * own).sum(0, dtype=torch.float64)
         rows, columns = ((one * own.sqrt()).T.contiguous() for one in (x, y))
-        self._totals[0] += kernels.linear(rows, rows)
-        self._totals[1] += kernels.linear(columns, columns)
-        self._totals[2] += kernels.linear(rows, columns)
+        self._own += kernels.linear(columns, columns)
+        self._cross += kernels.linear(rows, columns)
         if drift is not None:
             product = kernels.linear((drift.flatten(0, -2).float() * own.sqrt()).T, columns)
             self._drift = product.double() if self._drift is None else self._drift + product
@@ -108,36 +106,40 @@ class PairAccumulator:
         """
         if not self._weight > 0:
             raise CalibrationError(f"{self.site} has seen no token that counts.")
-        if not all(total.isfinite().all() for total in self._totals):
+        if not all(total.isfinite().all() for total in (self._own, self._cross)):
             raise CalibrationError(
                 f"The inputs of {self.site} hold NaN or infinite values. The compressed model "
                 "overflows in this dtype; try model.dtype=float32."
             )
         scale = self.n_tokens / self._weight
-        first, second = (
-            Moment((total + total.T) * (scale / 2), own * scale, self.n_tokens, self.site)
-            for total, own in zip(self._totals[:2], self._sums, strict=True)
-        )
+        total = (self._own + self._own.T) * (scale / 2)
+        compressed = Moment(total, self._sums[1] * scale, self.n_tokens, self.site)
         drift = None if self._drift is None else self._drift * scale
-        return PairedMoment(first, second, self._totals[2] * scale, drift)
+        mean = self._sums[0] / self._weight
+        return PairedMoment(mean, compressed, self._cross * scale, drift)
 
 
 def regressed(
-    weight: Float[Tensor, "d_out d_in"],
+    weight: Float[Tensor, "d_out d"],
     pair: PairedMoment,
     amount: float,
-    drift: Float64[Tensor, "d_out d_in"] | None = None,
-) -> Float64[Tensor, "d_out d_in"]:
-    """The target (1 - amount) W + amount W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, and E[δ x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ if given.
+    drift: Float64[Tensor, "d_out d_left"] | None = None,
+    start: Float[Tensor, "d_out d_left"] | None = None,
+    damping: float = 0.0,
+) -> Float64[Tensor, "d_out d_left"]:
+    """The target (1 - amount) W₀ + amount W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, and E[δ x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ if given.
 
     The last term lets what writes to the residual stream make up for what the stream lacks by
     then: all of W x + δ, regressed.
 
     Args:
         weight: W.
-        pair: damped, so that there is an inverse.
-        amount: in [0, 1]; 0 leaves the weight, 1 is the least-squares regression.
+        pair: of its inputs.
+        amount: in [0, 1]; 0 leaves W₀, 1 is the least-squares regression.
         drift: Σ δ x̂ᵀ over the tokens of `pair`, or what is to be made up for of it.
+        start: W₀, the weight that there would be without drift; None: W.
+        damping: of the mean diagonal of E[x̂ x̂ᵀ], added to it: where there is nothing to learn
+            from, the target stays at W₀.
 
     Raises:
         CalibrationError: E[x̂ x̂ᵀ] has no inverse.
@@ -145,40 +147,19 @@ def regressed(
     Source: AA-SVD, arXiv:2604.02119 (amount 1, no drift).
     """
     own = weight.double()
+    first = own if start is None else start.double()
     if amount == 0 and drift is None:
-        return own
-    factor, failed = torch.linalg.cholesky_ex(pair.compressed.total)
+        return first
+    factor, failed = torch.linalg.cholesky_ex(pair.compressed.damped(damping).total)
     if failed:
         raise CalibrationError(
             f"The inputs of {pair.compressed.site} do not span their space; raise "
             "propagate.damping."
         )
-    wanted = amount * own @ pair.cross
+    lacking = amount * (own @ pair.cross - first @ pair.compressed.total)
     if drift is not None:
-        wanted = wanted + drift
-    return (1 - amount) * own + torch.cholesky_solve(wanted.T, factor).T
-
-
-def drift_loss(
-    weight: Float[Tensor, "d_out d_in"],
-    fitted: Float[Tensor, "d_out d_in"],
-    pair: PairedMoment,
-    gradient: Moment | None = None,
-) -> float:
-    """E‖G^{1/2} (W x - Ŵ x̂)‖², G = E[g gᵀ] or the identity.
-
-    Args:
-        weight: W, the original one.
-        fitted: Ŵ.
-        pair: of the inputs.
-        gradient: of the outputs.
-    """
-    own, other = weight.double(), fitted.double()
-    mixed = other @ pair.cross.T @ own.T
-    outer = own @ pair.original.total @ own.T - mixed - mixed.T
-    outer = outer + other @ pair.compressed.total @ other.T
-    metric = outer if gradient is None else gradient.second @ outer
-    return metric.trace().item() / pair.original.n_tokens
+        lacking = lacking + drift
+    return first + torch.cholesky_solve(lacking.T, factor).T
 
 
 def token_weights(

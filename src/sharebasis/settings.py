@@ -297,6 +297,9 @@ class PropagateSettings:
     """Whether biases, where there are any, keep the mean of what is put out."""
     windows: PositiveInt
     """Windows of the calibration text, from its start; memory goes with it."""
+    held_out: Annotated[int, Ge(0)]
+    """Windows of the calibration text after those: what was refitted is kept only if the model
+    diverges less on them than it did. 0: it is kept whatever it does."""
     window: Annotated[int, Gt(1)]
     """Tokens of each."""
     batch: PositiveInt

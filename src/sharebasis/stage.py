@@ -22,6 +22,7 @@ CHECKPOINT = CHECKPOINTS / "calibrate"
 SPECTRA = Path("artifacts/spectra")
 CURVE = Path("artifacts/curve")
 SENSITIVITY = Path("artifacts/sensitivity.json")
+SENSITIVITY_DRAFT = CHECKPOINTS / "sensitivity"
 VARIATION = Path("artifacts/variation.csv")
 COMPRESSED = Path("artifacts/compressed")
 PROPAGATION_CHECKPOINT = CHECKPOINTS / "propagate"

@@ -1,80 +1,126 @@
-"""What `fit` would make of the spectra, put into the original model for a while."""
+"""What `fit` makes of the spectra, put into the original model for a while."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sharebasis.allocation import DENSE
+from sharebasis import compressed_index, store, tensor_store
+from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.decomposition import Spectra
-from sharebasis.fitting import choose_ranks
+from sharebasis.fitting import FittedGroup, fit
 from sharebasis.grouping import Group
+from sharebasis.moment_store import MomentStore
 from sharebasis.rows import Rows
 from sharebasis.settings import FitSettings
 from sharebasis.share_linear import ShareLinear
-from sharebasis.splitting import Part
 from sharebasis.surgery import wrap
 
-Linears = Mapping[tuple[str, str], ShareLinear]
-"""(Sublayer, label of the part) -> the part in a wrapped model."""
+Linears = Mapping[tuple[str, int], ShareLinear]
+"""(Sublayer, first row of the part) -> the part in a wrapped model."""
 
 
-@dataclass(frozen=True, slots=True)
 class Draft:
-    """A rank for every given group, and what that is predicted to lose."""
+    """A compressed model in a directory, group by group.
 
-    spectra: Spectra
-    ranks: Sequence[int]
-    losses: Sequence[float]
-    """Quadratic, of each group."""
+    Args:
+        directory: written by `fit`.
+        fitted: what that said of its groups.
+    """
+
+    def __init__(self, directory: Path, fitted: Sequence[FittedGroup]) -> None:
+        index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+        self._reader = tensor_store.TensorReader(directory, index.files)
+        self._entries, self._fitted, self._mlps = index.groups, fitted, index.mlps
 
     @property
     def groups(self) -> Sequence[Group]:
-        """Those that are given; of structures that may take their place there are no drafts."""
-        return self.spectra.groups[: self.spectra.n_given]
+        return [one.group for one in self._fitted]
 
-    def factors(self, i: int) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Coefficient (d_out, rank) and basis (rank, d_in) of a group's parts; none if dense."""
-        if self.ranks[i] == DENSE:
+    @property
+    def losses(self) -> Sequence[float]:
+        """Predicted, quadratic, of each group."""
+        return [one.loss for one in self._fitted]
+
+    def weights(self, i: int) -> Iterator[tuple[CompressedPart, Tensor]]:
+        """What a group makes of its parts, under all the names of their sublayers; (d_out, d_in)
+        each, or less where an MLP lacks neurons. None if they are as they were."""
+        entry = self._entries[i]
+        if entry.basis is None and not self._lacks_neurons(entry):
             return
-        parts = self.spectra.groups[i].parts
-        basis, stacked = (one.float() for one in self.spectra.factors(i, self.ranks[i]))
-        for part, own in zip(parts, stacked.split([part.shape[0] for part in parts]), strict=True):
-            yield part, own, basis
+        read = {name: self._reader.read(name) for name in entry.tensors}
+        for part in entry.parts:
+            yield part, _dense(entry, part, read)
+
+    def _lacks_neurons(self, entry: CompressedGroup) -> bool:
+        names = {part.sublayer for part in entry.parts}
+        return any(names & {*mlp.reads, mlp.down} for mlp in self._mlps)
+
+    def whole(self, part: CompressedPart, weight: Tensor, original: Tensor) -> Tensor:
+        """A part in the shape that it had: neurons that are not there are not heard by down."""
+        for mlp in self._mlps:
+            kept = torch.tensor(mlp.kept, device=original.device)
+            if part.sublayer in mlp.reads:
+                return original.index_copy(0, kept, weight)
+            if part.sublayer == mlp.down:
+                return torch.zeros_like(original).index_copy(1, kept, weight)
+        return weight
 
 
-def draft(spectra: Spectra, settings: FitSettings) -> Draft:
-    """Allocate with every weight 1.
+def _dense(entry: CompressedGroup, part: CompressedPart, read: Mapping[str, Tensor]) -> Tensor:
+    coefficient = read[part.coefficient]
+    if entry.basis is None:
+        return coefficient
+    basis = read[entry.basis]
+    d_in = (basis if entry.side == "input" else coefficient).shape[1]
+    linear = ShareLinear(torch.empty(len(part.rows), d_in, device="meta"))
+    pivots = read[part.pivots] if part.pivots else None
+    linear.compress(basis.float(), coefficient.float(), pivots, part.first, entry.side)
+    return linear.dense().detach()
+
+
+@contextmanager
+def draft(
+    weights: Path,
+    spectra: Path,
+    moments: MomentStore | None,
+    settings: FitSettings,
+    scratch: Path,
+    device: torch.device,
+) -> Iterator[Draft]:
+    """Fit with every weight 1, into a directory that is gone afterwards.
+
+    Args: those of `fit`; `scratch` is its target.
 
     Raises:
-        BudgetError, SelectionError: as `fit` does.
+        BudgetError, SelectionError, and what else `fit` raises.
     """
-    energies = spectra.energies()[: spectra.n_given]
-    ranks = choose_ranks(spectra, energies, settings)
-    pairs = zip(ranks, energies, strict=True)
-    losses = [0.0 if rank == DENSE else float(own[rank:].sum()) for rank, own in pairs]
-    return Draft(spectra, ranks, losses)
+    try:
+        fitted = fit(weights, spectra, settings, scratch, device, moments)
+        yield Draft(scratch, fitted.groups)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def wrap_parts(model: PreTrainedModel, spectra: Spectra) -> Linears:
     """Make every part a module, under all the names of its sublayer; the model is changed."""
-    rows: dict[str, dict[str, Rows]] = {}
+    rows: dict[str, list[Rows]] = {}
     for group in spectra.groups[: spectra.n_given]:
         for part in group.parts:
             for name in (part.sublayer.name, *spectra.twins[part.sublayer.name]):
-                rows.setdefault(name, {})[part.label] = part.rows
-    ordered = {
-        name: dict(sorted(own.items(), key=lambda one: one[1].start)) for name, own in rows.items()
-    }
-    modules = wrap(model, {name: list(own.values()) for name, own in ordered.items()})
+                rows.setdefault(name, []).append(part.rows)
+    ordered = {name: sorted(own, key=lambda one: one.start) for name, own in rows.items()}
+    modules = wrap(model, ordered)
     return {
-        (name, label): linear
+        (name, one.start): linear
         for name, own in ordered.items()
-        for label, linear in zip(own, modules[name].parts, strict=True)
+        for one, linear in zip(own, modules[name].parts, strict=True)
     }
 
 
@@ -84,13 +130,12 @@ def compressed(linears: Linears, plan: Draft, groups: Iterable[int]) -> Iterator
     kept: dict[ShareLinear, nn.Parameter] = {}  # a module may have several names
     try:
         for i in groups:
-            for part, coefficient, basis in plan.factors(i):
-                for name in (part.sublayer.name, *plan.spectra.twins[part.sublayer.name]):
-                    linear = linears[name, part.label]
-                    assert linear.weight is not None
-                    own = kept.setdefault(linear, linear.weight)
-                    product = coefficient.to(own.device) @ basis.to(own.device)
-                    linear.weight = nn.Parameter(product.to(own.dtype), requires_grad=False)
+            for part, weight in plan.weights(i):
+                linear = linears[part.sublayer, part.rows.start]
+                assert linear.weight is not None
+                own = kept.setdefault(linear, linear.weight)
+                new = plan.whole(part, weight.to(own), own.detach())
+                linear.weight = nn.Parameter(new, requires_grad=False)
         yield
     finally:
         for linear, weight in kept.items():

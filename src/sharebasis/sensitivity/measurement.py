@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from sharebasis.attribution.error_attribution import attribute
 from sharebasis.attribution.sites import find_sites
 from sharebasis.decomposition import Spectra
 from sharebasis.hub import load_model
+from sharebasis.moment_store import MomentStore
 from sharebasis.sensitivity.components import branches, made
-from sharebasis.sensitivity.corrections import Cell, cells_of, corrections
-from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.sensitivity.corrections import cells_of, corrections
+from sharebasis.sensitivity.draft import compressed, draft, wrap_parts
 from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.sensitivity.probes import probe
 from sharebasis.sensitivity.replay import block_names
@@ -27,11 +27,13 @@ from sharebasis.sublayer import Classification
 def measure_sensitivity(
     weights: Path,
     spectra: Path,
+    moments: MomentStore | None,
     found: Classification,
     windows: Int64[Tensor, "windows window"],
     settings: SensitivitySettings,
     fit: FitSettings,
     dtype: DType,
+    scratch: Path,
     device: torch.device,
 ) -> Sensitivity:
     """Compare what a draft is predicted to lose with what it loses, cell by cell.
@@ -39,12 +41,14 @@ def measure_sensitivity(
     Args:
         weights: artifacts/weights.
         spectra: artifacts/spectra, of the same weights.
+        moments: that the spectra were made by; without them, no structures but the given groups.
         found: the model's sublayers.
         windows: token ids of the calibration text, one sequence a row.
         settings: how; not by none.
         fit: budget and storage of the draft.
         dtype: of the passes.
-        device: for the passes.
+        scratch: a directory that the draft may lie in meanwhile.
+        device: for the draft and the passes.
 
     Raises:
         BudgetError, SelectionError: the draft cannot be made; see `fit`.
@@ -53,13 +57,21 @@ def measure_sensitivity(
         WeightsError, StoreError: what is read is not usable.
     """
     removed = fit.removed if settings.removed is None else settings.removed
-    plan = draft(Spectra(spectra), replace(fit, removed=removed))
-    if settings.by == "probes":
-        cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
-        model = load_model(weights, dtype, device)
-        measured = probe(model, plan, cells, windows, settings.batch, block_names(found))
-    else:
-        cells, measured = _by_attribution(weights, plan, found, windows, settings, dtype, device)
+    with draft(weights, spectra, moments, replace(fit, removed=removed), scratch, device) as plan:
+        if settings.by == "probes":
+            cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
+            model = load_model(weights, dtype, device)
+            linears = wrap_parts(model, Spectra(spectra))
+            blocks = block_names(found)
+            measured = probe(model, linears, plan, cells, windows, settings.batch, blocks)
+        else:
+            original, other = (load_model(weights, dtype, device) for _ in range(2))
+            linears = wrap_parts(other, Spectra(spectra))
+            cells = cells_of(plan.groups, settings.runs, branches(find_sites(original, found)))
+            with compressed(linears, plan, range(len(plan.groups))):
+                result = attribute(original, other, windows, settings.batch, 1, found)
+            layers = sorted({sublayer.layer for sublayer in found.sublayers})
+            measured = made(result.components, cells, layers)
     predicted = [sum(plan.losses[i] for i in cell.groups) / 2 for cell in cells]
     losses, ratio = corrections(cells, predicted, measured, settings.clip)
     parts = {
@@ -72,22 +84,3 @@ def measure_sensitivity(
     return Sensitivity(
         settings.by, removed, settings.clip, n_predictions, ratio, tuple(losses), parts
     )
-
-
-def _by_attribution(
-    weights: Path,
-    plan: Draft,
-    found: Classification,
-    windows: Tensor,
-    settings: SensitivitySettings,
-    dtype: DType,
-    device: torch.device,
-) -> tuple[Sequence[Cell], Sequence[float]]:
-    original, other = (load_model(weights, dtype, device) for _ in range(2))
-    linears = wrap_parts(other, plan.spectra)
-    groups = plan.groups
-    cells = cells_of(groups, settings.runs, branches(find_sites(original, found)))
-    with compressed(linears, plan, range(len(groups))):
-        result = attribute(original, other, windows, settings.batch, 1, found)
-    layers = sorted({sublayer.layer for sublayer in found.sublayers})
-    return cells, made(result.components, cells, layers)

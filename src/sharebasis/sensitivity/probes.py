@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from sharebasis.distillation import divergence
 from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import Cell
-from sharebasis.sensitivity.draft import Draft, compressed, wrap_parts
+from sharebasis.sensitivity.draft import Draft, Linears, compressed
 from sharebasis.sensitivity.replay import Replay
 
 
 @torch.no_grad()
 def probe(
     model: PreTrainedModel,
+    linears: Linears,
     plan: Draft,
     cells: Sequence[Cell],
     windows: Int64[Tensor, "windows window"],
@@ -32,14 +33,14 @@ def probe(
     its largest cell and two batches of logits.
 
     Args:
-        model: dense; its sublayers are wrapped.
-        plan: ranks of the groups.
-        cells: of those groups.
+        model: dense.
+        linears: its parts, wrapped.
+        plan: what a cell becomes.
+        cells: of its groups.
         windows: token ids, one sequence a row.
         batch: windows a forward pass.
         blocks: HF name of the block of every layer.
     """
-    linears = wrap_parts(model, plan.spectra)
     replay, sums = Replay(model, blocks), [0.0] * len(cells)
     starts = {cell.layers[0] for cell in cells}
     starts = replay.exact(starts, partial(_logits, model, windows[:1]))
