@@ -17,8 +17,10 @@ from sharebasis.regression import (
 )
 
 
-def _pair(x: Tensor, y: Tensor, weights: Tensor | None = None) -> PairedMoment:
-    accumulator = PairAccumulator("site", x.shape[-1], y.shape[-1])
+def _pair(
+    x: Tensor, y: Tensor, weights: Tensor | None = None, kept: Tensor | None = None
+) -> PairedMoment:
+    accumulator = PairAccumulator("site", x.shape[-1], kept)
     accumulator.update(x, y, torch.ones(x.shape[:-1]) if weights is None else weights)
     return accumulator.moment()
 
@@ -61,19 +63,27 @@ def test_damping_lets_a_direction_that_says_nothing_alone() -> None:
     torch.testing.assert_close(found[:, 5], weight[:, 5].double())
 
 
-@given(seed=st.integers(0, 99), d_left=st.integers(1, 5), amount=st.floats(0, 1))
-def test_fewer_inputs_say_what_all_of_them_said(seed: int, d_left: int, amount: float) -> None:
-    """By torch's own least squares, on the way there from any weight."""
+@given(seed=st.integers(0, 99), n_left=st.integers(1, 5), amount=st.floats(0, 1))
+def test_what_is_left_says_what_all_said(seed: int, n_left: int, amount: float) -> None:
+    """By torch's own least squares: of all that was said, where the start is the best for it."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(3, 40, 6, generator=generator), torch.randn(4, 6, generator=generator)
-    y = x[..., :d_left] + 0.3 * torch.randn(3, 40, d_left, generator=generator)
-    start = torch.randn(4, d_left, generator=generator)
-    rows = y.flatten(0, 1).double(), (x @ weight.T).flatten(0, 1).double()
-    best = torch.linalg.lstsq(*rows).solution.T
-    found = regressed(weight, _pair(x, y), amount, start=start)
-    torch.testing.assert_close(
-        found, (1 - amount) * start.double() + amount * best, rtol=1e-4, atol=1e-4
+    kept = torch.randperm(6, generator=generator)[:n_left]
+    y = x[..., kept] + 0.3 * torch.randn(3, 40, n_left, generator=generator)
+    said = (x @ weight.T).flatten(0, 1).double()
+    start, best = (
+        torch.linalg.lstsq(own.flatten(0, 1).double(), said).solution.T for own in (x[..., kept], y)
     )
+    found = regressed(weight, _pair(x, y, kept=kept), amount, start=start)
+    torch.testing.assert_close(found, (1 - amount) * start + amount * best, rtol=1e-4, atol=1e-4)
+
+
+def test_without_drift_little_text_does_not_unlearn_what_much_has_taught() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    kept, start = torch.tensor([4, 0, 1]), torch.randn(4, 3, generator=generator)
+    found = regressed(weight, _pair(x, x[..., kept], kept=kept), 1.0, start=start)
+    torch.testing.assert_close(found, start.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_batches_and_the_scale_of_weights_change_nothing() -> None:

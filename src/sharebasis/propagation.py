@@ -35,7 +35,7 @@ from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
-from sharebasis.share_linear import ShareLinear, SplitLinear
+from sharebasis.share_linear import ShareLinear
 from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
 
@@ -181,8 +181,9 @@ class Propagator:
         """Of the original's inputs and what the compressed model has there now."""
         block = self.compressed.get_submodule(self.blocks.names[i])
         module, device = self.compressed.get_submodule(site.name), self.compressed.device
-        assert isinstance(module, SplitLinear)
-        accumulator = PairAccumulator(site.name, site.d, module.in_features, device)
+        accumulator = PairAccumulator(
+            site.name, site.d, self.refitter.neurons_in(site.name), device
+        )
         drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
         for j, chunk in enumerate(self._cut(hidden)):
             # Some models flatten batch and window in between.

@@ -94,21 +94,21 @@ class Refitter:
 
     def _without_drift(self, part: CompressedPart, weight: Tensor) -> Tensor:
         """What the target would be if inputs were those of the original."""
-        kept = self._neurons_in(part)
+        kept = self.neurons_in(part.sublayer)
         if kept is None:
             return weight
         inputs = self.moments.read(self.moments.site(part.sublayer)).to(weight.device)
         damped = inputs.damped(self.fit.damping_inputs)
         return pruning.refit(weight, damped, kept.to(weight.device))
 
-    def _neurons_out(self, part: CompressedPart) -> Tensor | None:
-        """The numbers of those that a part puts out, if there are fewer than there were."""
-        kept = (mlp.kept for mlp in self.mlps if part.sublayer in mlp.reads)
+    def neurons_in(self, sublayer: str) -> Tensor | None:
+        """The numbers of those that a sublayer reads, if there are fewer than there were."""
+        kept = (mlp.kept for mlp in self.mlps if sublayer == mlp.down)
         return next(map(torch.tensor, kept), None)
 
-    def _neurons_in(self, part: CompressedPart) -> Tensor | None:
-        """The same of those that it reads."""
-        kept = (mlp.kept for mlp in self.mlps if part.sublayer == mlp.down)
+    def _neurons_out(self, part: CompressedPart) -> Tensor | None:
+        """The same of those that a part puts out."""
+        kept = (mlp.kept for mlp in self.mlps if part.sublayer in mlp.reads)
         return next(map(torch.tensor, kept), None)
 
     def _gradients(self, group: CompressedGroup) -> Sequence[Moment] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from sharebasis import kernels
@@ -34,6 +34,10 @@ class PairedMoment:
     """Of x x̂ᵀ."""
     drift: Float64[Tensor, "d_out d_left"] | None = None
     """Of δ x̂ᵀ, where δ = h - ĥ of the residual streams that the sublayer writes to."""
+    same: Float64[Tensor, "d d_left"] | None = None
+    """Of x x_Sᵀ, where x̂ stands for the coordinates S of x alone."""
+    kept: Int64[Tensor, " d_left"] | None = None
+    """S; None: all of them."""
 
 
 class PairAccumulator:
@@ -43,21 +47,27 @@ class PairAccumulator:
     """
 
     def __init__(
-        self, site: str, d: int, d_left: int | None = None, device: torch.device | str = "cpu"
+        self,
+        site: str,
+        d: int,
+        kept: Int64[Tensor, " d_left"] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Args:
         site: HF name of the first sublayer that reads this input, for messages.
         d: width of x.
-        d_left: width of x̂; None: the same.
+        kept: coordinates of x that x̂ stands for; None: all of them.
         device: where inputs are.
         """
         self.site, self.n_tokens = site, 0
+        self._kept = None if kept is None else kept.to(device)
         self._weight = 0.0
         self._drift: Tensor | None = None
-        d_left = d if d_left is None else d_left
+        d_left = d if kept is None else len(kept)
         like: Any = {"dtype": torch.float64, "device": device}
         self._sums = torch.zeros(d, **like), torch.zeros(d_left, **like)
         self._cross, self._own = torch.zeros(d, d_left, **like), torch.zeros(d_left, d_left, **like)
+        self._same = torch.zeros_like(self._cross)
 
     def update(
         self,
@@ -92,6 +102,8 @@ class PairAccumulator:
         rows, columns = ((one * own.sqrt()).T.contiguous() for one in (x, y))
         self._own += kernels.linear(columns, columns)
         self._cross += kernels.linear(rows, columns)
+        if self._kept is not None:
+            self._same += kernels.linear(rows, rows[self._kept])
         if drift is not None:
             product = kernels.linear((drift.flatten(0, -2).float() * own.sqrt()).T, columns)
             self._drift = product.double() if self._drift is None else self._drift + product
@@ -116,7 +128,8 @@ class PairAccumulator:
         compressed = Moment(total, self._sums[1] * scale, self.n_tokens, self.site)
         drift = None if self._drift is None else self._drift * scale
         mean = self._sums[0] / self._weight
-        return PairedMoment(mean, compressed, self._cross * scale, drift)
+        same = None if self._kept is None else self._same * scale
+        return PairedMoment(mean, compressed, self._cross * scale, drift, same, self._kept)
 
 
 def regressed(
@@ -137,7 +150,8 @@ def regressed(
         pair: of its inputs.
         amount: in [0, 1]; 0 leaves W₀, 1 is the least-squares regression.
         drift: Σ δ x̂ᵀ over the tokens of `pair`, or what is to be made up for of it.
-        start: W₀, the weight that there would be without drift; None: W.
+        start: W₀, the weight that there would be without drift; None: W. Where x̂ lacks coordinates,
+            the regression W x ~ W₀ x_S of what it has, on text that this one is taken to be like.
         damping: of the mean diagonal of E[x̂ x̂ᵀ], added to it: where there is nothing to learn
             from, the target stays at W₀.
 
@@ -156,10 +170,21 @@ def regressed(
             f"The inputs of {pair.compressed.site} do not span their space; raise "
             "propagate.damping."
         )
-    lacking = amount * (own @ pair.cross - first @ pair.compressed.total)
+    lacking = amount * (_said(own, first, pair) - first @ pair.compressed.total)
     if drift is not None:
         lacking = lacking + drift
     return first + torch.cholesky_solve(lacking.T, factor).T
+
+
+def _said(weight: Tensor, start: Tensor, pair: PairedMoment) -> Tensor:
+    """Σ W x x̂ᵀ.
+
+    Where x̂ lacks coordinates, W₀ is the regression W x ~ W₀ x_S on more text than this: what is
+    left of it has nothing to do with x_S, and what it seems to have in this text is taken off.
+    """
+    if pair.same is None or pair.kept is None:
+        return weight @ pair.cross
+    return weight @ (pair.cross - pair.same) + start @ pair.same[pair.kept]
 
 
 def token_weights(
