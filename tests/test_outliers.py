@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.calibration import calibrate
+from sharebasis.calibration import ALL_COUNT, calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.errors import CalibrationError
@@ -22,7 +23,7 @@ from sharebasis.metric import Metric
 from sharebasis.moment_store import Accumulators, MomentStore, trimmed_of, write_moments
 from sharebasis.moments import MomentAccumulator
 from sharebasis.outliers import tame
-from sharebasis.settings import Outliers, OutlierSettings
+from sharebasis.settings import EVERY_TOKEN, Outliers, OutlierSettings
 from sharebasis.splitting import split_selected
 
 CLIP, TRIM = Outliers("clip", 3.0), Outliers("trim", 3.0)
@@ -64,7 +65,7 @@ def test_trimmed_tokens_are_in_no_sum_and_in_no_count() -> None:
 
 def test_without_a_treatment_the_very_same_tensor_is_counted() -> None:
     x, _ = _planted()
-    assert tame(x, Outliers()) is x
+    assert tame(x, EVERY_TOKEN) is x
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,8 +139,8 @@ TIGHT = Outliers("trim", 1.05)
 def test_a_side_is_treated_by_itself_and_window_by_window(
     side: str, directory: Path, tmp_path: Path
 ) -> None:
-    store, sums = _gather(directory, OutlierSettings(**{side: TIGHT}), tmp_path / "1")
-    _, other = _gather(directory, OutlierSettings(**{side: TIGHT}), tmp_path / "2", batch=6)
+    store, sums = _gather(directory, replace(ALL_COUNT, **{side: TIGHT}), tmp_path / "1")
+    _, other = _gather(directory, replace(ALL_COUNT, **{side: TIGHT}), tmp_path / "2", batch=6)
     trimmed = trimmed_of(sums)
     assert trimmed == trimmed_of(other)
     assert {name.endswith(".gradient") for name in trimmed} == {side == "gradients"}
@@ -163,7 +164,7 @@ def test_trimmed_gradients_count_as_the_others_do_on_average(
     directory: Path, tmp_path: Path, make_settings: MakeSettings
 ) -> None:
     """Not as gradients of zero, which would make light of sublayers with many outliers."""
-    store, sums = _gather(directory, OutlierSettings(gradients=TIGHT), tmp_path)
+    store, sums = _gather(directory, replace(ALL_COUNT, gradients=TIGHT), tmp_path)
     classification = classify_model(meta_model(load_config(directory)))
     (part,) = (one for one in split_selected(classification, "none") if one.sublayer.name == GATE)
     chosen = make_settings({"fit.two_sided": True, "fit.damping_gradients": 0.0}).fit

@@ -29,7 +29,7 @@ from conftest import (
     small_config,
     with_changes,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -561,7 +561,7 @@ def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
     damaged = Path(shutil.copytree(llama_run.weights, tmp_path / "damaged"))
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    store.save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     moments = MomentStore(llama_run.moments)
     with pytest.raises(WeightsError, match=r"holds no tensor for model.*1\.mlp\.up_proj\.w"):
         fit_at_once(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed)

@@ -28,14 +28,14 @@ from sharebasis.moments import MomentAccumulator, Site
 from sharebasis.progress import progress
 from sharebasis.resources import require_memory
 from sharebasis.rows import Rows
-from sharebasis.settings import Labels, OutlierSettings
+from sharebasis.settings import EVERY_TOKEN, Labels, OutlierSettings
 from sharebasis.share_linear import State
 from sharebasis.sublayer import Sublayer
 from sharebasis.surgery import wrap
 
 log = logging.getLogger(__name__)
 
-ALL_COUNT = OutlierSettings()
+ALL_COUNT = OutlierSettings(EVERY_TOKEN, EVERY_TOKEN)
 """Every token counts, however long it is."""
 
 PROBE_TOKENS = 4

@@ -20,7 +20,7 @@ CONF = Path("conf")
 
 # An unknown key is an error in every section. Said here, so that settings.py stays plain.
 for _section in vars(knobs).values():
-    if dataclasses.is_dataclass(_section):
+    if isinstance(_section, type) and dataclasses.is_dataclass(_section):
         setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 _SETTINGS = TypeAdapter(Settings)
 OVER_LAYERS = ("shared:", "by_distance:")

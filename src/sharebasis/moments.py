@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharebasis.errors import CalibrationError
 from sharebasis.outliers import tame
-from sharebasis.settings import Outliers
+from sharebasis.settings import EVERY_TOKEN, Outliers
 
 # Eigenvalues below this fraction of the largest are rounding noise of the accumulation.
 NULL_SPACE = 1e-12
@@ -109,7 +109,7 @@ class MomentAccumulator:
         site: str,
         d: int,
         device: torch.device | str = "cpu",
-        outliers: Outliers = Outliers(),  # noqa: B008 (frozen)
+        outliers: Outliers = EVERY_TOKEN,
     ) -> None:
         self.site = site
         self.outliers = outliers

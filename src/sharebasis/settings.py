@@ -6,6 +6,7 @@ unknown keys, wrong types and values out of range stop a run before it loads a m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -152,19 +153,25 @@ class DataSettings:
 class Outliers:
     """What becomes of a token in a moment whose vector is far longer than those of its window."""
 
-    treatment: Treatment = "none"
+    treatment: Treatment
     """none: it counts like the others; clip: as if it were as long as the limit; trim: not at
     all."""
-    limit: Annotated[float, Gt(1)] = 5.0
+    limit: Annotated[float, Gt(1)]
     """Of the length, times the median of the window's vectors that are not zero."""
+
+
+EVERY_TOKEN = Outliers("none", math.inf)
+"""All count."""
 
 
 @dataclass(frozen=True)
 class OutlierSettings:
-    """The same for both sides."""
+    """What becomes of them on each side."""
 
-    inputs: Outliers = Outliers()
-    gradients: Outliers = Outliers()
+    inputs: Outliers
+    """By the length of what a sublayer reads."""
+    gradients: Outliers
+    """By that of the gradient of what it puts out."""
 
 
 @dataclass(frozen=True)
