@@ -26,9 +26,7 @@ def gather(
 ) -> MomentStore:
     """Calibrate into `work`, unless that is done, or go on where an earlier run was stopped."""
     batch, own = settings.data.batch, settings.calibrate
-    chosen = {"batch": batch, "gradients": own.gradients}
-    if any(one.treatment != "none" for one in (own.outliers.inputs, own.outliers.gradients)):
-        chosen["outliers"] = asdict(own.outliers)
+    chosen = {"batch": batch, "gradients": own.gradients, "outliers": asdict(own.outliers)}
     identity = run_identity(weights, model.selected, windows, **chosen)
     checkpoint = Checkpoint(work / "checkpoint", identity, 60)
     key = work / "moments.key"

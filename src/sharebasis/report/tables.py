@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sharebasis.report.points import Point
 from sharebasis.report.series import in_order
+from sharebasis.store import csv_text
 
 MISSING = "–"
 LATEX = {
@@ -98,11 +97,7 @@ def points_csv(points: Sequence[Point]) -> str:
     """Every point with every parameter, metric and hash, in full precision; missing is empty."""
     rows = [_everything(point) for point in points]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(columns, ([row.get(column, "") for column in columns] for row in rows))
 
 
 def markdown(columns: Sequence[Column], points: Sequence[Point]) -> str:

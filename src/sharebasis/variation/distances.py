@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from sharebasis import store
 from sharebasis.errors import SelectionError
+from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.rows import Rows
 from sharebasis.settings import VarySettings
@@ -98,6 +97,7 @@ def measure_variation(
     consecutive = list(pairwise(numbers))
     pairs = list(combinations(numbers, 2)) if settings.pairs == "all" else consecutive
     n_numbers = sum(x.numel() for own in layers.read(numbers[0]).families.values() for x in own)
+    workers = torch.get_num_threads() if n_numbers <= SMALL else 1
     with progress("vary", len(pairs) + len(consecutive), "pairs") as advance:
         reading = Lock()  # a reader keeps what it has just converted
 
@@ -108,11 +108,12 @@ def measure_variation(
             advance()
             return found
 
-        with _workers(n_numbers) as run:
-            of_model = run(partial(measure, layers), pairs)
-            measured = dict(zip(pairs, of_model, strict=True))
-            of_random = run(partial(measure, shuffled), consecutive)
-            return Variation(numbers, measured, dict(zip(consecutive, of_random, strict=True)))
+        def measure_all(of: Layers, chosen: Sequence[Pair]) -> Mapping[Pair, Distances]:
+            found = in_parallel((partial(measure, of, pair) for pair in chosen), workers)
+            return dict(zip(chosen, found, strict=True))
+
+        measured = measure_all(layers, pairs)
+        return Variation(numbers, measured, measure_all(shuffled, consecutive))
 
 
 def _in_range(numbers: Sequence[int], bounds: Pair | None) -> Sequence[int]:
@@ -124,24 +125,6 @@ def _in_range(numbers: Sequence[int], bounds: Pair | None) -> Sequence[int]:
             f"{numbers[-1]}; variation needs two at least."
         )
     return chosen
-
-
-Run = Callable[[Callable[[Pair], Distances], Iterable[Pair]], Iterable[Distances]]
-
-
-@contextmanager
-def _workers(n_numbers: int) -> Iterator[Run]:
-    """A `map` over pairs: by all cores at once if layers are small, else one after the other."""
-    n_threads = torch.get_num_threads()
-    if n_numbers > SMALL or n_threads == 1:
-        yield map
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 class Shuffled:
