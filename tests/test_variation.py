@@ -19,7 +19,7 @@ from conftest import REPOSITORY, SIZES, MakeDirectory, random_model, with_change
 from gauges import random_element
 from transformers import PreTrainedModel
 
-from sharebasis import store
+from sharebasis import parallel, store
 from sharebasis.classification import classify_model
 from sharebasis.errors import SelectionError, StoreError
 from sharebasis.hub import load_config, meta_model
@@ -144,10 +144,8 @@ def test_large_layers_go_one_pair_after_the_other_with_the_same_result(
     llama: PreTrainedModel, of_llama: Variation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    executor = over_a_model.ThreadPoolExecutor
-    monkeypatch.setattr(
-        over_a_model, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1]
-    )
+    executor = parallel.ThreadPoolExecutor
+    monkeypatch.setattr(parallel, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1])
     torch.set_num_threads(2)
     try:
         assert measured(llama).measured == of_llama.measured

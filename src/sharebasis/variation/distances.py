@@ -108,12 +108,11 @@ def measure_variation(
             advance()
             return found
 
-        def measure_all(of: Layers, chosen: Sequence[Pair]) -> Mapping[Pair, Distances]:
-            found = in_parallel((partial(measure, of, pair) for pair in chosen), workers)
-            return dict(zip(chosen, found, strict=True))
-
-        measured = measure_all(layers, pairs)
-        return Variation(numbers, measured, measure_all(shuffled, consecutive))
+        every = [*((layers, pair) for pair in pairs), *((shuffled, pair) for pair in consecutive)]
+        found = list(in_parallel((partial(measure, *one) for one in every), workers))
+        of_model, of_random = found[: len(pairs)], found[len(pairs) :]
+        measured = dict(zip(pairs, of_model, strict=True))
+        return Variation(numbers, measured, dict(zip(consecutive, of_random, strict=True)))
 
 
 def _in_range(numbers: Sequence[int], bounds: Pair | None) -> Sequence[int]:
