@@ -18,6 +18,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.distillation import divergence, hidden_distance
 from sharebasis.errors import RecoveryError
 from sharebasis.hub import DTYPES
+from sharebasis.muon import Muon
 from sharebasis.outcomes import Look, Recovery
 from sharebasis.progress import progress
 from sharebasis.settings import RecoverSettings
@@ -55,8 +56,6 @@ def distill(
 
     Raises:
         RecoveryError: the loss is not finite.
-
-    Source: Muon, Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
     """
     training = _Training(original, compressed, factors, windows, settings, seed)
     training.resume(checkpoint)
@@ -90,9 +89,7 @@ class _Training:
         self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
         self._factors = factors
         self._best = {name: own.detach().clone() for name, own in self._factors.items()}
-        self._optimizer = torch.optim.Muon(
-            self._factors.values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
+        self._optimizer = Muon(list(factors.values()))
         self._looks: list[Look] = []
         self.step = 0
 
@@ -107,8 +104,6 @@ class _Training:
         return min(self._looks, key=lambda look: look.divergence)
 
     def take_step(self) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self._settings)
         loss = self._loss(self._batch())
         if not loss.isfinite():
             raise RecoveryError(
@@ -117,8 +112,7 @@ class _Training:
                 "recover.dtype=float32."
             )
         loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(learning_rate(self.step, self._settings))
         self.step += 1
 
     def _batch(self) -> Tensor:
@@ -184,7 +178,7 @@ class _Training:
         for name, own in self._factors.items():
             yield f"{name}.factor", own.detach()
             yield f"{name}.best", self._best[name]
-            yield f"{name}.momentum", self._optimizer.state[own]["momentum_buffer"]
+            yield f"{name}.momentum", self._optimizer.momentum(own)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         if (found := checkpoint.resume()) is None:
@@ -195,8 +189,7 @@ class _Training:
         for name, own in self._factors.items():
             own.data.copy_(reader.read(f"{name}.factor"))
             self._best[name].copy_(reader.read(f"{name}.best"))
-            momentum = reader.read(f"{name}.momentum").to(own.device)
-            self._optimizer.state[own] = {"momentum_buffer": momentum}
+            self._optimizer.restore(own, reader.read(f"{name}.momentum"))
         log.info("Going on from step %d, the last checkpoint.", self.step)
 
 
