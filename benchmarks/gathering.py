@@ -31,7 +31,7 @@ def gather(
     checkpoint = Checkpoint(work / "checkpoint", identity, 60)
     key = work / "moments.key"
     if not (key.exists() and key.read_text() == checkpoint.key):
-        dense = load_model(weights, "float32", pick_device(settings.device))
+        dense = load_model(weights, settings.model.dtype, pick_device(settings.device))
         found = calibrate(
             dense, model.selected, windows, batch, checkpoint, own.gradients, own.outliers
         )
