@@ -241,5 +241,5 @@ def _advice(model: PreTrainedModel, problem: str) -> str:
     return (
         f"Model family {model.config.model_type!r} is not known, and this model {problem}. Say "
         "where its sublayers are with model.weight_types and model.block_pattern, or add a row "
-        "to ARCHITECTURES in sharebasis/architecture.py (README, Adding a family)."
+        "to ARCHITECTURES in sharebasis/architecture.py (docs/families.md)."
     )

@@ -106,7 +106,7 @@ def _branch(writer: Sublayer) -> Branch:
     raise SelectionError(
         f"{writer.name} writes to the residual stream, but its name does not tell whether it "
         "belongs to attention or to the MLP; say family 'o' or 'down' of its weight type in a row "
-        "of ARCHITECTURES (README, Adding a family)."
+        "of ARCHITECTURES (docs/families.md)."
     )
 
 
