@@ -48,7 +48,7 @@ SETTINGS = RecoverSettings(
     held_out=4,
     look_every=8,
     patience=2,
-    learning_rate=0.002,
+    learning_rate=0.01,
     warmup=0.1,
     hidden=0.0,
     dtype="float32",
@@ -257,13 +257,21 @@ def test_nothing_to_train_is_one_error(
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
-    rates = [learning_rate(step, replace(SETTINGS, steps=100)) for step in range(101)]
+    rates = [learning_rate(step, replace(SETTINGS, steps=100), 1.0) for step in range(101)]
     assert max(rates) == pytest.approx(SETTINGS.learning_rate)
     assert rates.index(max(rates)) == 10
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[0] < rates[5]
     assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "times"), [(4.0, 2.0), (0.25, 0.5), (0.0, 0.0), (-1e-9, 0.0)]
+)
+def test_steps_are_as_long_as_there_is_far_to_go(divergence: float, times: float) -> None:
+    one, other = (learning_rate(5, SETTINGS, from_) for from_ in (1.0, divergence))
+    assert other == pytest.approx(times * one)
 
 
 def test_every_window_is_seen_once_each_time_round(case: Case) -> None:

@@ -112,7 +112,8 @@ class _Training:
                 "recover.dtype=float32."
             )
         loss.backward()
-        self._optimizer.step(learning_rate(self.step, self._settings))
+        rate = learning_rate(self.step, self._settings, self._looks[0].divergence)
+        self._optimizer.step(rate)
         self.step += 1
 
     def _batch(self) -> Tensor:
@@ -193,13 +194,24 @@ class _Training:
         log.info("Going on from step %d, the last checkpoint.", self.step)
 
 
-def learning_rate(step: int, settings: RecoverSettings) -> float:
-    """A linear rise over the warm-up, then half a cosine to zero at the last step."""
+def learning_rate(step: int, settings: RecoverSettings, divergence: float) -> float:
+    """A linear rise over the warm-up, then half a cosine to zero at the last step.
+
+    Muon's steps are as long as its rate says, however small the gradient. A divergence is quadratic
+    in how far off the factors are, so that its root says how far they have to go; steps
+    that suit a model far off lead one that is nearly right astray.
+
+    Args:
+        step: from 0.
+        settings: of the training.
+        divergence: of the compressed model before the first step, in nats.
+    """
+    highest = settings.learning_rate * math.sqrt(max(divergence, 0.0))
     rise = settings.warmup * settings.steps
     if step < rise:
-        return settings.learning_rate * (step + 1) / (rise + 1)
+        return highest * (step + 1) / (rise + 1)
     done = (step - rise) / (settings.steps - rise)
-    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return highest * (1 + math.cos(math.pi * done)) / 2
 
 
 def _run(model: PreTrainedModel, windows: Tensor, hidden: bool = False) -> Any:
