@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sharebasis.compressed_index import NarrowedMlp
 from sharebasis.rows import Rows, inverse_order, rows_at
 
 ROWS = {
@@ -124,8 +125,11 @@ def test_what_is_left_of_blocks_lies_where_smaller_blocks_do(turns: bool, kept: 
     blocks = [Rows(i, 1, 9, 2) if turns else Rows(9 * i, 9) for i in (0, 1)]
     left = rows_at(torch.tensor(places), blocks)
     assert left.tolist() == sorted(listed(block)[place] for block in blocks for place in places)
+    mlp = NarrowedMlp(("gate_up",), "down", tuple(places), tuple(blocks))
+    assert (mlp.rows, mlp.original(Rows(0, len(left)))) == (tuple(left.tolist()), None)
     for block in blocks:
         own = block.resized(18, len(left))
+        assert mlp.original(own) == block
         assert left[own.numbers].tolist() == [listed(block)[place] for place in places]
     assert all(own.resized(18, 18) == own for own in (*blocks, Rows(0, 3, 3, 6)))
 
