@@ -64,6 +64,13 @@ torch.set_num_threads(1)  # the models are far too small for more to pay
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
+
+def rows_left(name: str, n_rows: int, kept: Sequence[int]) -> list[int]:
+    """The rows of what an MLP of the table reads by that some of its neurons have."""
+    starts = (0, n_rows // 2) if name.endswith("gate_up_proj") else (0,)
+    return [start + neuron for start in starts for neuron in kept]
+
+
 END = "<|end|>"
 CORPUS = (
     "the state of the union is strong and the people of these states are free\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, MakeDirectory, MakeSettings
+from conftest import SIZES, MakeDirectory, MakeSettings, rows_left
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -128,14 +128,14 @@ def _with_products(
     Neurons that are not there any more are there, but down does not read them.
     """
     unstack(dense)
-    rows = {name: list(mlp.kept) for mlp in mlps for name in mlp.reads}
+    kept = {name: mlp.kept for mlp in mlps for name in mlp.reads}
     columns = {mlp.down: list(mlp.kept) for mlp in mlps}
     for name, split in small.named_modules():
         if isinstance(split, SplitLinear):
             module = dense.get_submodule(name)
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            if name in rows:
-                weight[rows[name]] = split.weight
+            if name in kept:
+                weight[rows_left(name, len(weight), kept[name])] = split.weight
             elif name in columns:
                 weight.zero_()[:, columns[name]] = split.weight
             else:

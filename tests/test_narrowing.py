@@ -5,19 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings, random_model
-from torch import Tensor
+from conftest import MakeDirectory, MakeSettings, random_model, rows_left
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.models.phi3 import modeling_phi3
 
 from sharebasis import compressed_index, store
+from sharebasis.architecture import ARCHITECTURES
+from sharebasis.attribution.cache import run_with_cache
 from sharebasis.calibration import calibrate
+from sharebasis.capture import watched
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
@@ -26,12 +31,13 @@ from sharebasis.decomposition import Spectra, decompose
 from sharebasis.fit_tables import ranks_csv
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.grouping import Group
+from sharebasis.head_views import head_views
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.narrowing import find_mlps
 from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
-from sharebasis.settings import FitSettings
+from sharebasis.settings import FitSettings, SplitStrategy
 from sharebasis.splitting import split_selected
 
 CPU = torch.device("cpu")
@@ -49,9 +55,11 @@ class Calibrated:
     moments: MomentStore
     directory: Path
 
-    def fit(self, settings: FitSettings, name: str = "small") -> FittedModel:
+    def fit(
+        self, settings: FitSettings, name: str = "small", split: SplitStrategy = "none"
+    ) -> FittedModel:
         found = classify_model(meta_model(load_config(self.weights)))
-        parts, spectra = split_selected(found, "none"), self.directory / "spectra"
+        parts, spectra = split_selected(found, split), self.directory / "spectra"
         decompose(self.weights, parts, self.moments, settings, spectra, CPU)
         return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
 
@@ -100,32 +108,125 @@ def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
     return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
 
 
+class Turns(nn.Module):
+    """An MLP of which rows of gate and of up take turns, with biases."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up_proj(x)
+        return self.down_proj(both[..., 1::2] * functional.silu(both[..., ::2]))
+
+
+@pytest.fixture
+def taking_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3 with another MLP, which its row of the table tells."""
+    monkeypatch.setattr(modeling_phi3, "Phi3MLP", Turns)
+    row = ARCHITECTURES["phi3"]
+    own = replace(row.weight_types["mlp_gate_up_proj"], interleave="row")
+    types = {**row.weight_types, "mlp_gate_up_proj": own}
+    monkeypatch.setitem(ARCHITECTURES, "phi3", replace(row, weight_types=types))  # type: ignore[arg-type]
+
+
+def _gate_and_up(mlp: nn.Module) -> Iterator[Tensor]:
+    """Weights and biases of each."""
+    for name, own in mlp.named_parameters():
+        if isinstance(mlp, Turns) and "gate_up" in name:
+            yield from (own[::2], own[1::2])
+        elif "gate_up" in name:
+            yield from own.chunk(2)
+        elif "down" not in name:
+            yield own
+
+
 def _repeat_neurons(model: PreTrainedModel) -> None:
     """Every other neuron is the one before it again."""
     for layer in model.model.layers:
-        for read in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            read.weight[1::2] = read.weight[::2]
+        for own in _gate_and_up(layer.mlp):
+            own[1::2] = own[::2].clone()
 
 
-@torch.no_grad()
-def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
-    calibrated: Calibrate, make_settings: MakeSettings
+def _assert_nothing_is_lost(
+    family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
-    run = calibrated("llama", _repeat_neurons)
+    run = calibrated(family, _repeat_neurons)
     dense = load_model(run.weights, "float32", CPU)
     d_mlp = dense.config.intermediate_size
-    fitted = run.fit(_settings(make_settings, removed=0.2))
+    fitted = run.fit(_settings(make_settings, removed=0.2), split=split)
     assert run.index().mlps
     for mlp in run.index().mlps:
         assert len(mlp.kept) >= d_mlp // 2
-    assert fit_metrics(fitted, _settings(make_settings, removed=0.2))["relative_loss"] < 1e-6
+    metrics = fit_metrics(fitted, _settings(make_settings, removed=0.2))
+    assert metrics["relative_loss"] < 1e-6
+    assert 0.2 - 1e-9 <= metrics["removed_fraction"] < 0.22
     small = load_compressed(run.directory / "small")
     wanted = dense(input_ids=_tokens(4, 1)).logits
     assert (small(input_ids=_tokens(4, 1)).logits - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
+CASES: Sequence[tuple[str, SplitStrategy]] = [
+    ("llama", "none"),
+    ("glm4", "none"),
+    ("phi3", "none"),
+    ("phi3", "qkv"),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(("family", "split"), CASES)
+def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
+    family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    _assert_nothing_is_lost(family, split, calibrated, make_settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", ["none", "qkv"])
+def test_so_do_those_whose_gate_and_up_take_turns(
+    split: SplitStrategy, taking_turns: None, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    _assert_nothing_is_lost("phi3", split, calibrated, make_settings)
+
+
+def test_a_layout_that_the_code_does_not_have_is_left_alone(
+    calibrated: Calibrate,
+    make_settings: MakeSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Phi-3's row of the table says halves."""
+    monkeypatch.setattr(modeling_phi3, "Phi3MLP", Turns)
+    run = calibrated("phi3")
+    run.fit(_settings(make_settings, removed=0.5))
+    assert not Spectra(run.directory / "spectra").mlps
+    assert "3 MLPs keep all their neurons" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("split", ["none", "qkv"])
+def test_views_and_activations_know_what_is_left_of_gate_and_up(
+    split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("phi3")
+    run.fit(_settings(make_settings, removed=0.6), split=split)
+    small = load_compressed(run.directory / "small")
+    narrowed = {int(mlp.down.split(".")[2]): mlp for mlp in run.index().mlps}
+    assert narrowed
+    with watched({f"{i}": small.get_submodule(mlp.reads[0]) for i, mlp in narrowed.items()}) as xs:
+        _, cache = run_with_cache(small, _tokens(2))
+    for i, mlp in narrowed.items():
+        views, x, width = head_views(small)[i], xs[f"{i}"], len(mlp.kept)
+        assert views.W_in.shape[1] == views.W_gate.shape[1] == width
+        hidden = functional.silu(x @ views.W_gate) * (x @ views.W_in)
+        for name, wanted in (("pre", x @ views.W_gate), ("post", hidden)):
+            torch.testing.assert_close(cache[name, i], wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
 def test_reported_losses_are_those_of_the_stored_weights(
     family: str, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
@@ -141,6 +242,7 @@ def test_reported_losses_are_those_of_the_stored_weights(
         kept = list(mlp.kept)
         for name in (*mlp.reads, mlp.down):
             original = dense.get_submodule(name).weight.double()
+            rows = rows_left(name, len(original), kept)
             if family == "gpt2":
                 original = original.T
             stored = small.get_submodule(name).weight.double()
@@ -150,7 +252,7 @@ def test_reported_losses_are_those_of_the_stored_weights(
                 error = original.clone()
                 error[:, kept] -= stored
             else:
-                error, g = original[kept] - stored, g[kept][:, kept]
+                error, g = original[rows] - stored, g[rows][:, rows]
             loss = (g @ error @ inputs.second * error).sum().item()
             scale = (g @ original[: len(g)] @ inputs.second * original[: len(g)]).sum().item()
             assert losses[name] == pytest.approx(loss, rel=1e-3, abs=1e-6 * scale)
@@ -222,11 +324,14 @@ def test_an_mlp_with_a_norm_among_its_neurons_is_left_alone() -> None:
     assert len(find_mlps(groups, shared, shapes)) == n_layers - 1
 
 
+@pytest.mark.parametrize(
+    ("family", "split"), [("llama", "none"), ("phi3", "none"), ("phi3", "qkv")]
+)
 def test_it_is_trained_and_written_again(
-    calibrated: Calibrate, make_settings: MakeSettings
+    family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
-    run = calibrated("llama")
-    run.fit(_settings(make_settings, removed=0.6))
+    run = calibrated(family)
+    run.fit(_settings(make_settings, removed=0.6), split=split)
     small, target = run.directory / "small", run.directory / "recovered"
     model = load_compressed(small, torch.float32)
     index = run.index()

@@ -272,14 +272,25 @@ def test_neurons_that_are_left_say_what_all_of_them_said(narrowed: Case, tmp_pat
         assert (found - best).norm() < 1e-3 * best.norm()
 
 
+@pytest.mark.parametrize(
+    ("family", "split", "least"),
+    [
+        ("gpt2", "none", "c_proj.dense"),
+        ("phi3", "none", "gate_up_proj.dense"),
+        ("phi3", "qkv", "gate_up_proj.up.dense"),
+    ],
+)
 def test_without_drift_neurons_that_are_left_stay_what_they_were(
-    narrowed: Case, tmp_path: Path
+    family: str, split: str, least: str, make_case: MakeCase, tmp_path: Path
 ) -> None:
-    """At next to no amount, what is written is what `fit` took down to be."""
-    narrowed.propagate(tmp_path / "out", amount=1e-9, mean=False)
-    before, after = _products(narrowed.work / "compressed"), _products(tmp_path / "out")
-    dense = {f"{mlp.down}.dense" for mlp in narrowed.index.mlps} & before.keys()
-    assert dense
+    """At next to no amount, what is written is what `fit` took gate, up and down to be."""
+    case = make_case(family, {**NARROWED, "fit.removed": 0.2, "split.strategy": split})
+    case.propagate(tmp_path / "out", amount=1e-9, mean=False)
+    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    narrowed = {name for mlp in case.index.mlps for name in (*mlp.reads, mlp.down)}
+    parts = [part for group in case.index.groups if group.basis is None for part in group.parts]
+    dense = {part.coefficient for part in parts if part.sublayer in narrowed}
+    assert any(name.endswith(least) for name in dense)
     for name in dense:
         torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.rows import Rows, inverse_order
+from sharebasis.compressed_index import NarrowedMlp
+from sharebasis.rows import Rows, inverse_order, rows_at
 
 ROWS = {
     "a block": (Rows(5, 4), [5, 6, 7, 8]),
@@ -115,6 +116,22 @@ def test_a_part_within_one_run_is_a_block_like_any_other() -> None:
 def test_the_refusal_says_which_rows() -> None:
     with pytest.raises(ValueError, match=r"^4 rows from 3 on are not whole runs of Rows\(start=2"):
         Rows(2, 3, 4, 10).part(3, 4)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@given(kept=st.sets(st.integers(0, 8), min_size=1))
+def test_what_is_left_of_blocks_lies_where_smaller_blocks_do(turns: bool, kept: set[int]) -> None:
+    places = sorted(kept)
+    blocks = [Rows(i, 1, 9, 2) if turns else Rows(9 * i, 9) for i in (0, 1)]
+    left = rows_at(torch.tensor(places), blocks)
+    assert left.tolist() == sorted(listed(block)[place] for block in blocks for place in places)
+    mlp = NarrowedMlp(("gate_up",), "down", tuple(places), tuple(blocks))
+    assert (mlp.rows, mlp.original(Rows(0, len(left)))) == (tuple(left.tolist()), None)
+    for block in blocks:
+        own = block.resized(18, len(left))
+        assert mlp.original(own) == block
+        assert left[own.numbers].tolist() == [listed(block)[place] for place in places]
+    assert all(own.resized(18, 18) == own for own in (*blocks, Rows(0, 3, 3, 6)))
 
 
 @given(st.permutations(range(12)))

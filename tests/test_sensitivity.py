@@ -49,7 +49,7 @@ from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.probes import probe
 from sharebasis.sensitivity.replay import Replay, block_names
-from sharebasis.settings import FitSettings, SensitivitySettings
+from sharebasis.settings import FitSettings, SensitivitySettings, SplitStrategy
 from sharebasis.splitting import split_selected
 from sharebasis.sublayer import Classification
 
@@ -124,15 +124,20 @@ def make_case(
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> MakeCase:
-    def make(family: str, narrowed: bool = False) -> Case:
+    def make(family: str, narrowed: bool = False, split: SplitStrategy = "qkv") -> Case:
         target = tmp_path_factory.mktemp("case")
-        return _case(family, narrowed, make_directory(family), target, make_settings)
+        return _case(family, narrowed, split, make_directory(family), target, make_settings)
 
     return make
 
 
 def _case(
-    family: str, narrowed: bool, weights: Path, target: Path, make_settings: MakeSettings
+    family: str,
+    narrowed: bool,
+    split: SplitStrategy,
+    weights: Path,
+    target: Path,
+    make_settings: MakeSettings,
 ) -> Case:
     model = load_model(weights, "float32", CPU)
     found = classify_model(model)
@@ -141,7 +146,7 @@ def _case(
         target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint, "text")
     )
     own = make_settings({**AUTO, **(NARROWED if narrowed else {})}).fit
-    parts, moments = split_selected(found, "qkv"), MomentStore(target / "moments")
+    parts, moments = split_selected(found, split), MomentStore(target / "moments")
     decompose(weights, parts, moments, own, target / "spectra", CPU)
     return Case(family, weights, target / "spectra", own, moments if narrowed else None)
 
@@ -207,6 +212,14 @@ def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_
     wanted = _logits(load_compressed(tmp_path / "small"))
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert (_logits(model) - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("split", ["none", "qkv"])
+def test_so_it_is_where_gate_and_up_are_one_weight(
+    split: SplitStrategy, make_case: MakeCase, tmp_path: Path
+) -> None:
+    case = make_case("phi3", narrowed=True, split=split)
+    test_with_all_cells_in_place_it_is_the_compressed_model(case, tmp_path)
 
 
 def test_where_the_loss_is_small_half_of_it_is_the_divergence(

@@ -48,7 +48,7 @@ def load_compressed(
     parts = _parts_by_sublayer(index)
     rows = {name: [part.rows for part in own] for name, own in parts.items()}
     for mlp in index.mlps:
-        narrow(model, mlp.reads, mlp.down, len(mlp.kept))
+        narrow(model, mlp.reads, mlp.down, len(mlp.rows), len(mlp.kept))
     modules = wrap(model, rows)
     names = {name for group in index.groups for name in group.tensors}
     found: dict[str, Tensor] = {}

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharebasis.rows import Rows
+import torch
+
+from sharebasis.rows import Rows, rows_at
 from sharebasis.settings import Family, Side
 
 FILE = "sharebasis.json"
@@ -61,11 +63,25 @@ class NarrowedMlp:
     """An MLP without some of its neurons."""
 
     reads: tuple[str, ...]
-    """Sublayers that lack their rows: up, and gate where there is one."""
+    """Sublayers that lack their rows: up, and gate where there is one; or the one that is both."""
     down: str
     """The sublayer that lacks their columns."""
     kept: tuple[int, ...]
     """The original numbers of the neurons that are there, in their order."""
+    gate_up: tuple[Rows, ...] = ()
+    """Of the one sublayer that is gate and up: the original rows of each."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The original numbers of the rows that each of `reads` has, in their order."""
+        if not self.gate_up:
+            return self.kept
+        return tuple(rows_at(torch.tensor(self.kept), self.gate_up).tolist())
+
+    def original(self, part: Rows) -> Rows | None:
+        """Where gate or up lay, if `part` is what is left of it alone; None: it is all there is."""
+        before, after = sum(map(len, self.gate_up)), len(self.gate_up) * len(self.kept)
+        return next((own for own in self.gate_up if own.resized(before, after) == part), None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from sharebasis.grouping import Group, LayerDistances
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
+from sharebasis.neurons_apart import neurons_are_apart
 from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.resources import workers_for
@@ -25,6 +27,8 @@ from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
 from sharebasis.weights import DenseWeights
+
+log = logging.getLogger(__name__)
 
 INDEX = "spectra.json"
 SHARD_BYTES = 500 * 2**20
@@ -141,7 +145,7 @@ def decompose(
     given = _by_layer(given_groups(own, settings, distances))
     offered = _by_layer(offered_groups(own, settings, distances))
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
-    mlps = find_mlps(given, twins, dense.shapes) if NARROWED in settings.structures else ()
+    mlps = _find_mlps(given, twins, dense) if NARROWED in settings.structures else ()
     n_groups = len(given) + len(offered) + len(mlps)
     workers = workers_of(given, device)
     originals = partial(_originals, dense, device)
@@ -174,6 +178,27 @@ def decompose(
             tuple(groups), len(given), twins, tuple(unseen), writer.files, tuple(narrowed)
         )
         store.save_record(out / INDEX, index)
+
+
+def _find_mlps(
+    given: Sequence[Group], twins: Mapping[str, Sequence[str]], dense: DenseWeights
+) -> Sequence[Mlp]:
+    """Those of `find_mlps` whose own code takes fewer neurons as they are laid out."""
+    found = find_mlps(given, twins, dense.shapes)
+    apart = [mlp for mlp in found if not mlp.gate_up or _are_apart(mlp, dense)]
+    if left := len(found) - len(apart):
+        log.warning(
+            "%d MLPs keep all their neurons: by their own forward pass, a neuron is not made of "
+            "the rows of gate and up that gate_up_order and interleave of their weight type say.",
+            left,
+        )
+    return apart
+
+
+def _are_apart(mlp: Mlp, dense: DenseWeights) -> bool:
+    names = mlp.reads[0].sublayer.name, mlp.down.sublayer.name
+    (module, _, read), (_, _, down) = (name.rpartition(".") for name in names)
+    return neurons_are_apart(dense.module(module), read, down, mlp.down.shape[0], mlp.gate_up)
 
 
 def workers_of(groups: Sequence[Group], device: torch.device) -> int:

@@ -139,7 +139,7 @@ class _Fit:
 
     def add_others(self, mlps: Iterable[NarrowedMlp]) -> int:
         """Write what is not selected, and return how many numbers the original has of it."""
-        neurons = {f"{name}.bias": list(mlp.kept) for mlp in mlps for name in mlp.reads}
+        neurons = {f"{name}.bias": list(mlp.rows) for mlp in mlps for name in mlp.reads}
         n_numbers = 0
         for name, tensor in self.dense.stream(without=_fitted_names(self.source)):
             n_numbers += tensor.numel()
@@ -211,9 +211,9 @@ class _Fit:
 
 def _index_of(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
     mlp = source.mlps[j]
-    reads = tuple(part.sublayer.name for part in mlp.reads)
+    reads = tuple(dict.fromkeys(part.sublayer.name for part in mlp.reads))
     kept = tuple(source.kept(j, plan.width).tolist())
-    return NarrowedMlp(reads, mlp.down.sublayer.name, kept)
+    return NarrowedMlp(reads, mlp.down.sublayer.name, kept, mlp.gate_up)
 
 
 def _narrowed(
@@ -223,7 +223,7 @@ def _narrowed(
     members = members_of(mlp, originals, metric)
     assert members is not None  # it was measured
     found: list[MadeOf] = []
-    for member, rank in zip(narrowed_members(members, kept), plan.ranks, strict=True):
+    for member, rank in zip(narrowed_members(mlp, members, kept), plan.ranks, strict=True):
         if rank == DENSE:
             found.append(member.weight)
             continue

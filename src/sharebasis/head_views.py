@@ -273,12 +273,15 @@ class _Source:
 
     @property
     def weight(self) -> Float[Tensor, "rows d_in"]:
-        return self.block.rows.take(self.tensors.weight(self.sublayer.name))
+        return self._take(self.tensors.weight(self.sublayer.name))
 
     @property
     def bias(self) -> Float[Tensor, " rows"] | None:
         bias = self.tensors.bias(self.sublayer.name)
-        return None if bias is None else self.block.rows.take(bias)
+        return None if bias is None else self._take(bias)
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        return self.block.left(self.sublayer, len(tensor)).take(tensor)
 
     def weight_by_head(self) -> Float[Tensor, "n_heads d_in d_head"]:
         return self._by_head(self.tensors.weight(self.sublayer.name))

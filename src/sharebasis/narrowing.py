@@ -17,7 +17,7 @@ from sharebasis.factorize import spectrum
 from sharebasis.grouping import Group
 from sharebasis.limits import Limit
 from sharebasis.pruning import narrow, refit
-from sharebasis.rows import Rows
+from sharebasis.rows import Rows, rows_at
 from sharebasis.settings import NARROWED, Storage
 from sharebasis.shared_basis import Member
 from sharebasis.splitting import Part
@@ -29,19 +29,28 @@ what is left fill the steps."""
 PRICES = 10 ** np.linspace(-4, 2, 300)
 """At which the ways to store an MLP are compared; in units of its loss a number."""
 
+READS = ("gate_up", "gate", "up")
+"""What neurons are read by."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """The sublayers between which neurons lie."""
 
     reads: tuple[Part, ...]
-    """gate where there is one, and up: a row for each neuron."""
+    """gate where there is one, and up: a row for each neuron; or both in one: two rows."""
     down: Part
     """A column for each neuron."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return (*self.reads, self.down)
+
+    @property
+    def gate_up(self) -> tuple[Rows, ...]:
+        """The rows of gate and of up in the one sublayer that is both; none where there is none."""
+        one = len({part.sublayer.name for part in self.reads}) == 1 < len(self.reads)
+        return tuple(part.rows for part in self.reads) if one else self.reads[0].gate_up
 
     @property
     def d_mlp(self) -> int:
@@ -59,8 +68,9 @@ class Mlp:
 
     def groups(self, width: int) -> tuple[Group, ...]:
         """One for each part, of the sizes that it has with so many neurons."""
-        reads = (_resized(part, (width, part.shape[1])) for part in self.reads)
-        down = _resized(self.down, (self.down.shape[0], width))
+        reads = (_narrower(part, self.d_mlp, width) for part in self.reads)
+        shape = self.down.shape[0], width
+        down = replace(self.down, sublayer=replace(self.down.sublayer, shape=shape))
         return tuple(Group((part,), structure=NARROWED) for part in (*reads, down))
 
 
@@ -71,8 +81,10 @@ def find_mlps(
 ) -> Sequence[Mlp]:
     """The MLPs that may lose neurons: one up, one down and at most one gate of the same neurons.
 
-    Each is a group of its own and a whole sublayer, and the module that they are in has nothing
-    else that is as wide as the neurons: a norm of theirs would let them know of each other.
+    Each is a group of its own and a whole sublayer, but for gate and up that are one sublayer, cut
+    or not. There, the rows of each are a block, or rows of both take turns: groups of rows that do
+    would not all lose as many. The module that they are in has nothing else that is as wide as the
+    neurons: a norm of theirs would let them know of each other.
 
     Args:
         groups: that cover every part once.
@@ -83,21 +95,31 @@ def find_mlps(
     for group in groups:
         part, name = group.parts[0], group.parts[0].sublayer.name
         role = "write" if part.family == "down" else "read"
-        alone = len(group.parts) == 1 and not part.label and not twins[name]
-        if alone and part.family in ("gate", "up", "down") and part.sublayer.role == role:
-            found.setdefault(name.rpartition(".")[0], {})[part.family] = part
+        alone = len(group.parts) == 1 and not twins[name]
+        family = "gate_up" if part.gate_up else part.family
+        if alone and family in (*READS, "down") and part.sublayer.role == role:
+            found.setdefault(name.rpartition(".")[0], {})[family] = part
     mlps = []
     for module, parts in found.items():
-        if {"up", "down"} <= set(parts):
-            mlp = Mlp(tuple(parts[f] for f in ("gate", "up") if f in parts), parts["down"])
+        reads = tuple(parts[family] for family in READS if family in parts)
+        if reads and {"up", "gate_up"} & set(parts) and "down" in parts:
+            mlp = Mlp(reads, parts["down"])
             if _is_whole(mlp) and not _others(mlp, module, shapes):
                 mlps.append(mlp)
     return mlps
 
 
 def _is_whole(mlp: Mlp) -> bool:
-    d_model = mlp.down.shape[0]
-    return bool(mlp.widths) and all(part.shape == (mlp.d_mlp, d_model) for part in mlp.reads)
+    d_model, gate_up = mlp.down.shape[0], mlp.gate_up
+    names = {part.sublayer.name for part in mlp.reads}
+    shapes = {part.sublayer.shape for part in mlp.reads}
+    if gate_up:
+        placed = all(len(own) == mlp.d_mlp and own.resizable for own in gate_up)
+        whole = len(names) == 1 and len(gate_up) == 2 and placed
+    else:
+        whole = len(names) == len(mlp.reads) and not any(part.label for part in mlp.reads)
+    n_rows = len(gate_up or [0]) * mlp.d_mlp
+    return bool(mlp.widths) and whole and shapes == {(n_rows, d_model)}
 
 
 def _others(mlp: Mlp, module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -110,8 +132,13 @@ def _others(mlp: Mlp, module: str, shapes: Mapping[str, tuple[int, ...]]) -> lis
     ]
 
 
-def _resized(part: Part, shape: tuple[int, int]) -> Part:
-    return replace(part, sublayer=replace(part.sublayer, shape=shape), rows=Rows(0, shape[0]))
+def _narrower(read: Part, d_mlp: int, width: int) -> Part:
+    """What reads for so many neurons of all."""
+    before, d_model = read.sublayer.shape
+    after = before // d_mlp * width
+    rows, *gate_up = (own.resized(before, after) for own in (read.rows, *read.gate_up))
+    sublayer = replace(read.sublayer, shape=(after, d_model))
+    return replace(read, sublayer=sublayer, rows=rows, gate_up=tuple(gate_up))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,27 +177,34 @@ def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
         order.append(_without(larger.kept, smaller.kept))
     every = torch.arange(mlp.d_mlp, device=down.weight.device)
     order.append(_without(every, narrowed[0].kept))
-    of_parts = [[_energies(_rows(read, one.kept)) for one in narrowed] for read in reads]
+    of_parts = [
+        [_energies(_rows(part, read, one.kept)) for one in narrowed]
+        for part, read in zip(mlp.reads, reads, strict=True)
+    ]
     of_parts.append([_energies(_columns(down, one.kept, one.weight)) for one in narrowed])
     losses = tuple(one.loss for one in narrowed)
     return Widths(torch.cat(order), losses, tuple(zip(*of_parts, strict=True)))
 
 
-def narrowed_members(members: Sequence[Member], kept: Int64[Tensor, " kept"]) -> Sequence[Member]:
+def narrowed_members(
+    mlp: Mlp, members: Sequence[Member], kept: Int64[Tensor, " kept"]
+) -> Sequence[Member]:
     """The parts of an MLP with some of its neurons; down makes up for the others."""
     *reads, down = members
     assert down.shared is not None
     weight = refit(down.weight, down.shared, kept)
-    return [*(_rows(read, kept) for read in reads), _columns(down, kept, weight)]
+    narrowed = (_rows(part, own, kept) for part, own in zip(mlp.reads, reads, strict=True))
+    return [*narrowed, _columns(down, kept, weight)]
 
 
 def _without(some: Tensor, others: Tensor) -> Tensor:
     return some[~torch.isin(some, others)]
 
 
-def _rows(read: Member, kept: Tensor) -> Member:
-    own = None if read.own is None else read.own.at(kept)
-    return Member(read.weight[kept], read.shared, own)
+def _rows(part: Part, read: Member, kept: Tensor) -> Member:
+    rows = rows_at(kept, part.gate_up) if part.gate_up else kept
+    own = None if read.own is None else read.own.at(rows)
+    return Member(read.weight[rows], read.shared, own)
 
 
 def _columns(down: Member, kept: Tensor, weight: Tensor) -> Member:

@@ -89,8 +89,8 @@ class Refitter:
 
     def _rows(self, part: CompressedPart, every: Tensor) -> Tensor:
         """Those of a part, of something that the original has for every output."""
-        kept = self._neurons_out(part)
-        return part.rows.take(every if kept is None else every[kept.to(every.device)])
+        mlp = self._narrowed(part)
+        return part.rows.take(every if mlp is None else every[torch.tensor(mlp.rows)])
 
     def _without_drift(self, part: CompressedPart, weight: Tensor) -> Tensor:
         """What the target would be if inputs were those of the original."""
@@ -106,10 +106,9 @@ class Refitter:
         kept = (mlp.kept for mlp in self.mlps if sublayer == mlp.down)
         return next(map(torch.tensor, kept), None)
 
-    def _neurons_out(self, part: CompressedPart) -> Tensor | None:
-        """The same of those that a part puts out."""
-        kept = (mlp.kept for mlp in self.mlps if part.sublayer in mlp.reads)
-        return next(map(torch.tensor, kept), None)
+    def _narrowed(self, part: CompressedPart) -> NarrowedMlp | None:
+        """The MLP for whose neurons a part reads, if there are fewer than there were."""
+        return next((mlp for mlp in self.mlps if part.sublayer in mlp.reads), None)
 
     def _gradients(self, group: CompressedGroup) -> Sequence[Moment] | None:
         metric = METHODS[self.fit.method].gradients
@@ -121,10 +120,13 @@ class Refitter:
     def _gradient(self, part: CompressedPart) -> Moment:
         whole = self.moments.gradient(part.sublayer)
         whole = whole.to(next(self.original.parameters()).device)
-        damping, kept = self.fit.damping_gradients, self._neurons_out(part)
-        if kept is not None:
-            return whole.damped(damping).at(kept.to(whole.sum.device))
-        return whole.at(part.rows.numbers.to(whole.sum.device)).damped(damping)
+        damping, mlp, device = self.fit.damping_gradients, self._narrowed(part), whole.sum.device
+        if mlp is None:
+            return whole.at(part.rows.numbers.to(device)).damped(damping)
+        block = mlp.original(part.rows)
+        own = whole if block is None else whole.at(block.numbers.to(device))
+        left = mlp.rows if block is None else mlp.kept
+        return own.damped(damping).at(torch.tensor(left, device=device))
 
 
 def install(

@@ -60,6 +60,25 @@ class Rows:
         return Rows(self[start], self.length, length // self.length, self.stride)
 
     @property
+    def resizable(self) -> bool:
+        """Whether some of these may go and the others still be Rows, closer to each other."""
+        return self.runs == 1 or self.length == 1
+
+    def resized(self, before: int, after: int) -> Rows:
+        """Where these rows lie once a weight has lost the same places of all its blocks.
+
+        Args:
+            before: rows of the weight.
+            after: those that are left; the fraction of them is that of every block.
+        """
+        if before == after:
+            return self
+        assert self.resizable
+        if self.runs == 1:
+            return Rows(self.start * after // before, self.length * after // before)
+        return Rows(self.start, 1, self.runs * after // before, self.stride)
+
+    @property
     def numbers(self) -> Int64[Tensor, " n"]:
         """Of all these rows, as an index."""
         runs, offsets = torch.arange(self.runs), torch.arange(self.length)
@@ -72,6 +91,17 @@ class Rows:
         if self.length == 1:
             return weight[self.start : self.stop : self.stride]
         return weight[self.numbers]
+
+
+def rows_at(places: Int64[Tensor, " some"], blocks: Sequence[Rows]) -> Int64[Tensor, " _"]:
+    """The rows of a weight that have some places in one of its blocks, ascending.
+
+    Args:
+        places: in each block.
+        blocks: of one length.
+    """
+    found = [block.numbers.to(places.device)[places] for block in blocks]
+    return torch.cat(found).sort().values
 
 
 def inverse_order(rows: Sequence[Rows]) -> Int64[Tensor, " d_out"] | None:

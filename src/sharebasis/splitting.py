@@ -27,6 +27,8 @@ class Part:
     """What the part is within its sublayer: '' (all of it), 'q', 'head3', 'q.head3'."""
     family: Family
     rows: Rows
+    gate_up: tuple[Rows, ...] = ()
+    """Of a whole weight that is gate and up in one: the rows of each."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +69,8 @@ def split_sublayer(
     """
     strategy = settings.split or strategy
     if strategy == "none":
-        return (Part(sublayer, "", sublayer.family, Rows(0, sublayer.shape[0])),)
+        whole = Rows(0, sublayer.shape[0])
+        return (Part(sublayer, "", sublayer.family, whole, _gate_and_up(sublayer, settings)),)
     blocks = blocks_of(sublayer, settings, dims)
     if settings.split and not (settings.fused or blocks[0].n_heads):
         raise SplitError(
@@ -97,6 +100,15 @@ class Block:
     rows: Rows
     n_heads: int = 0
     """Heads in these rows; 0 where the rows are not made of heads."""
+
+    def left(self, sublayer: Sublayer, n_rows: int) -> Rows:
+        """Where the block lies in a weight that may lack neurons.
+
+        Args:
+            sublayer: that it is a block of.
+            n_rows: of the weight as it is now.
+        """
+        return self.rows if self.n_heads else self.rows.resized(sublayer.shape[0], n_rows)
 
 
 def blocks_of(sublayer: Sublayer, settings: WeightTypeSettings, dims: Dims) -> Sequence[Block]:
@@ -168,6 +180,16 @@ def _gate_up(
     names: tuple[Family, Family] = ("gate", "up") if order == "gate_up" else ("up", "gate")
     rows = _laid_out([d_out // 2] * 2, settings.interleave, sublayer)
     return [Block(name, name, own) for name, own in zip(names, rows, strict=True)]
+
+
+def _gate_and_up(sublayer: Sublayer, settings: WeightTypeSettings) -> tuple[Rows, ...]:
+    """The rows of each, if there are both, and they lie as the settings say."""
+    if settings.gate_up_order is None:
+        return ()
+    try:
+        return tuple(own.rows for own in _gate_up(sublayer, settings, settings.gate_up_order))
+    except SplitError:  # of no consequence to a weight that is not cut
+        return ()
 
 
 def _laid_out(

@@ -61,23 +61,26 @@ def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
     return modules
 
 
-def narrow(model: nn.Module, reads: Sequence[str], down: str, width: int) -> None:
-    """Let an MLP have only its first neurons; `wrap` comes after.
+def narrow(model: nn.Module, reads: Sequence[str], down: str, n_rows: int, width: int) -> None:
+    """Let an MLP have only so many neurons, the values of which do not matter; `wrap` comes after.
 
     Args:
         model: changed in place.
-        reads: HF names of up, and of gate where there is one.
+        reads: HF names of up, and of gate where there is one, or of the one that is both.
         down: HF name.
+        n_rows: of each of `reads`.
         width: neurons.
     """
     for name in (*reads, down):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D)
         outputs = int(isinstance(module, Conv1D))  # which stores (d_in, d_out)
-        neurons = outputs if name != down else 1 - outputs
-        module.weight = _first(module.weight, neurons, width)
-        if name != down and module.bias is not None:
-            module.bias = _first(module.bias, 0, width)
+        if name == down:
+            module.weight = _first(module.weight, 1 - outputs, width)
+            continue
+        module.weight = _first(module.weight, outputs, n_rows)
+        if module.bias is not None:
+            module.bias = _first(module.bias, 0, n_rows)
 
 
 def _first(parameter: Tensor, dimension: int, width: int) -> nn.Parameter:

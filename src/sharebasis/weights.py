@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -107,6 +107,10 @@ class DenseWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every parameter of the model."""
         return {name: tuple(own.shape) for name, own in self._model.named_parameters()}
+
+    def module(self, name: str) -> nn.Module:
+        """Of the model, without memory."""
+        return self._model.get_submodule(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a tensor is stored; of what transformers makes of several, that of the first."""

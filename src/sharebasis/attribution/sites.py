@@ -85,7 +85,7 @@ def _layer_sites(
         if branch is not None:
             readers[sublayer.name] = branch
         if sublayer.expert is None and "expert" not in sublayer.name:
-            outputs[sublayer.name] = _outputs(blocks, _is_gated(found, sublayers))
+            outputs[sublayer.name] = _outputs(sublayer, blocks, _is_gated(found, sublayers))
     only = {
         branch: own[0] if len(own) == 1 else None
         for branch in ("attn", "mlp")
@@ -125,7 +125,7 @@ def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
     )
 
 
-def _outputs(blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
+def _outputs(sublayer: Sublayer, blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
     mlp = {"gate": "mlp.hook_pre", "up": "mlp.hook_pre_linear" if gated else "mlp.hook_pre"}
     outputs = []
     for block in blocks:
@@ -134,7 +134,7 @@ def _outputs(blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
                 Output(f"attn.hook_{block.family}", _heads_of(block.rows, block.n_heads))
             )
         elif block.family in mlp:
-            outputs.append(Output(mlp[block.family], _rows_of(block.rows)))
+            outputs.append(Output(mlp[block.family], _rows_of(sublayer, block)))
     return tuple(outputs)
 
 
@@ -142,5 +142,8 @@ def _heads_of(rows: Rows, n_heads: int) -> Callable[[Tensor], Tensor]:
     return lambda x: by_head(x.movedim(-1, 0), rows, n_heads).movedim(0, -2)
 
 
-def _rows_of(rows: Rows) -> Callable[[Tensor], Tensor]:
-    return lambda x: rows.take(x.movedim(-1, 0)).movedim(0, -1)
+def _rows_of(sublayer: Sublayer, block: Block) -> Callable[[Tensor], Tensor]:
+    def rows(x: Tensor) -> Tensor:
+        return block.left(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
+
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,13 +51,16 @@ class Draft:
 
     def weights(self, i: int) -> Iterator[tuple[CompressedPart, Tensor]]:
         """What a group makes of its parts, under all the names of their sublayers; (d_out, d_in)
-        each, or less where an MLP lacks neurons. None if they are as they were."""
+        each, or less where an MLP lacks neurons. None if they are as they were. The rows of the
+        parts are those of the original."""
         entry = self._entries[i]
         if entry.basis is None and not self._lacks_neurons(entry):
             return
         read = {name: self._reader.read(name) for name in entry.tensors}
         for part in entry.parts:
-            yield part, _dense(entry, part, read)
+            rows = (mlp.original(part.rows) for mlp in self._mlps if part.sublayer in mlp.reads)
+            original = replace(part, rows=next(rows, None) or part.rows)
+            yield original, _dense(entry, part, read)
 
     def _lacks_neurons(self, entry: CompressedGroup) -> bool:
         names = {part.sublayer for part in entry.parts}
@@ -67,7 +71,9 @@ class Draft:
         for mlp in self._mlps:
             kept = torch.tensor(mlp.kept, device=original.device)
             if part.sublayer in mlp.reads:
-                return original.index_copy(0, kept, weight)
+                alone = part.rows in mlp.gate_up
+                rows = kept if alone else torch.tensor(mlp.rows, device=original.device)
+                return original.index_copy(0, rows, weight)
             if part.sublayer == mlp.down:
                 return torch.zeros_like(original).index_copy(1, kept, weight)
         return weight
