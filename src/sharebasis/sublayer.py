@@ -83,6 +83,12 @@ class Sublayer:
         return self.weight_type is not None
 
     @property
+    def block(self) -> str:
+        """HF name of the block that it lies in: its own name up to the layer number."""
+        digits = len(self.name) - len(self.slot) + 1
+        return self.name[: self.slot.index("*") + digits]
+
+    @property
     def disagreement(self) -> str:
         """Which evidence says what, where not all say the same; else empty."""
         if len(set(self.says.values())) < 2:
@@ -109,6 +115,11 @@ class Classification:
     @property
     def selected(self) -> tuple[Sublayer, ...]:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.selected)
+
+    @property
+    def blocks(self) -> Mapping[int, str]:
+        """Layer -> HF name of its block, in their order; of the layers that have a sublayer."""
+        return {x.layer: x.block for x in sorted(self.sublayers, key=lambda x: x.layer)}
 
 
 def role_by_shape(shape: tuple[int, int], d_model: int) -> Role | None:

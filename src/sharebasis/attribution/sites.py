@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -64,8 +63,6 @@ def _layer_sites(
         own = stacks.get(f"{sublayer.name}.weight")
         return sublayer.name if own is None else own.stack.rpartition(".")[0]
 
-    place = re.search(found.architecture.block_pattern, sublayers[0].name)
-    assert place is not None
     writers: dict[str, Branch] = {}
     for sublayer in sublayers:
         if sublayer.role == "write":
@@ -92,8 +89,7 @@ def _layer_sites(
         for own in [[name for name, x in writers.items() if x == branch]]
     }
     down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
-    block = place.string[: place.end(1)]
-    return LayerSites(block, writers, readers, outputs, only["attn"], down, n_heads)
+    return LayerSites(sublayers[0].block, writers, readers, outputs, only["attn"], down, n_heads)
 
 
 def _settings(found: Classification, sublayer: Sublayer) -> WeightTypeSettings:
