@@ -13,7 +13,7 @@ Outputs = Mapping[int, Any]
 """Layer -> what its block returned."""
 
 
-class Replay:
+class LateStart:
     """Runs a model from a layer on, where that gives what the whole pass gives."""
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str]) -> None:
