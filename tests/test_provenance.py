@@ -18,6 +18,8 @@ from conftest import REPOSITORY, MakeSettings, with_changes
 from dvc.repo import Repo
 
 from sharebasis import provenance
+from sharebasis.errors import GitError
+from sharebasis.git import git, known_to_git
 from sharebasis.provenance import code_version, parameters_digest, write_metrics
 
 STAGE = "fit"
@@ -28,6 +30,19 @@ def _git(directory: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=A", "-c", "user.email=a@b.c")
     command = ["git", "-C", str(directory), *identity, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_refuses_with_its_words_or_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = f"^git rev-parse HEAD failed in {tmp_path}: fatal: not a git repository"
+    with pytest.raises(GitError, match=refused):
+        git(tmp_path, "rev-parse", "HEAD")
+    assert known_to_git(tmp_path, "rev-parse", "HEAD") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GitError, match=f"^git rev-parse HEAD cannot run in {tmp_path}: .*'git'"):
+        git(tmp_path, "rev-parse", "HEAD")
+    assert known_to_git(tmp_path, "rev-parse", "HEAD") is None
 
 
 @pytest.fixture
