@@ -31,10 +31,10 @@ from sharebasis.grouping import Group, LayerDistances, nearest
 from sharebasis.hub import load_config, meta_model
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
-from sharebasis.settings import Side
 from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part, split_selected
 from sharebasis.stage import MOMENTS, VARIATION, WEIGHTS, report_errors
+from sharebasis.structures import side_of
 from sharebasis.variation.alignment import Aligned, act, align
 from sharebasis.variation.gauge import Layer, Unit
 from sharebasis.variation.layers import Layers
@@ -46,10 +46,6 @@ WAYS = ("residual side", "inner side", "inner side, aligned")
 FAMILIES = ("q", "k", "v", "o", "gate", "up", "down")
 Line = Sequence[Part]
 """The same part of all layers."""
-
-
-def side_of(part: Part, inner: bool) -> Side:
-    return "input" if (part.sublayer.role == "read") != inner else "output"
 
 
 def action(unit: Unit, aligned: Aligned, name: str, family: str) -> Tensor:

@@ -25,7 +25,7 @@ from sharebasis import store
 from sharebasis.allocation import DENSE
 from sharebasis.config import compose_params, parse_settings
 from sharebasis.decomposition import Spectra, read_part
-from sharebasis.fitting import _chosen
+from sharebasis.fitting import choose
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
@@ -53,7 +53,7 @@ def measured(groups: Sequence[Group], dense: DenseWeights, metric: Metric) -> li
 
 def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) -> tuple[str, ...]:
     """The loss, and what was picked."""
-    ranks, plans = _chosen(source, every, settings, UNWEIGHED, offered=True)
+    ranks, plans = choose(source, every, settings, UNWEIGHED, offered=True)
     loss = sum(float(every[i][rank:].sum()) for i, rank in ranks.items() if rank != DENSE)
     loss += sum(sum(plan.losses) for plan in plans.values())
     picked = Counter(
