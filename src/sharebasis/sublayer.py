@@ -9,7 +9,7 @@ from typing import Literal
 
 from sharebasis.architecture import Architecture, Dims
 from sharebasis.errors import SelectionError
-from sharebasis.settings import Family
+from sharebasis.settings import Family, WeightTypeSettings
 
 Role = Literal["read", "write", "neither", "ambiguous_unknown"]
 Evidence = Literal["trace", "shape", "name", "none"]
@@ -23,6 +23,9 @@ _READ_NAME = re.compile(
 )
 _EXPERT = re.compile(r"(?<=\.experts\.)((?:[a-z]\w*\.)?)(\d+)(?=\.|$)")
 """The number of an expert, in `experts.3.up_proj` or `experts.up_proj.3`."""
+
+_UNSELECTED = WeightTypeSettings(".*")
+"""Of a sublayer that no weight type selects: not fused, and what its name says."""
 
 _FAMILY_BY_NAME: tuple[tuple[re.Pattern[str], Family], ...] = (
     (re.compile(r"(^|\.)(q_proj|q_b_proj|q|query|q_lin)$"), "q"),
@@ -115,6 +118,10 @@ class Classification:
     @property
     def selected(self) -> tuple[Sublayer, ...]:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.selected)
+
+    def settings_of(self, sublayer: Sublayer) -> WeightTypeSettings:
+        """What its weight type says of how it is laid out; nothing, where it has none."""
+        return self.architecture.weight_types.get(sublayer.weight_type or "", _UNSELECTED)
 
     @property
     def blocks(self) -> Mapping[int, str]:

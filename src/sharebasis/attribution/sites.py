@@ -12,11 +12,9 @@ from sharebasis.attribution.capture import Branch, LayerSites, Output, Sites
 from sharebasis.errors import SelectionError
 from sharebasis.head_views import by_head
 from sharebasis.rows import Rows
-from sharebasis.settings import WeightTypeSettings
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Sublayer
 
-_BY_NAME = WeightTypeSettings(".*")
 BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
     "k": "attn",
@@ -74,7 +72,7 @@ def _layer_sites(
         if module(sublayer) != sublayer.name:
             readers[module(sublayer)] = "mlp"
             continue
-        blocks = blocks_of(sublayer, _settings(found, sublayer), found.dims)
+        blocks = blocks_of(sublayer, found.settings_of(sublayer), found.dims)
         n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
         if sublayer.role != "read":
             continue
@@ -90,10 +88,6 @@ def _layer_sites(
     }
     down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
     return LayerSites(sublayers[0].block, writers, readers, outputs, only["attn"], down, n_heads)
-
-
-def _settings(found: Classification, sublayer: Sublayer) -> WeightTypeSettings:
-    return found.architecture.weight_types.get(sublayer.weight_type or "", _BY_NAME)
 
 
 def _branch(writer: Sublayer) -> Branch:
@@ -117,7 +111,7 @@ def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
     return any(
         block.family == "gate"
         for sublayer in sublayers
-        for block in blocks_of(sublayer, _settings(found, sublayer), found.dims)
+        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims)
     )
 
 
