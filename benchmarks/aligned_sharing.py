@@ -20,12 +20,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from sharebasis.allocation import Curve, allocate, curve_of
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import read_part
 from sharebasis.grouping import Group, LayerDistances, nearest
 from sharebasis.hub import load_config, meta_model
@@ -162,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.weights)
     found = classify_model(meta_model(config))
-    fit = parse_settings(yaml.safe_load(compose_params()), "the defaults").fit
+    fit = compose_settings().fit
     lines: dict[str, list[Part]] = {}
     for part in split_selected(found, "none"):
         lines.setdefault(part.family, []).append(part)

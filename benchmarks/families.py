@@ -33,7 +33,7 @@ from sharebasis import load_compressed
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_config, load_model, meta_model
@@ -102,7 +102,7 @@ def compress(work: Path, selected: Any, parts: Any, windows: Tensor, dtype: DTyp
     model = load_model(work / "weights", dtype, CPU)
     checkpoint = Checkpoint(work / "checkpoint", {}, math.inf)
     write_moments(work / "moments", *calibrate(model, selected, windows, BATCH, checkpoint, "text"))
-    settings = parse_settings(yaml.safe_load(compose_params(overrides=[])), "the benchmark").fit
+    settings = compose_settings().fit
     moments = MomentStore(work / "moments")
     decompose(work / "weights", parts, moments, settings, work / "spectra", CPU)
     fit(work / "weights", work / "spectra", settings, work / "compressed", CPU, moments)

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from sharebasis import store
 from sharebasis.allocation import DENSE
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, read_part
 from sharebasis.fitting import choose
 from sharebasis.grouping import Group
@@ -78,7 +77,7 @@ def main() -> None:
         arguments.artifacts / path.name
         for path in (WEIGHTS, SUBLAYERS, MOMENTS, VARIATION, SPECTRA)
     )
-    settings = parse_settings(yaml.safe_load(compose_params()), "the defaults").fit
+    settings = compose_settings().fit
     parts = split_selected(store.load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import REPOSITORY, MakeDirectory
 from gauges import random_element
 from torch import Tensor
@@ -25,7 +24,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, decompose
 from sharebasis.errors import SettingsError
 from sharebasis.experts import unstack
@@ -59,8 +58,7 @@ def _settings(structures: str, removed: float = 0.4, **changes: object) -> FitSe
         *(f"fit.{key}={value}" for key, value in changes.items()),
     ]
     overrides += ["grouping=by_distance"] * ("by_distance" in structures)
-    params = compose_params(REPOSITORY / "conf", overrides)
-    return parse_settings(yaml.safe_load(params), str(overrides)).fit
+    return compose_settings(overrides, REPOSITORY / "conf").fit
 
 
 @dataclass(frozen=True)
@@ -185,9 +183,8 @@ def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrate
 )
 def test_what_does_not_go_together_is_told(changes: Mapping[str, str], text: str) -> None:
     overrides = ["fit=auto", *(f"fit.{key}={value}" for key, value in changes.items())]
-    params = yaml.safe_load(compose_params(REPOSITORY / "conf", overrides))
     with pytest.raises(SettingsError, match=text):
-        parse_settings(params, "params.yaml")
+        compose_settings(overrides, REPOSITORY / "conf")
 
 
 # What is stored
@@ -471,7 +468,7 @@ def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("vary") / "variation.csv"
     model, config = load_model(copies.weights, "float32", CPU), load_config(copies.weights)
     found = classify_model(meta_model(config))
-    settings = parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf")), "conf").vary
+    settings = compose_settings(conf=REPOSITORY / "conf").vary
 
     def layers_of(tensors: Any) -> Layers:
         return Layers(tensors, found, config)
@@ -509,7 +506,7 @@ def _offering(structure: str, shared: str, removed: float) -> FitSettings:
 def _by_distance() -> FitSettings:
     """What `fit=basis_sharing` makes of the distances."""
     overrides = ["fit=basis_sharing", "grouping=by_distance", "fit.shared=[q,up]"]
-    return parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf", overrides)), "").fit
+    return compose_settings(overrides, REPOSITORY / "conf").fit
 
 
 def test_copies_share_on_the_inner_side_only_in_aligned_coordinates(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharebasis import store
 from sharebasis.checkpoint import digest_of
-from sharebasis.config import PARAMS
+from sharebasis.config import PARAMS, value_at
 from sharebasis.git import known_to_git
 from sharebasis.hub import MANIFEST
 from sharebasis.settings import Settings
@@ -95,14 +95,8 @@ def parameters_digest(stage: str) -> str:
     parameters = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     if PIPELINE.exists():
         listed = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
-        parameters = {key: _at(parameters, key) for key in listed.get("params", ())}
+        parameters = {key: value_at(parameters, key) for key in listed.get("params", ())}
     return _json_digest(parameters)
-
-
-def _at(tree: Any, key: str) -> Any:
-    for step in key.split("."):
-        tree = tree[step]
-    return tree
 
 
 def _data_digest(content: Tensor | Path) -> str | None:
