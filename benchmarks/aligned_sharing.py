@@ -34,6 +34,7 @@ from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part, split_selected
 from sharebasis.stage import MOMENTS, VARIATION, WEIGHTS, report_errors
 from sharebasis.structures import side_of
+from sharebasis.sublayer import FAMILIES
 from sharebasis.variation.alignment import Aligned, act, align
 from sharebasis.variation.gauge import Layer, Unit
 from sharebasis.variation.layers import Layers
@@ -42,7 +43,6 @@ from sharebasis.weights import DenseWeights
 
 CPU = torch.device("cpu")
 WAYS = ("residual side", "inner side", "inner side, aligned")
-FAMILIES = ("q", "k", "v", "o", "gate", "up", "down")
 Line = Sequence[Part]
 """The same part of all layers."""
 

@@ -15,6 +15,9 @@ Role = Literal["read", "write", "neither", "ambiguous_unknown"]
 Evidence = Literal["trace", "shape", "name", "none"]
 LinearType = Literal["Linear", "Conv1D"]
 
+FAMILIES: tuple[Family, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+"""Those that say what a sublayer computes, in the order in which a block does."""
+
 # The names follow the reference behaviour and are deliberately narrow, because a wrong role
 # is worse than an unknown one.
 _WRITE_NAME = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|d_proj)$|attn[^.]*\.(.*\.)?c_proj$")
@@ -185,6 +188,15 @@ def family_of(name: str) -> Family:
     """Read off a module's HF name what it computes; `other` where the name does not tell."""
     name = _without_expert(name)
     return next((family for pattern, family in _FAMILY_BY_NAME if pattern.search(name)), "other")
+
+
+def in_order(families: Iterable[str]) -> list[str]:
+    """Each family once, the attention's and the MLP's first; for tables and pictures."""
+
+    def place(family: str) -> tuple[int, str]:
+        return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), family)
+
+    return sorted(set(families), key=place)
 
 
 def _without_expert(name: str) -> str:
