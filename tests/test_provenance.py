@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, MakeSettings, with_changes
+from conftest import REPOSITORY, MakeSettings, run_command, with_changes
 from dvc.repo import Repo
 
 from sharebasis import provenance
@@ -27,9 +26,7 @@ PIPELINE = "stages: {fit: {cmd: 'true', params: [fit.removed, model], metrics: [
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=A", "-c", "user.email=a@b.c")
-    command = ["git", "-C", str(directory), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return run_command(directory, "git", *arguments).strip()
 
 
 def test_git_refuses_with_its_words_or_knows_nothing(

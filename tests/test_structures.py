@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, MakeDirectory
-from gauges import random_element
+from conftest import REPOSITORY, MakeDirectory, n_numbers
+from gauges import layers_of, random_element
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import align, compressed_index, fitting, store, tensor_store
+from sharebasis import align, compressed_index, fitting, store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
@@ -311,14 +311,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
             rtol=0,
             atol=2e-4 * scale,
         )
-    assert _n_numbers(tmp_path / "again") == _n_numbers(out)
-
-
-def _n_numbers(directory: Path) -> int:
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(
-        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
-    )
+    assert n_numbers(tmp_path / "again") == n_numbers(out)
 
 
 # What is picked
@@ -446,15 +439,11 @@ def _plant_copies(model: PreTrainedModel) -> None:
     for i in (0, 1):
         _share([model.get_submodule(f"model.layers.{i}.self_attn.q_proj")], 5, "input")
         _share([model.get_submodule(f"model.layers.{i}.mlp.up_proj")], 5, "input")
-    layers = _layers(model)
+    layers = layers_of(model)
     for i in (0, 1):
         own = layers.read(i)
         units = {name: random_element(x, layers.freedom(i)) for name, x in own.units.items()}
         layers.write(model, i + 2, Layer(units, own.rest))
-
-
-def _layers(model: PreTrainedModel) -> Layers:
-    return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
 
 
 @pytest.fixture(scope="module")
@@ -470,10 +459,10 @@ def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> P
     found = classify_model(meta_model(config))
     settings = compose_settings(conf=REPOSITORY / "conf").vary
 
-    def layers_of(tensors: Any) -> Layers:
+    def of_tensors(tensors: Any) -> Layers:
         return Layers(tensors, found, config)
 
-    write_distances(path, measure_variation(ModelTensors(model), layers_of, settings, 0))
+    write_distances(path, measure_variation(ModelTensors(model), of_tensors, settings, 0))
     return path
 
 
