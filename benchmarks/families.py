@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -44,7 +44,7 @@ from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.verification import compare, lossless_difference
 
 FAMILIES = Path(__file__).parents[1] / "tests" / "families.yaml"
-STRATEGIES: tuple[SplitStrategy, ...] = ("none", "qkv", "heads")
+STRATEGIES: tuple[SplitStrategy, ...] = get_args(SplitStrategy)
 D_VOCAB, WINDOWS, WINDOW, BATCH = 128, 16, 32, 4
 CPU = torch.device("cpu")
 
