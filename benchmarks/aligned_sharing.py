@@ -20,21 +20,21 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from sharebasis.allocation import Curve, allocate, curve_of
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import read_part
 from sharebasis.grouping import Group, LayerDistances, nearest
 from sharebasis.hub import load_config, meta_model
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
-from sharebasis.settings import Side
 from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part, split_selected
 from sharebasis.stage import MOMENTS, VARIATION, WEIGHTS, report_errors
+from sharebasis.structures import side_of
+from sharebasis.sublayer import FAMILIES
 from sharebasis.variation.alignment import Aligned, act, align
 from sharebasis.variation.gauge import Layer, Unit
 from sharebasis.variation.layers import Layers
@@ -43,13 +43,8 @@ from sharebasis.weights import DenseWeights
 
 CPU = torch.device("cpu")
 WAYS = ("residual side", "inner side", "inner side, aligned")
-FAMILIES = ("q", "k", "v", "o", "gate", "up", "down")
 Line = Sequence[Part]
 """The same part of all layers."""
-
-
-def side_of(part: Part, inner: bool) -> Side:
-    return "input" if (part.sublayer.role == "read") != inner else "output"
 
 
 def action(unit: Unit, aligned: Aligned, name: str, family: str) -> Tensor:
@@ -166,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.weights)
     found = classify_model(meta_model(config))
-    fit = parse_settings(yaml.safe_load(compose_params()), "the defaults").fit
+    fit = compose_settings().fit
     lines: dict[str, list[Part]] = {}
     for part in split_selected(found, "none"):
         lines.setdefault(part.family, []).append(part)

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from sharebasis import load_compressed
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_config, load_model, meta_model
@@ -44,7 +44,7 @@ from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.verification import compare, lossless_difference
 
 FAMILIES = Path(__file__).parents[1] / "tests" / "families.yaml"
-STRATEGIES: tuple[SplitStrategy, ...] = ("none", "qkv", "heads")
+STRATEGIES: tuple[SplitStrategy, ...] = get_args(SplitStrategy)
 D_VOCAB, WINDOWS, WINDOW, BATCH = 128, 16, 32, 4
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def compress(work: Path, selected: Any, parts: Any, windows: Tensor, dtype: DTyp
     model = load_model(work / "weights", dtype, CPU)
     checkpoint = Checkpoint(work / "checkpoint", {}, math.inf)
     write_moments(work / "moments", *calibrate(model, selected, windows, BATCH, checkpoint, "text"))
-    settings = parse_settings(yaml.safe_load(compose_params(overrides=[])), "the benchmark").fit
+    settings = compose_settings().fit
     moments = MomentStore(work / "moments")
     decompose(work / "weights", parts, moments, settings, work / "spectra", CPU)
     fit(work / "weights", work / "spectra", settings, work / "compressed", CPU, moments)

@@ -8,6 +8,8 @@ difference of any logit from the unwrapped model in float32, for each split stra
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +22,7 @@ from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.stage import WEIGHTS
 from sharebasis.verification import lossless_difference
 
-STRATEGIES: tuple[SplitStrategy, ...] = ("none", "qkv", "heads")
+STRATEGIES: tuple[SplitStrategy, ...] = get_args(SplitStrategy)
 WINDOWS, WINDOW = 2, 512
 
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from gathering import gather
 from jaxtyping import Int64
 from protocol_s import METHODS
@@ -28,7 +27,7 @@ from torch import Tensor
 from sharebasis import store
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
@@ -80,7 +79,7 @@ def settings_of(
     ]
     own = wikitext if text == WIKITEXT else speeches
     overrides = [*own, *METHODS[method], f"fit.removed={removed}", *arguments.set]
-    return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
+    return compose_settings(overrides)
 
 
 def read(arguments: argparse.Namespace, text: str, use: Use) -> Windows:

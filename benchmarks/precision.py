@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import yaml
 from gathering import gather
 from rich import box
 from rich.console import Console
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from sharebasis import load_compressed
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_model, load_tokenizer
@@ -82,7 +81,7 @@ def main() -> None:
         f"data.calibration.windows={arguments.calibration}",
         f"data.evaluation.windows={arguments.evaluation}",
     ]
-    settings = parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
+    settings = compose_settings(overrides)
     table = Table(box=box.MARKDOWN)
     for column in ("dtype", "lossless wrap", "perplexity, dense", "storage", "compressed", "MB"):
         table.add_column(column, justify="right" if table.columns else "left")

@@ -19,7 +19,6 @@ from math import prod
 from operator import itemgetter
 from pathlib import Path
 
-import yaml
 from gathering import gather
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +28,7 @@ from sharebasis import store
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
@@ -94,7 +93,7 @@ def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> S
         f"data.calibration.path={arguments.calibration}",
         f"data.evaluation.path={arguments.evaluation}",
     ]
-    return parse_settings(yaml.safe_load(compose_params(overrides=overrides)), str(overrides))
+    return compose_settings(overrides)
 
 
 def points_of(arguments: argparse.Namespace) -> list[Point]:

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from sharebasis import store
 from sharebasis.allocation import DENSE
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, read_part
-from sharebasis.fitting import _chosen
+from sharebasis.fitting import choose
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
@@ -53,7 +52,7 @@ def measured(groups: Sequence[Group], dense: DenseWeights, metric: Metric) -> li
 
 def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) -> tuple[str, ...]:
     """The loss, and what was picked."""
-    ranks, plans = _chosen(source, every, settings, UNWEIGHED, offered=True)
+    ranks, plans = choose(source, every, settings, UNWEIGHED, offered=True)
     loss = sum(float(every[i][rank:].sum()) for i, rank in ranks.items() if rank != DENSE)
     loss += sum(sum(plan.losses) for plan in plans.values())
     picked = Counter(
@@ -78,7 +77,7 @@ def main() -> None:
         arguments.artifacts / path.name
         for path in (WEIGHTS, SUBLAYERS, MOMENTS, VARIATION, SPECTRA)
     )
-    settings = parse_settings(yaml.safe_load(compose_params()), "the defaults").fit
+    settings = compose_settings().fit
     parts = split_selected(store.load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)

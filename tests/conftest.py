@@ -51,6 +51,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sharebasis import compressed_index, store, tensor_store
+from sharebasis.compressed_index import CompressedIndex
 from sharebasis.config import compose_params, parse_settings
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import FittedModel, fit
@@ -256,6 +258,14 @@ def contents(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def n_numbers(directory: Path) -> int:
+    """That a compressed directory stores."""
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    return sum(
+        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
+    )
 
 
 @pytest.fixture(autouse=True)

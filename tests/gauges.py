@@ -1,4 +1,4 @@
-"""Random elements of the exact gauge group, made block by block."""
+"""The layers of a model, and random elements of their exact gauge group, made block by block."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import numpy as np
 import torch
 from scipy.linalg import block_diag
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from sharebasis.classification import classify_model
+from sharebasis.hub import meta_model
 from sharebasis.variation.gauge import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
+from sharebasis.variation.layers import Layers, ModelTensors
 
 EXACT = 1e-12
 """A distance in float64 that is none."""
+
+
+def layers_of(model: PreTrainedModel) -> Layers:
+    """Those of a model in memory, which is as its config says."""
+    return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
 
 
 def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Tensor:

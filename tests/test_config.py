@@ -16,7 +16,7 @@ import yaml
 from conftest import REPOSITORY, with_changes
 
 from sharebasis import params as params_script
-from sharebasis.config import compose_params, load_settings, parse_settings
+from sharebasis.config import compose_params, compose_settings, load_settings, parse_settings
 from sharebasis.errors import SettingsError
 from sharebasis.settings import LimitSettings, Settings
 
@@ -34,7 +34,7 @@ CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")
 
 
 def _compose(*overrides: str) -> Settings:
-    return parse_settings(yaml.safe_load(compose_params(CONF, overrides)), "the composition")
+    return compose_settings(overrides, CONF)
 
 
 def test_params_is_the_composition_of_the_defaults() -> None:

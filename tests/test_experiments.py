@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_params, compose_settings
 from sharebasis.settings import METHODS, Settings
 
 CONF = REPOSITORY / "conf"
@@ -47,8 +47,7 @@ def _grid(name: str) -> tuple[Mapping[str, str], list[list[str]]]:
 
 
 def _settings(name: str, overrides: list[str]) -> Settings:
-    text = compose_params(CONF, [f"experiment={name}", *overrides])
-    return parse_settings(yaml.safe_load(text), name)
+    return compose_settings([f"experiment={name}", *overrides], CONF)
 
 
 @pytest.mark.parametrize("name", SWEPT)

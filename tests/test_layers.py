@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZES, MakeDirectory, random_model, small_config
-from gauges import EXACT, random_element
+from gauges import EXACT, layers_of, random_element
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,11 +36,6 @@ def model_of(variant: str) -> PreTrainedModel:
     model = random_model(name, 288, **changes).double()
     model.config._experts_implementation = "eager"  # the others have no float64
     return model
-
-
-def layers_of(model: PreTrainedModel) -> Layers:
-    found = classify_model(meta_model(model.config))
-    return Layers(ModelTensors(model), found, model.config)
 
 
 def scramble(model: PreTrainedModel, freedom: Freedom | None = None) -> list[tuple[Layer, Layer]]:

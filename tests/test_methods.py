@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import REPOSITORY, MakeSettings
 from torch import Tensor
 
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, decompose
 from sharebasis.grouping import Group
 from sharebasis.hub import load_model
@@ -44,8 +43,7 @@ def calibrated(
 
 
 def _of(method: str) -> FitSettings:
-    params = compose_params(REPOSITORY / "conf", [f"fit={method}"])
-    return parse_settings(yaml.safe_load(params), method).fit
+    return compose_settings([f"fit={method}"], REPOSITORY / "conf").fit
 
 
 def _diagonal(moment: Tensor, power: float = 1.0) -> Tensor:

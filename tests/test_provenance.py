@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, MakeSettings, with_changes
+from conftest import REPOSITORY, MakeSettings, run_command, with_changes
 from dvc.repo import Repo
 
 from sharebasis import provenance
+from sharebasis.errors import GitError
+from sharebasis.git import git, known_to_git
 from sharebasis.provenance import code_version, parameters_digest, write_metrics
 
 STAGE = "fit"
@@ -25,9 +26,20 @@ PIPELINE = "stages: {fit: {cmd: 'true', params: [fit.removed, model], metrics: [
 
 
 def _git(directory: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=A", "-c", "user.email=a@b.c")
-    command = ["git", "-C", str(directory), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return run_command(directory, "git", *arguments).strip()
+
+
+def test_git_refuses_with_its_words_or_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = f"^git rev-parse HEAD failed in {tmp_path}: fatal: not a git repository"
+    with pytest.raises(GitError, match=refused):
+        git(tmp_path, "rev-parse", "HEAD")
+    assert known_to_git(tmp_path, "rev-parse", "HEAD") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GitError, match=f"^git rev-parse HEAD cannot run in {tmp_path}: .*'git'"):
+        git(tmp_path, "rev-parse", "HEAD")
+    assert known_to_git(tmp_path, "rev-parse", "HEAD") is None
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeSettings, fit_at_once
+from conftest import MakeSettings, fit_at_once, n_numbers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, recovery, store, tensor_store, training
+from sharebasis import compressed_index, recovery, store, training
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
@@ -152,7 +152,7 @@ def test_what_is_written_is_what_was_trained_in_as_many_numbers(case: Case, tmp_
     write_recovered(target, case.compressed, case.index, groups, found, 10_000)
     again = load_compressed(target)
     torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=2e-4)
-    assert _n_numbers(target) == _n_numbers(case.compressed)
+    assert n_numbers(target) == n_numbers(case.compressed)
     assert store.load_record(target / "recovery.json", Recovery) == found
     names = {path.name for path in target.iterdir()}
     assert {"config.json", "tokenizer.json", "sharebasis.json"} <= names
@@ -167,13 +167,6 @@ def test_directories_go_in_and_a_directory_comes_out(case: Case, tmp_path: Path)
     assert not checkpoint.directory.exists()
     assert not torch.equal(
         _logits(load_compressed(target)), _logits(load_compressed(case.compressed))
-    )
-
-
-def _n_numbers(directory: Path) -> int:
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(
-        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
     )
 
 
@@ -267,7 +260,7 @@ def test_the_rate_rises_and_falls_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "times"), [(4.0, 2.0), (0.25, 0.5), (0.0, 0.0), (-1e-9, 0.0)]
+    ("divergence", "times"), [(2.0, 2.0), (0.25, 0.25), (0.0, 0.0), (-1e-9, 0.0)]
 )
 def test_steps_are_as_long_as_there_is_far_to_go(divergence: float, times: float) -> None:
     one, other = (learning_rate(5, SETTINGS, from_) for from_ in (1.0, divergence))

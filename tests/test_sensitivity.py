@@ -45,10 +45,10 @@ from sharebasis.sensitivity.corrections import (
     weigh,
 )
 from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.sensitivity.late_start import LateStart
 from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.sensitivity.probes import probe
-from sharebasis.sensitivity.replay import Replay, block_names
 from sharebasis.settings import FitSettings, SensitivitySettings, SplitStrategy
 from sharebasis.splitting import split_selected
 from sharebasis.sublayer import Classification
@@ -192,7 +192,7 @@ def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(
     with case.draft() as plan:
         cells = cells_of(plan.groups, 3, lambda group: group.family)
         linears = wrap_parts(model, Spectra(case.spectra))
-        found = probe(model, linears, plan, cells, WINDOWS[:3], 2, block_names(case.found))
+        found = probe(model, linears, plan, cells, WINDOWS[:3], 2, case.found.blocks)
     expected = [_divergence_of(case, tmp_path / "small", cell.groups) for cell in cells]
     assert max(expected) > 1e-3
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -317,10 +317,10 @@ def test_attribution_counts_every_part_once_and_measures_what_attribute_says(cas
 
 def test_a_pass_can_start_at_every_block_of_a_plain_stack(case: Case) -> None:
     model = case.load()
-    replay = Replay(model, block_names(case.found))
-    assert replay.exact({0, 1, 2}, lambda: _logits(model)) == {1, 2}
-    whole, outputs = replay.record({1, 2}, lambda: _logits(model))
-    with replay.start_at(2, outputs):  # the first blocks do not run, whatever they are given
+    late = LateStart(model, case.found.blocks)
+    assert late.exact({0, 1, 2}, lambda: _logits(model)) == {1, 2}
+    whole, outputs = late.record({1, 2}, lambda: _logits(model))
+    with late.start_at(2, outputs):  # the first blocks do not run, whatever they are given
         assert torch.equal(_logits(model, WINDOWS[3:6]), whole)
     assert torch.equal(_logits(model), whole)
     assert not torch.equal(_logits(model, WINDOWS[3:6]), whole)
@@ -350,8 +350,8 @@ def test_no_pass_starts_where_a_later_block_asks_for_what_an_earlier_one_left() 
             y = block(y, memory)
         return y
 
-    replay = Replay(blocks, {i: str(i) for i in range(4)})
-    assert replay.exact({1, 2, 3}, run) == {3}
+    late = LateStart(blocks, {i: str(i) for i in range(4)})
+    assert late.exact({1, 2, 3}, run) == {3}
     assert torch.equal(run(), run())
 
 

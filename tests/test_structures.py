@@ -12,20 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import REPOSITORY, MakeDirectory
-from gauges import random_element
+from conftest import REPOSITORY, MakeDirectory, n_numbers
+from gauges import layers_of, random_element
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import align, compressed_index, fitting, store, tensor_store
+from sharebasis import align, compressed_index, fitting, store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, decompose
 from sharebasis.errors import SettingsError
 from sharebasis.experts import unstack
@@ -59,8 +58,7 @@ def _settings(structures: str, removed: float = 0.4, **changes: object) -> FitSe
         *(f"fit.{key}={value}" for key, value in changes.items()),
     ]
     overrides += ["grouping=by_distance"] * ("by_distance" in structures)
-    params = compose_params(REPOSITORY / "conf", overrides)
-    return parse_settings(yaml.safe_load(params), str(overrides)).fit
+    return compose_settings(overrides, REPOSITORY / "conf").fit
 
 
 @dataclass(frozen=True)
@@ -185,9 +183,8 @@ def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrate
 )
 def test_what_does_not_go_together_is_told(changes: Mapping[str, str], text: str) -> None:
     overrides = ["fit=auto", *(f"fit.{key}={value}" for key, value in changes.items())]
-    params = yaml.safe_load(compose_params(REPOSITORY / "conf", overrides))
     with pytest.raises(SettingsError, match=text):
-        parse_settings(params, "params.yaml")
+        compose_settings(overrides, REPOSITORY / "conf")
 
 
 # What is stored
@@ -266,7 +263,7 @@ def _take(
         rest = (i for i in range(n_given) if groups[i].parts[0].name not in covered)
         return {**found, **dict.fromkeys(rest, DENSE)}, {}
 
-    monkeypatch.setattr(fitting, "_chosen", chosen)
+    monkeypatch.setattr(fitting, "choose", chosen)
     return names
 
 
@@ -314,14 +311,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
             rtol=0,
             atol=2e-4 * scale,
         )
-    assert _n_numbers(tmp_path / "again") == _n_numbers(out)
-
-
-def _n_numbers(directory: Path) -> int:
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(
-        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
-    )
+    assert n_numbers(tmp_path / "again") == n_numbers(out)
 
 
 # What is picked
@@ -449,15 +439,11 @@ def _plant_copies(model: PreTrainedModel) -> None:
     for i in (0, 1):
         _share([model.get_submodule(f"model.layers.{i}.self_attn.q_proj")], 5, "input")
         _share([model.get_submodule(f"model.layers.{i}.mlp.up_proj")], 5, "input")
-    layers = _layers(model)
+    layers = layers_of(model)
     for i in (0, 1):
         own = layers.read(i)
         units = {name: random_element(x, layers.freedom(i)) for name, x in own.units.items()}
         layers.write(model, i + 2, Layer(units, own.rest))
-
-
-def _layers(model: PreTrainedModel) -> Layers:
-    return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
 
 
 @pytest.fixture(scope="module")
@@ -471,12 +457,12 @@ def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("vary") / "variation.csv"
     model, config = load_model(copies.weights, "float32", CPU), load_config(copies.weights)
     found = classify_model(meta_model(config))
-    settings = parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf")), "conf").vary
+    settings = compose_settings(conf=REPOSITORY / "conf").vary
 
-    def layers_of(tensors: Any) -> Layers:
+    def of_tensors(tensors: Any) -> Layers:
         return Layers(tensors, found, config)
 
-    write_distances(path, measure_variation(ModelTensors(model), layers_of, settings, 0))
+    write_distances(path, measure_variation(ModelTensors(model), of_tensors, settings, 0))
     return path
 
 
@@ -509,7 +495,7 @@ def _offering(structure: str, shared: str, removed: float) -> FitSettings:
 def _by_distance() -> FitSettings:
     """What `fit=basis_sharing` makes of the distances."""
     overrides = ["fit=basis_sharing", "grouping=by_distance", "fit.shared=[q,up]"]
-    return parse_settings(yaml.safe_load(compose_params(REPOSITORY / "conf", overrides)), "").fit
+    return compose_settings(overrides, REPOSITORY / "conf").fit
 
 
 def test_copies_share_on_the_inner_side_only_in_aligned_coordinates(

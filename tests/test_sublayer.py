@@ -179,6 +179,13 @@ def test_a_record_says_where_a_sublayer_is_and_what_it_does():
     )
 
 
+@pytest.mark.parametrize("number", ["0", "07", "11", "123"])
+def test_a_record_names_its_block_whatever_other_numbers_its_name_has(number):
+    name = f"model.layers.{number}.mlp.experts.3.up_proj"
+    (record,) = classified({"up": ".*"}, modules=[module(name, (48, D))])
+    assert (record.block, record.layer) == (f"model.layers.{number}", int(number))
+
+
 def test_a_record_says_what_was_seen_and_what_disagrees():
     architecture = Architecture(BLOCKS, {"queries": WeightTypeSettings(pattern=r".*\.q_proj")})
     traced = {

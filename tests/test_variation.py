@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, SIZES, MakeDirectory, random_model, with_changes
-from gauges import random_element
+from gauges import layers_of, random_element
 from transformers import PreTrainedModel
 
 from sharebasis import parallel, store
@@ -46,12 +46,8 @@ LLAMA = {"q", "k", "v", "o", "gate", "up", "down", "input_layernorm", "post_atte
 
 def measured(model: PreTrainedModel, settings: VarySettings = ALL, seed: int = 0) -> Variation:
     found = classify_model(meta_model(model.config))
-    layers_of = partial(Layers, found=found, config=model.config)
-    return measure_variation(ModelTensors(model), layers_of, settings, seed)
-
-
-def layers_of(model: PreTrainedModel) -> Layers:
-    return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
+    of_tensors = partial(Layers, found=found, config=model.config)
+    return measure_variation(ModelTensors(model), of_tensors, settings, seed)
 
 
 @pytest.fixture(scope="module")

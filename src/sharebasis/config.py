@@ -85,6 +85,27 @@ def compose_params(conf: Path = CONF, overrides: Sequence[str] = ()) -> str:
         raise SettingsError(f"{conf} with {list(overrides)} cannot be composed: {error}") from None
 
 
+def compose_settings(overrides: Sequence[str] = (), conf: Path = CONF) -> Settings:
+    """What the stages would go by, composed of `conf/` and not written to a params.yaml.
+
+    Raises:
+        SettingsError: as of `compose_params` and `parse_settings`.
+    """
+    where = f"{conf} with {list(overrides)}"
+    return parse_settings(yaml.safe_load(compose_params(conf, overrides)), where)
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """What stands at a dotted key of a mapping of mappings.
+
+    Raises:
+        KeyError: nothing does.
+    """
+    for step in key.split("."):
+        tree = tree[step]
+    return tree
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value."""
     if not isinstance(tree, Mapping) or not tree:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sharebasis import store
 from sharebasis.compressed import load_compressed
+from sharebasis.console import print_tables
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import DTYPES, load_model
 from sharebasis.moment_store import MomentStore
@@ -136,4 +136,4 @@ def print_curve(curve: LossCurve) -> None:
             f"{point.kl_mean:.4f} nats",
             f"{point.top1_agreement:.1%}",
         )
-    Console(width=None if Console().is_terminal else 100).print(table)
+    print_tables(table)

@@ -69,5 +69,9 @@ class ResourceError(ShareBasisError):
     """The machine has too little memory for what was asked."""
 
 
+class GitError(ShareBasisError):
+    """Git refuses what it was asked for."""
+
+
 class SweepError(ShareBasisError):
     """A sweep cannot begin, or a point of it has failed."""

@@ -96,7 +96,7 @@ def fit(
     """
     source = Spectra(spectra)
     energies = source.energies()
-    ranks, plans = _chosen(source, energies, settings, sensitivity, offered=moments is not None)
+    ranks, plans = choose(source, energies, settings, sensitivity, offered=moments is not None)
     metric = Metric(moments, source.twins, settings, device)
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
@@ -233,14 +233,30 @@ def _narrowed(
     return found
 
 
-def _chosen(
+def choose(
     source: Spectra,
     energies: Sequence[NDArray[np.float64]],
     settings: FitSettings,
     sensitivity: Sensitivity,
     offered: bool,
 ) -> tuple[Mapping[int, int], Mapping[int, Plan]]:
-    """Number of every group that there will be, and its rank; of every MLP that lacks neurons."""
+    """Pick the groups that there will be, and what each keeps, for the least loss in the budget.
+
+    Args:
+        source: the groups and MLPs to choose from.
+        energies: of `source.groups`: what each direction saves of the loss, the largest first.
+        settings: budget, storage, limits, and whether there is a choice at all.
+        sensitivity: what the losses of every part count.
+        offered: whether offered groups and MLPs that lack neurons may be picked, too.
+
+    Returns:
+        Number of every group that there will be -> its rank, or `DENSE`; number of every MLP that
+        lacks neurons -> its plan.
+
+    Raises:
+        BudgetError: a group is too small for the budget, or limits do not go with it.
+        SelectionError: a pattern of excluded or limited sublayers matches nothing.
+    """
     n_given = source.n_given
     given = source.groups[:n_given]
     limits = limits_of(given, source.twins, settings)

@@ -22,7 +22,7 @@ from sharebasis.classification import classify_model
 from sharebasis.errors import SelectionError, SplitError
 from sharebasis.experts import slices
 from sharebasis.rows import Rows
-from sharebasis.settings import Family, WeightTypeSettings
+from sharebasis.settings import Family
 from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Role, Sublayer
@@ -38,8 +38,6 @@ _SIDE: Mapping[Family, Role] = {
 }
 """Which end of a family's weight the residual stream is at."""
 _MLP = ("gate", "up", "down")
-_BY_NAME = WeightTypeSettings(".*")
-"""Of a sublayer that no weight type selects: not fused, and what its name says."""
 
 
 def head_views(
@@ -70,8 +68,7 @@ def head_views(
     tensors = _Tensors(model)
     sources: dict[int, list[_Source]] = {i: [] for i in range(found.dims.n_layers)}
     for sublayer in found.sublayers:
-        settings = found.architecture.weight_types.get(sublayer.weight_type or "", _BY_NAME)
-        for block in blocks_of(sublayer, settings, found.dims):
+        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims):
             own = sources.setdefault(sublayer.layer, [])
             own.append(_Source(sublayer, block, tensors))
     return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in sources.items())

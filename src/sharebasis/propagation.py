@@ -242,19 +242,19 @@ class Propagator:
 
 
 def block_names(model: PreTrainedModel, classification: Classification) -> Sequence[str]:
-    """The HF names of all blocks, in the order of their numbers.
+    """The HF names of all blocks, those of no sublayer too, in the order of their numbers.
 
     Raises:
         PropagationError: they are not the children of one module.
     """
-    prefixes = {sublayer.slot.partition(".*")[0] for sublayer in classification.selected}
-    if len(prefixes) != 1:
+    parents = {sublayer.block.rpartition(".")[0] for sublayer in classification.selected}
+    if len(parents) != 1:
         raise PropagationError(
-            f"The blocks lie in several modules, {', '.join(sorted(prefixes))}, and cannot be run "
+            f"The blocks lie in several modules, {', '.join(sorted(parents))}, and cannot be run "
             "one after the other. Set propagate=none."
         )
-    (prefix,) = prefixes
-    return [f"{prefix}.{name}" for name, _ in model.get_submodule(prefix).named_children()]
+    (parent,) = parents
+    return [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children()]
 
 
 def propagation_identity(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sharebasis import store
 from sharebasis.checkpoint import digest_of
-from sharebasis.config import PARAMS
-from sharebasis.git import git
+from sharebasis.config import PARAMS, value_at
+from sharebasis.git import known_to_git
 from sharebasis.hub import MANIFEST
 from sharebasis.settings import Settings
 from sharebasis.stage import METRICS, PROVENANCE
@@ -83,11 +83,11 @@ def code_version(source: Path) -> tuple[str | None, bool | None]:
         source: a directory of tracked files; one that merely lies inside some checkout, as an
             installed package may, has no commit.
     """
-    if not git(source, "ls-files", "."):
+    if not known_to_git(source, "ls-files", "."):
         return None, None
-    top = Path(git(source, "rev-parse", "--show-toplevel") or source)
-    changed = git(top, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return git(source, "rev-parse", "HEAD"), None if changed is None else bool(changed)
+    top = Path(known_to_git(source, "rev-parse", "--show-toplevel") or source)
+    changed = known_to_git(top, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return known_to_git(source, "rev-parse", "HEAD"), None if changed is None else bool(changed)
 
 
 def parameters_digest(stage: str) -> str:
@@ -95,14 +95,8 @@ def parameters_digest(stage: str) -> str:
     parameters = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     if PIPELINE.exists():
         listed = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
-        parameters = {key: _at(parameters, key) for key in listed.get("params", ())}
+        parameters = {key: value_at(parameters, key) for key in listed.get("params", ())}
     return _json_digest(parameters)
-
-
-def _at(tree: Any, key: str) -> Any:
-    for step in key.split("."):
-        tree = tree[step]
-    return tree
 
 
 def _data_digest(content: Tensor | Path) -> str | None:

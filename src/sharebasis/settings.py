@@ -343,7 +343,7 @@ class RecoverSettings:
     """Looks in a row without a lower divergence that end the training."""
     learning_rate: Annotated[float, Gt(0)]
     """Of Muon at its highest, in units of AdamW's, for a model that diverges by one nat at first;
-    times the root of its divergence otherwise. A cosine takes it to zero at the last step."""
+    in proportion otherwise. A cosine takes it to zero at the last step."""
     warmup: Annotated[float, Ge(0), Lt(1)]
     """Fraction of the steps in which it rises to that."""
     hidden: Annotated[float, Ge(0)]

@@ -42,14 +42,10 @@ class Part:
 
 def split_selected(model: Classification, strategy: SplitStrategy) -> tuple[Part, ...]:
     """Cut every selected sublayer of a model; see `split_sublayer`."""
-    weight_types = model.architecture.weight_types
     return tuple(
         part
         for sublayer in model.selected
-        if sublayer.weight_type is not None
-        for part in split_sublayer(
-            sublayer, weight_types[sublayer.weight_type], strategy, model.dims
-        )
+        for part in split_sublayer(sublayer, model.settings_of(sublayer), strategy, model.dims)
     )
 
 

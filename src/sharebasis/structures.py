@@ -128,7 +128,7 @@ def _cells(
     cells: dict[Hashable, list[Part]] = {}
     for part in parts:
         if part.sublayer.role in ("read", "write"):
-            side = _side(part, inner)
+            side = side_of(part, inner)
             width = part.shape[1] if side == "input" else part.shape[0]
             cells.setdefault((side, width, key(part)), []).append(part)
     return cells.values()
@@ -137,11 +137,11 @@ def _cells(
 def _groups(structure: str, cells: Iterable[Sequence[Part]]) -> Iterator[Group]:
     for cell in cells:
         if len(cell) > 1:
-            yield Group(tuple(cell), _side(cell[0], _inner(structure)), structure)
+            yield Group(tuple(cell), side_of(cell[0], _inner(structure)), structure)
 
 
-def _side(part: Part, inner: bool) -> Side:
-    """The residual stream's, or the other one."""
+def side_of(part: Part, inner: bool) -> Side:
+    """The side of the residual stream, on which a part can share a basis; or the inner one."""
     return "input" if (part.sublayer.role == "read") != inner else "output"
 
 

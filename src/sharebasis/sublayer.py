@@ -9,11 +9,14 @@ from typing import Literal
 
 from sharebasis.architecture import Architecture, Dims
 from sharebasis.errors import SelectionError
-from sharebasis.settings import Family
+from sharebasis.settings import Family, WeightTypeSettings
 
 Role = Literal["read", "write", "neither", "ambiguous_unknown"]
 Evidence = Literal["trace", "shape", "name", "none"]
 LinearType = Literal["Linear", "Conv1D"]
+
+FAMILIES: tuple[Family, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+"""Those that say what a sublayer computes, in the order in which a block does."""
 
 # The names follow the reference behaviour and are deliberately narrow, because a wrong role
 # is worse than an unknown one.
@@ -23,6 +26,9 @@ _READ_NAME = re.compile(
 )
 _EXPERT = re.compile(r"(?<=\.experts\.)((?:[a-z]\w*\.)?)(\d+)(?=\.|$)")
 """The number of an expert, in `experts.3.up_proj` or `experts.up_proj.3`."""
+
+_UNSELECTED = WeightTypeSettings(".*")
+"""Of a sublayer that no weight type selects: not fused, and what its name says."""
 
 _FAMILY_BY_NAME: tuple[tuple[re.Pattern[str], Family], ...] = (
     (re.compile(r"(^|\.)(q_proj|q_b_proj|q|query|q_lin)$"), "q"),
@@ -83,6 +89,12 @@ class Sublayer:
         return self.weight_type is not None
 
     @property
+    def block(self) -> str:
+        """HF name of the block that it lies in: its own name up to the layer number."""
+        digits = len(self.name) - len(self.slot) + 1
+        return self.name[: self.slot.index("*") + digits]
+
+    @property
     def disagreement(self) -> str:
         """Which evidence says what, where not all say the same; else empty."""
         if len(set(self.says.values())) < 2:
@@ -109,6 +121,15 @@ class Classification:
     @property
     def selected(self) -> tuple[Sublayer, ...]:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.selected)
+
+    def settings_of(self, sublayer: Sublayer) -> WeightTypeSettings:
+        """What its weight type says of how it is laid out; nothing, where it has none."""
+        return self.architecture.weight_types.get(sublayer.weight_type or "", _UNSELECTED)
+
+    @property
+    def blocks(self) -> Mapping[int, str]:
+        """Layer -> HF name of its block, in their order; of the layers that have a sublayer."""
+        return {x.layer: x.block for x in sorted(self.sublayers, key=lambda x: x.layer)}
 
 
 def role_by_shape(shape: tuple[int, int], d_model: int) -> Role | None:
@@ -167,6 +188,15 @@ def family_of(name: str) -> Family:
     """Read off a module's HF name what it computes; `other` where the name does not tell."""
     name = _without_expert(name)
     return next((family for pattern, family in _FAMILY_BY_NAME if pattern.search(name)), "other")
+
+
+def in_order(families: Iterable[str]) -> list[str]:
+    """Each family once, the attention's and the MLP's first; for tables and pictures."""
+
+    def place(family: str) -> tuple[int, str]:
+        return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), family)
+
+    return sorted(set(families), key=place)
 
 
 def _without_expert(name: str) -> str:

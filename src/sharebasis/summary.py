@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sharebasis import store
+from sharebasis.console import print_tables
 from sharebasis.stage import METRICS, report_errors
 
 
@@ -15,11 +15,7 @@ from sharebasis.stage import METRICS, report_errors
 def main() -> None:
     fit = store.read_json(METRICS / "fit.json")
     verify = store.read_json(METRICS / "verify.json")
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(width=100)
-    console.print(_storage(fit))
-    console.print(_fidelity(verify))
+    print_tables(_storage(fit), _fidelity(verify))
 
 
 def _storage(fit: dict[str, Any]) -> Table:

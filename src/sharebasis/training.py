@@ -197,16 +197,16 @@ class _Training:
 def learning_rate(step: int, settings: RecoverSettings, divergence: float) -> float:
     """A linear rise over the warm-up, then half a cosine to zero at the last step.
 
-    Muon's steps are as long as its rate says, however small the gradient. A divergence is quadratic
-    in how far off the factors are, so that its root says how far they have to go; steps
-    that suit a model far off lead one that is nearly right astray.
+    In proportion to the divergence, as Muon's steps are as long as its rate says, however small the
+    gradient: those that suit a model far off lead one that is nearly right astray. (That it
+    is not the root of the divergence, which would be how far there is to go, was measured.)
 
     Args:
         step: from 0.
         settings: of the training.
         divergence: of the compressed model before the first step, in nats.
     """
-    highest = settings.learning_rate * math.sqrt(max(divergence, 0.0))
+    highest = settings.learning_rate * max(divergence, 0.0)
     rise = settings.warmup * settings.steps
     if step < rise:
         return highest * (step + 1) / (rise + 1)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sharebasis.console import print_tables
 from sharebasis.errors import WeightsError
 from sharebasis.fidelity import Fidelity, FidelityMeter
 from sharebasis.kernels import FastestLinear
@@ -101,7 +101,7 @@ def side_by_side(prompt: str, texts: Mapping[str, str]) -> None:
     for name in texts:
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*texts.values())
-    Console(width=None if Console().is_terminal else 100).print(table)
+    print_tables(table)
 
 
 def verify_metrics(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharebasis.attribution.residual import Norm
-from sharebasis.attribution.residual_sums import BlockSums, Kind, StreamSums, storage_key
+from sharebasis.attribution.residual_sums import BlockSums, Kind, StreamSums, is_float, storage_key
 from sharebasis.errors import StreamError
 
 Branch = Literal["attn", "mlp"]
@@ -155,7 +155,7 @@ class _Pass:
 
     def _enter(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            place = next(k for k, x in (*enumerate(args), *kwargs.items()) if _is_float(x))
+            place = next(k for k, x in (*enumerate(args), *kwargs.items()) if is_float(x))
             x = args[place] if isinstance(place, int) else kwargs[place]
             if i == 0:
                 self._keep_embeddings(x)
@@ -242,7 +242,7 @@ class _Pass:
 
     def _norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not (args and _is_float(args[0]) and _is_float(output)):
+            if not (args and is_float(args[0]) and is_float(output)):
                 return
             x = args[0]
             if (
@@ -369,7 +369,3 @@ def _replaced(args: Any, kwargs: Any, place: int | str, x: Tensor) -> tuple[Any,
     if isinstance(place, int):
         return (*args[:place], x, *args[place + 1 :]), kwargs
     return args, {**kwargs, place: x}
-
-
-def _is_float(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()

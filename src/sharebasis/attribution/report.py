@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sharebasis.attribution.error_attribution import NORM, UNEMBEDDING, Attribution, Component
 from sharebasis.attribution.error_split import MEASURES
+from sharebasis.console import print_tables
 from sharebasis.store import csv_text
 
 
@@ -91,10 +92,7 @@ def markdown(found: Attribution, top: int) -> str:
 
 def show(found: Attribution, top: int) -> None:
     """Print the ranking."""
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(width=100)
-    console.print(ranking(found, top))
+    print_tables(ranking(found, top))
 
 
 def _cells(made: Any, passed_on: Any) -> list[str]:

@@ -142,9 +142,9 @@ class StreamSums(TorchFunctionMode):
         return output
 
     def _follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        operands = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
+        operands = [x for x in tree_leaves((args, kwargs)) if is_float(x)]
         kinds = frozenset[Kind]().union(*(self._of(x) for x in operands))
-        outputs = [x for x in tree_leaves(output) if _is_float(x)]
+        outputs = [x for x in tree_leaves(output) if is_float(x)]
         if func is torch.Tensor.__setitem__:
             outputs = [args[0]]
         same = set() if _in_place(func) else {storage_key(x) for x in operands}
@@ -237,9 +237,10 @@ def _in_place(func: Any) -> bool:
     return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
 
 
-def _is_float(x: object) -> bool:
+def is_float(x: object) -> bool:
+    """Whether this is a tensor that a stream may be made of."""
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _all_float(args: Any) -> bool:
-    return len(args) == 2 and all(_is_float(x) for x in args)
+    return len(args) == 2 and all(is_float(x) for x in args)

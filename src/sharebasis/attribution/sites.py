@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -13,11 +12,9 @@ from sharebasis.attribution.capture import Branch, LayerSites, Output, Sites
 from sharebasis.errors import SelectionError
 from sharebasis.head_views import by_head
 from sharebasis.rows import Rows
-from sharebasis.settings import WeightTypeSettings
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Sublayer
 
-_BY_NAME = WeightTypeSettings(".*")
 BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
     "k": "attn",
@@ -64,8 +61,6 @@ def _layer_sites(
         own = stacks.get(f"{sublayer.name}.weight")
         return sublayer.name if own is None else own.stack.rpartition(".")[0]
 
-    place = re.search(found.architecture.block_pattern, sublayers[0].name)
-    assert place is not None
     writers: dict[str, Branch] = {}
     for sublayer in sublayers:
         if sublayer.role == "write":
@@ -77,7 +72,7 @@ def _layer_sites(
         if module(sublayer) != sublayer.name:
             readers[module(sublayer)] = "mlp"
             continue
-        blocks = blocks_of(sublayer, _settings(found, sublayer), found.dims)
+        blocks = blocks_of(sublayer, found.settings_of(sublayer), found.dims)
         n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
         if sublayer.role != "read":
             continue
@@ -92,12 +87,7 @@ def _layer_sites(
         for own in [[name for name, x in writers.items() if x == branch]]
     }
     down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
-    block = place.string[: place.end(1)]
-    return LayerSites(block, writers, readers, outputs, only["attn"], down, n_heads)
-
-
-def _settings(found: Classification, sublayer: Sublayer) -> WeightTypeSettings:
-    return found.architecture.weight_types.get(sublayer.weight_type or "", _BY_NAME)
+    return LayerSites(sublayers[0].block, writers, readers, outputs, only["attn"], down, n_heads)
 
 
 def _branch(writer: Sublayer) -> Branch:
@@ -121,7 +111,7 @@ def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
     return any(
         block.family == "gate"
         for sublayer in sublayers
-        for block in blocks_of(sublayer, _settings(found, sublayer), found.dims)
+        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims)
     )
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from sharebasis.report.points import Cell, Point
-from sharebasis.report.series import at_one_budget, in_order, series
+from sharebasis.report.series import at_one_budget, series
+from sharebasis.sublayer import in_order
 
 MARKERS = "os^Dv<>Pp*X"
 N_COLUMNS = 4

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 
 from sharebasis import store
 from sharebasis.errors import StoreError
-from sharebasis.git import git
+from sharebasis.git import known_to_git
 from sharebasis.stage import METRICS, PLOTS, RESULTS, report_errors
 
 FILE = "points.json"
@@ -141,9 +141,9 @@ def experiment_point(name: str, commit: str, baseline: str, repository: Path = P
     """
 
     def read(path: Path, at: str = commit) -> str:
-        return git(repository, "show", f"{at}:./{path}") or ""
+        return known_to_git(repository, "show", f"{at}:./{path}") or ""
 
-    files = git(repository, "ls-tree", "--name-only", commit, f"{METRICS}/") or ""
+    files = known_to_git(repository, "ls-tree", "--name-only", commit, f"{METRICS}/") or ""
     parameters = yaml.safe_load(read(PARAMS)) or {}
     given = overrides(yaml.safe_load(read(PARAMS, baseline)) or {}, parameters)
     settings = [f"-S {shlex.quote(one)}" for one in given]
@@ -226,7 +226,7 @@ def _hydra(value: Any) -> str:
 def _experiments(repository: Path) -> Iterator[tuple[str, str, str]]:
     """(name, commit, baseline) of every experiment that has ended."""
     shape = "--format=%(refname) %(objectname)"
-    if (refs := git(repository, "for-each-ref", shape, EXPERIMENTS)) is None:
+    if (refs := known_to_git(repository, "for-each-ref", shape, EXPERIMENTS)) is None:
         raise StoreError(f"{repository.absolute()} is no git repository, so it has no experiments.")
     for line in refs.splitlines():
         reference, _, commit = line.partition(" ")

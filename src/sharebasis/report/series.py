@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sharebasis.report.points import Point
 
 BUDGET = "fit.removed"
-FAMILIES = ("q", "k", "v", "o", "gate", "up", "down")
 INCIDENTAL = {
     BUDGET,
     "device",
@@ -61,15 +60,6 @@ def at_one_budget(points: Sequence[Point]) -> tuple[Any, dict[str, Point]]:
         for label, own in all_series.items()
     }
     return common, {label: point for label, point in chosen.items() if point}
-
-
-def in_order(families: Iterable[str]) -> list[str]:
-    """Each family once, the attention's and the MLP's first."""
-
-    def place(family: str) -> tuple[int, str]:
-        return (FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), family)
-
-    return sorted(set(families), key=place)
 
 
 def _removed(point: Point) -> float:

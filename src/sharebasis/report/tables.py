@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharebasis.report.points import Point
-from sharebasis.report.series import in_order
 from sharebasis.store import csv_text
+from sharebasis.sublayer import in_order
 
 MISSING = "–"
 LATEX = {

@@ -19,7 +19,6 @@ from sharebasis.sensitivity.corrections import cells_of, corrections
 from sharebasis.sensitivity.draft import compressed, draft, wrap_parts
 from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.sensitivity.probes import probe
-from sharebasis.sensitivity.replay import block_names
 from sharebasis.settings import DType, FitSettings, SensitivitySettings
 from sharebasis.sublayer import Classification
 
@@ -62,16 +61,14 @@ def measure_sensitivity(
             cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
             model = load_model(weights, dtype, device)
             linears = wrap_parts(model, Spectra(spectra))
-            blocks = block_names(found)
-            measured = probe(model, linears, plan, cells, windows, settings.batch, blocks)
+            measured = probe(model, linears, plan, cells, windows, settings.batch, found.blocks)
         else:
             original, other = (load_model(weights, dtype, device) for _ in range(2))
             linears = wrap_parts(other, Spectra(spectra))
             cells = cells_of(plan.groups, settings.runs, branches(find_sites(original, found)))
             with compressed(linears, plan, range(len(plan.groups))):
                 result = attribute(original, other, windows, settings.batch, 1, found)
-            layers = sorted({sublayer.layer for sublayer in found.sublayers})
-            measured = made(result.components, cells, layers)
+            measured = made(result.components, cells, list(found.blocks))
     predicted = [sum(plan.losses[i] for i in cell.groups) / 2 for cell in cells]
     losses, ratio = corrections(cells, predicted, measured, settings.clip)
     parts = {

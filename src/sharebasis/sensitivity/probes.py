@@ -14,7 +14,7 @@ from sharebasis.distillation import divergence
 from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import Cell
 from sharebasis.sensitivity.draft import Draft, Linears, compressed
-from sharebasis.sensitivity.replay import Replay
+from sharebasis.sensitivity.late_start import LateStart
 
 
 @torch.no_grad()
@@ -41,16 +41,16 @@ def probe(
         batch: windows a forward pass.
         blocks: HF name of the block of every layer.
     """
-    replay, sums = Replay(model, blocks), [0.0] * len(cells)
+    late, sums = LateStart(model, blocks), [0.0] * len(cells)
     starts = {cell.layers[0] for cell in cells}
-    starts = replay.exact(starts, partial(_logits, model, windows[:1]))
+    starts = late.exact(starts, partial(_logits, model, windows[:1]))
     with progress("sensitivity", len(cells) * windows.numel(), "tokens") as advance:
         for chunk in windows.split(batch):
-            original, outputs = replay.record(starts, partial(_logits, model, chunk))
+            original, outputs = late.record(starts, partial(_logits, model, chunk))
             for i, cell in enumerate(cells):
                 with (
                     compressed(linears, plan, cell.groups),
-                    replay.start_at(cell.layers[0], outputs),
+                    late.start_at(cell.layers[0], outputs),
                 ):
                     sums[i] += len(chunk) * divergence(original, _logits(model, chunk)).item()
                 advance(chunk.numel())

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from sharebasis import ledger
-from sharebasis.errors import ShareBasisError, SweepError
+from sharebasis.errors import GitError, ShareBasisError, SweepError
 from sharebasis.report.points import collect, write_points
 from sharebasis.stage import RESULTS
 from sharebasis.sweep.points import expand, find_points
@@ -58,7 +58,7 @@ class Sweeping(Callback):
         self.watch = Watch(sweep.ledger, len(points))
         self.watch.start()
         for point in sweep.units.values():
-            with suppress(SweepError):  # it is the error of every point that needs this
+            with suppress(SweepError, GitError):  # it is the error of every point that needs this
                 run_common(sweep, point)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from sharebasis.config import value_at
+
 READ_BYTES = 16 * 2**20
 """Files up to this size are told apart by their content, others by size and time of change."""
 
@@ -61,7 +63,7 @@ class Pipeline:
             for path in self._deps(name, params):
                 made = self.maker.get(path)
                 reads[path] = keys[made] if made else _identity(self.root / path)
-            own = {key: _select(params, key) for key in stage["params"]}
+            own = {key: value_at(params, key) for key in stage["params"]}
             content = json.dumps([stage["cmd"], reads, own], sort_keys=True)
             keys[name] = hashlib.sha256(content.encode()).hexdigest()
         return keys
@@ -92,13 +94,7 @@ def outputs(stage: Mapping[str, Any]) -> dict[str, bool]:
 
 def interpolated(path: str, params: Mapping[str, Any]) -> str:
     """A path of dvc.yaml with its ${parameters} filled in."""
-    return re.sub(r"\$\{([^}]+)\}", lambda match: str(_select(params, match[1])), path)
-
-
-def _select(params: Any, key: str) -> Any:
-    for step in key.split("."):
-        params = params[step]
-    return params
+    return re.sub(r"\$\{([^}]+)\}", lambda match: str(value_at(params, match[1])), path)
 
 
 def _identity(path: Path) -> Any:

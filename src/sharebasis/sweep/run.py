@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from sharebasis import ledger, store
-from sharebasis.errors import SweepError
+from sharebasis.errors import GitError, SweepError
 from sharebasis.sweep.points import TARGET, Point, find_point
 from sharebasis.sweep.workspace import (
     Repository,
@@ -67,7 +67,7 @@ def run_common(sweep: Sweep, point: Point) -> None:
     """Run the stages that a point shares with others, unless that was done.
 
     Raises:
-        SweepError: one of them fails, or has failed in this sweep.
+        SweepError, GitError: one of them fails, or has failed in this sweep.
     """
     repository, name = sweep.repository, point.unit
     if all(key in repository.records for key in point.common.values()):
@@ -82,7 +82,7 @@ def run_common(sweep: Sweep, point: Point) -> None:
         ledger.record(sweep.ledger, what="common", name=name, state="began")
         try:
             _run(sweep, name, point, point.common, point.shared, lock)
-        except SweepError as error:
+        except (SweepError, GitError) as error:
             ledger.record(sweep.ledger, what="common", name=name, state="failed", error=str(error))
             raise
         seconds = time.monotonic() - began
@@ -105,7 +105,7 @@ def run_point(sweep: Sweep, point: Point) -> None:
         try:
             run_common(sweep, point)
             _run(sweep, point.name, point, point.keys, [TARGET], lock, published=True)
-        except SweepError as error:
+        except (SweepError, GitError) as error:
             return ended("failed", str(error))
         return ended("done")
 

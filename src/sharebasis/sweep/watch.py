@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharebasis import ledger
+from sharebasis.console import print_tables
 from sharebasis.ledger import Event
 
 log = logging.getLogger(__name__)
@@ -135,11 +136,7 @@ def _left(account: Account, n_points: int) -> str:
 
 def show(account: Account, seconds: float) -> None:
     """Print how every point ended and how often every stage ran."""
-    console = Console()
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(width=120)
-    console.print(_points(account))
-    console.print(_stages(account, seconds))
+    print_tables(_points(account), _stages(account, seconds), width=120)
 
 
 def _points(account: Account) -> Table:

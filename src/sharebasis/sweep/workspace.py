@@ -20,6 +20,7 @@ from typing import Any
 from configobj import ConfigObj
 
 from sharebasis.errors import SweepError
+from sharebasis.git import git
 from sharebasis.ledger import LEDGER, POINT
 from sharebasis.stage import CHECKPOINTS
 from sharebasis.sweep.pipeline import Pipeline
@@ -66,14 +67,14 @@ def find_repository(root: Path) -> Repository:
     """Take a snapshot of the repository at `root`.
 
     Raises:
-        SweepError: it is no repository of git and DVC, or has no commit.
+        GitError: it is no repository of git, or has no commit.
+        SweepError: it is no repository of DVC.
     """
     head = git(root, "rev-parse", "HEAD")
     # Whoever is asked, nobody is: this commit is never seen.
     identity = ("-c", "user.name=sweep", "-c", "user.email=sweep@localhost")
     snapshot = git(root, *identity, "stash", "create") or head
-    cache = _run([sys.executable, "-m", "dvc", "cache", "dir"], root)
-    return Repository(root, head, snapshot, Path(cache))
+    return Repository(root, head, snapshot, _cache_of(root))
 
 
 @contextmanager
@@ -195,20 +196,12 @@ def publish(repository: Repository, path: Path, name: str) -> None:
     git(path, "push", "--quiet", str(repository.root), f"+{ref}:{ref}")
 
 
-def git(directory: Path, *arguments: str) -> str:
-    """What git prints.
-
-    Raises:
-        SweepError: git refuses; with its words.
-    """
-    return _run(["git", *arguments], directory)
-
-
-def _run(command: Sequence[str], directory: Path) -> str:
-    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+def _cache_of(root: Path) -> Path:
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise SweepError(f"{' '.join(command)} failed in {directory}: {run.stderr.strip()}")
-    return run.stdout.strip()
+        raise SweepError(f"{' '.join(command)} failed in {root}: {run.stderr.strip()}")
+    return Path(run.stdout.strip())
 
 
 def _configure(repository: Repository, path: Path) -> None:

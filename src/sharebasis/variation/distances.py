@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sharebasis import store
+from sharebasis.console import print_tables
 from sharebasis.errors import SelectionError
 from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
@@ -187,7 +187,7 @@ def print_variation(metrics: Mapping[str, Any]) -> None:
     for family in metrics["ranking"]:
         row = metrics["families"][family]
         table.add_row(family, *(f"{row[column]:.3f}" for column in columns), str(row["count"]))
-    Console(width=None if Console().is_terminal else 100).print(table)
+    print_tables(table)
 
 
 def write_distances(path: Path, variation: Variation) -> None:

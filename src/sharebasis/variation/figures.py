@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sharebasis.sublayer import in_order
 from sharebasis.variation.distances import Variation
 
 N_COLUMNS = 3
@@ -84,8 +85,7 @@ def over_depth(variation: Variation, alignment: str) -> Figure:
 
 def _panels(families: Sequence[str]) -> tuple[Figure, Sequence[tuple[str, Axes]]]:
     """A figure with a panel for each family, the attention's and the MLP's first."""
-    order = ("q", "k", "v", "o", "gate", "up", "down")
-    families = sorted(families, key=lambda x: (order.index(x) if x in order else len(order), x))
+    families = in_order(families)
     n_rows, n_columns = math.ceil(len(families) / N_COLUMNS), min(N_COLUMNS, len(families))
     size = (PANEL[0] * max(n_columns, 2), PANEL[1] * n_rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")

@@ -102,9 +102,7 @@ class Layers:
         self._tensors, self._found, self._config = tensors, found, config
         self._places: dict[int, list[Place]] = {}
         for sublayer in found.selected:
-            assert sublayer.weight_type is not None
-            settings = found.architecture.weight_types[sublayer.weight_type]
-            for block in blocks_of(sublayer, settings, found.dims):
+            for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims):
                 reads = block.family not in ("o", "down")
                 own = self._places.setdefault(sublayer.layer, [])
                 own.append(Place(sublayer, block, reads))

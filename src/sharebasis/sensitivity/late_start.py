@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,23 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharebasis.sublayer import Classification
-
 Outputs = Mapping[int, Any]
 """Layer -> what its block returned."""
 
 
-def block_names(found: Classification) -> Mapping[int, str]:
-    """HF name of the block of every layer, in their order."""
-    names = {}
-    for sublayer in sorted(found.sublayers, key=lambda one: one.layer):
-        place = re.search(found.architecture.block_pattern, sublayer.name)
-        assert place is not None
-        names[sublayer.layer] = sublayer.name[: place.end(1)]
-    return names
-
-
-class Replay:
+class LateStart:
     """Runs a model from a layer on, where that gives what the whole pass gives."""
 
     def __init__(self, model: nn.Module, blocks: Mapping[int, str]) -> None:
