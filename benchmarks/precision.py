@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from sharebasis import load_compressed
 from sharebasis.config import compose_settings
+from sharebasis.console import print_tables
 from sharebasis.fitting import fit
 from sharebasis.hub import DTYPES, load_model, load_tokenizer
 from sharebasis.moment_store import MomentStore
 from sharebasis.resources import pick_device
-from sharebasis.settings import Settings, Storage
+from sharebasis.settings import DType, Settings, Storage
 from sharebasis.stage import MOMENTS, SPECTRA, WEIGHTS, report_errors
 from sharebasis.texts import read_windows
 from sharebasis.verification import compare
@@ -33,24 +34,35 @@ STORAGES = get_args(Storage)
 
 
 def fit_all(work: Path, settings: Settings) -> None:
+    device, moments = pick_device(settings.device), MomentStore(MOMENTS)
     for storage in STORAGES:
-        chosen, device = replace(settings.fit, storage=storage), pick_device(settings.device)
-        fit(WEIGHTS, SPECTRA, chosen, work / storage, device, MomentStore(MOMENTS))
+        fit(
+            WEIGHTS,
+            SPECTRA,
+            replace(settings.fit, storage=storage),
+            work / storage,
+            device,
+            moments,
+        )
 
 
-def measure(work: Path, settings: Settings, dtypes: list[str]) -> Table:
+def measure(work: Path, settings: Settings, dtypes: Sequence[DType]) -> Table:
     device = pick_device(settings.device)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "evaluation", settings.seed)
     table = Table(box=box.MARKDOWN)
     for column in ("dtype", "perplexity, dense", "storage", "compressed", "KL per token"):
         table.add_column(column, justify="right" if table.columns else "left")
-    for name, dtype in ((own, DTYPES[own]) for own in DTYPES if own in dtypes):
-        models = {own: load_compressed(work / own, dtype, device) for own in STORAGES}
-        dense = load_model(WEIGHTS, name, device)
+    for dtype in dtypes:
+        dense = load_model(WEIGHTS, dtype, device)
+        models = {own: load_compressed(work / own, DTYPES[dtype], device) for own in STORAGES}
         for storage, found in compare(dense, models, windows, settings.data.batch).items():
-            perplexities = found.dense_perplexity, found.compressed_perplexity
-            before, after = (f"{own:.3f}" for own in perplexities)
-            table.add_row(name, before, storage, after, f"{found.kl_mean:.4f}")
+            table.add_row(
+                dtype,
+                f"{found.dense_perplexity:.3f}",
+                storage,
+                f"{found.compressed_perplexity:.3f}",
+                f"{found.kl_mean:.4f}",
+            )
     return table
 
 
@@ -63,7 +75,7 @@ def main() -> None:
     settings = compose_settings([f"data.evaluation.windows={arguments.evaluation}"])
     with tempfile.TemporaryDirectory() as work:
         fit_all(Path(work), settings)
-        Console(width=100).print(measure(Path(work), settings, arguments.dtypes))
+        print_tables(measure(Path(work), settings, arguments.dtypes))
 
 
 if __name__ == "__main__":
