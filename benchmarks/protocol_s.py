@@ -44,6 +44,7 @@ from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
 from sharebasis.texts import cut, read_windows
+from sharebasis.update import update
 from sharebasis.verification import compare
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
@@ -67,6 +68,8 @@ METHODS = {
     "basis_sharing": ["fit=basis_sharing"],
     "svd_llm": ["fit=svd_llm"],
     "auto": ["fit=auto"],
+    "basis_sharing-updated": ["fit=basis_sharing", "propagate=update"],
+    "svd_llm-updated": ["fit=svd_llm", "propagate=update"],
     "asvd": ["fit=asvd"],
     "fwsvd": ["fit=fwsvd"],
     "kfac": ["fit=kfac"],
@@ -124,7 +127,7 @@ def fit_all(arguments: argparse.Namespace) -> None:
 def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> None:
     """The stages that follow `decompose`; the last one's model goes by the name of the point."""
     work, device = arguments.work, pick_device(settings.device)
-    steps = [propagate_one] * bool(settings.propagate.amount)
+    steps = [propagate_one] * (settings.propagate.by != "none")
     steps += [recover_one] * bool(settings.recover.steps)
     names = [f"{name_of(point)}.{i}" for i in range(len(steps))] + [name_of(point)]
     moments, sensitivity = MomentStore(work / "moments"), sense(work, settings)
@@ -143,7 +146,8 @@ def propagate_one(work: Path, settings: Settings, source: Path, target: Path) ->
     checkpoint = Checkpoint(work / "propagation", identity, own.checkpoint_seconds)
     model = classify_model(meta_model(load_config(weights)))
     models = weights, model, source, MomentStore(work / "moments")
-    propagate(*models, windows, own, settings.fit, checkpoint, target, device)
+    run = update if own.by == "update" else propagate
+    run(*models, windows, own, settings.fit, checkpoint, target, device)
 
 
 def recover_one(work: Path, settings: Settings, source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage `propagate`: blocks refitted to what compressed ones before them put out; optional."""
+"""Stage `propagate`: factors that reckon with what errors before make of inputs; optional."""
 
 from sharebasis import store
 from sharebasis.config import load_settings
@@ -18,10 +18,10 @@ from sharebasis.stage import (
 @report_errors
 def main() -> None:
     settings = load_settings()
-    if settings.propagate.amount:
-        refit(settings)
-    else:
+    if settings.propagate.by == "none":
         write_unpropagated(PROPAGATED)
+    else:
+        refit(settings)
 
 
 def refit(settings: Settings) -> None:
@@ -33,6 +33,7 @@ def refit(settings: Settings) -> None:
     from sharebasis.resources import pick_device
     from sharebasis.sublayer import Classification
     from sharebasis.texts import require_positions
+    from sharebasis.update import update
 
     own, device = settings.propagate, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), own.window, "propagate.window")
@@ -43,7 +44,8 @@ def refit(settings: Settings) -> None:
     checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
     classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments
-    propagate(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
+    run = update if own.by == "update" else propagate
+    run(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
 
 
 if __name__ == "__main__":

@@ -2,143 +2,61 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings, fit_at_once
+from conftest import MakeDirectory, MakeSettings
+from propagating import (
+    CPU,
+    NARROWED,
+    SHARED,
+    WINDOWS,
+    Case,
+    MakeCase,
+    divergence,
+    make_case,
+    n_stored,
+    products,
+)
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, propagation, store, tensor_store
-from sharebasis.calibration import calibrate
+from sharebasis import compressed_index, propagation, store
 from sharebasis.capture import watched
 from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import linears_by_tensor, load_compressed
+from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.hub import load_model
 from sharebasis.outcomes import Propagation, write_unpropagated
-from sharebasis.propagation import (
-    propagate,
-    propagation_identity,
-    propagation_windows,
-)
+from sharebasis.propagation import propagation_identity, propagation_windows
 from sharebasis.refit import Refitter
 from sharebasis.regression import PairedMoment
-from sharebasis.settings import PropagateSettings, Settings
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.sublayer import Classification
+from sharebasis.settings import PropagateSettings
 from sharebasis.texts import read_windows
-
-WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
-CPU = torch.device("cpu")
-AUTO = {
-    "fit.method": "auto",
-    "fit.shared": [],
-    "fit.group_size": 1,
-    "fit.allocation": "uniform",
-    "fit.storage": "interpolative",
-    "fit.removed": 0.4,
-    "propagate.amount": 0.3,
-    "propagate.stream": 0.0,
-    "propagate.windows": 20,
-    "propagate.held_out": 0,
-    "propagate.window": 16,
-    "propagate.batch": 8,
-}
-
-
-SHARED = {
-    "fit.method": "basis_sharing",
-    "fit.shared": ["q", "k", "v", "gate", "up"],
-    "fit.group_size": 2,
-}
-
-
-NARROWED = {
-    "fit.structures": ["private", "narrowed"],
-    "fit.allocation": "global",
-    "fit.removed": 0.5,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small model, compressed."""
-
-    work: Path
-    classification: Classification
-    settings: Settings
-
-    @property
-    def index(self) -> CompressedIndex:
-        return store.load_record(self.work / "compressed" / compressed_index.FILE, CompressedIndex)
-
-    def propagate(
-        self, target: Path, checkpoint: Checkpoint | None = None, **changes: object
-    ) -> Propagation:
-        own = replace(self.settings.propagate, **changes)
-        never = Checkpoint(target.parent / "checkpoint", {}, math.inf)
-        moments = MomentStore(self.work / "moments")
-        models = self.work / "weights", self.classification, self.work / "compressed", moments
-        last = checkpoint or never, target, CPU
-        return propagate(*models, WINDOWS, own, self.settings.fit, *last)
-
-
-MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module")
-def make_case(
+def make(
     tmp_path_factory: pytest.TempPathFactory,
     make_directory: MakeDirectory,
     make_settings: MakeSettings,
 ) -> MakeCase:
-    """`make_case(family, {"fit.removed": ...})`: a small model, compressed as told."""
+    """`make(family, {"fit.removed": ...})`: a small model, compressed as told."""
 
-    def make(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
+    def of(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
         work = tmp_path_factory.mktemp("case")
-        extract(find_source(str(make_directory(family))), work / "weights")
-        model = classify_model(meta_model(load_config(work / "weights")))
-        dense = load_model(work / "weights", "float32", CPU)
-        never = Checkpoint(work / "checkpoint", {}, math.inf)
-        found = calibrate(dense, model.selected, WINDOWS, 4, never, "text")
-        write_moments(work / "moments", *found)
-        settings = make_settings({**AUTO, **changes})
-        parts, moments = (
-            split_selected(model, settings.split.strategy),
-            MomentStore(work / "moments"),
-        )
-        fit_at_once(work / "weights", parts, moments, settings.fit, work / "compressed")
-        return Case(work, model, settings)
+        return make_case(work, make_directory(family), make_settings, changes)
 
-    return make
+    return of
 
 
 @pytest.fixture(scope="module")
-def case(make_case: MakeCase) -> Case:
-    return make_case()
-
-
-def _products(directory: Path) -> dict[str, Tensor]:
-    """The dense weight of every part."""
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    linears = linears_by_tensor(load_compressed(directory), index)
-    return {name: linear.dense().detach() for name, linear in linears.items()}
-
-
-def _n_stored(directory: Path) -> int:
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    reader = tensor_store.TensorReader(directory, index.files)
-    return sum(math.prod(reader.shape(name)) for name in index.files)
+def case(make: MakeCase) -> Case:
+    return make()
 
 
 @torch.no_grad()
@@ -155,7 +73,7 @@ def _drift(case: Case, directory: Path, blocks: int = 3) -> float:
 def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) -> None:
     """Its regression is the weight itself, so the same fit comes out; later blocks change."""
     case.propagate(tmp_path / "out", amount=1.0)
-    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    before, after = products(case.work / "compressed"), products(tmp_path / "out")
     changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
     reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
     assert not changed & set(reads)
@@ -167,7 +85,7 @@ def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) 
 def test_as_many_numbers_and_ranks_as_before(case: Case, tmp_path: Path) -> None:
     found = case.propagate(tmp_path / "out")
     index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
-    assert _n_stored(tmp_path / "out") == _n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
     ranks = {group.name: (group.rank, group.tensors) for group in case.index.groups}
     assert {group.name: (group.rank, group.tensors) for group in index.groups} == ranks
     assert (found.refitted, found.left, len(found.distances)) == (21, 0, 3)
@@ -186,9 +104,9 @@ def test_the_stream_comes_closer_and_more_so_with_the_regression(
     assert drift["half"] < 0.97 * drift["before"]
 
 
-def test_a_write_makes_up_for_what_the_stream_lacks(make_case: MakeCase, tmp_path: Path) -> None:
+def test_a_write_makes_up_for_what_the_stream_lacks(make: MakeCase, tmp_path: Path) -> None:
     """Without a metric of outputs, what is minimised is the squared error of the block's output."""
-    case, drift = make_case("llama", {"fit.method": "svd_llm", "fit.two_sided": False}), []
+    case, drift = make("llama", {"fit.method": "svd_llm", "fit.two_sided": False}), []
     for stream in (0.0, 1.0):
         case.propagate(tmp_path / f"{stream}", amount=1.0, stream=stream)
         drift.append(_drift(case, tmp_path / f"{stream}", blocks=1))
@@ -202,11 +120,11 @@ STREAMS = {"o": ("self_attn.o_proj", ""), "down": ("mlp.down_proj", ".post_atten
 @pytest.mark.parametrize("write", STREAMS)
 @torch.no_grad()
 def test_what_the_stream_lacks_before_a_write(
-    family: str, write: str, make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, write: str, make: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the inputs of what reads the stream just there; granite adds half of what is written."""
     name, reader = STREAMS[write]
-    case, pairs = make_case(family), {}
+    case, pairs = make(family), {}
     tensors = Refitter.tensors
 
     def note(self: Refitter, group: CompressedGroup, pair: PairedMoment) -> object:
@@ -233,19 +151,19 @@ def test_what_the_stream_lacks_before_a_write(
 
 
 def test_a_block_that_norms_what_it_writes_is_only_regressed(
-    make_case: MakeCase, tmp_path: Path
+    make: MakeCase, tmp_path: Path
 ) -> None:
-    case = make_case("gemma2")
+    case = make("gemma2")
     for name, stream in (("plain", 0.0), ("stream", 0.5)):
         case.propagate(tmp_path / name, stream=stream)
-    plain, stream = _products(tmp_path / "plain"), _products(tmp_path / "stream")
+    plain, stream = products(tmp_path / "plain"), products(tmp_path / "stream")
     for name, product in plain.items():
         torch.testing.assert_close(stream[name], product, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def narrowed(make_case: MakeCase) -> Case:
-    return make_case("gpt2", NARROWED)
+def narrowed(make: MakeCase) -> Case:
+    return make("gpt2", NARROWED)
 
 
 @torch.no_grad()
@@ -281,12 +199,12 @@ def test_neurons_that_are_left_say_what_all_of_them_said(narrowed: Case, tmp_pat
     ],
 )
 def test_without_drift_neurons_that_are_left_stay_what_they_were(
-    family: str, split: str, least: str, make_case: MakeCase, tmp_path: Path
+    family: str, split: str, least: str, make: MakeCase, tmp_path: Path
 ) -> None:
     """At next to no amount, what is written is what `fit` took gate, up and down to be."""
-    case = make_case(family, {**NARROWED, "fit.removed": 0.2, "split.strategy": split})
+    case = make(family, {**NARROWED, "fit.removed": 0.2, "split.strategy": split})
     case.propagate(tmp_path / "out", amount=1e-9, mean=False)
-    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    before, after = products(case.work / "compressed"), products(tmp_path / "out")
     narrowed = {name for mlp in case.index.mlps for name in (*mlp.reads, mlp.down)}
     parts = [part for group in case.index.groups if group.basis is None for part in group.parts]
     dense = {part.coefficient for part in parts if part.sublayer in narrowed}
@@ -298,11 +216,11 @@ def test_without_drift_neurons_that_are_left_stay_what_they_were(
 @pytest.mark.parametrize("last", ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"])
 @torch.no_grad()
 def test_a_bias_keeps_the_mean_of_what_is_put_out(
-    last: str, narrowed: Case, make_case: MakeCase, tmp_path: Path
+    last: str, narrowed: Case, make: MakeCase, tmp_path: Path
 ) -> None:
     case = narrowed
     if last == "attn.c_attn":
-        case, name = make_case("gpt2", {"split.strategy": "qkv"}), f"transformer.h.2.{last}"
+        case, name = make("gpt2", {"split.strategy": "qkv"}), f"transformer.h.2.{last}"
     else:
         (name, *_) = (
             one for mlp in case.index.mlps for one in (*mlp.reads, mlp.down) if one.endswith(last)
@@ -321,7 +239,7 @@ def test_a_bias_keeps_the_mean_of_what_is_put_out(
         case.propagate(tmp_path / f"{keeps}", mean=keeps)
         off.append((mean(load_compressed(tmp_path / f"{keeps}")) - mean(model)).norm())
     assert off[1] < 1e-3 * off[0]
-    assert _n_stored(tmp_path / "True") == _n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "True") == n_stored(case.work / "compressed")
 
 
 class Killed(Exception):  # noqa: N818
@@ -352,7 +270,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     assert case.propagate(tmp_path / "killed", Checkpoint(tmp_path / "c", own, 0.0)) == wanted
     assert passed == [2]
     assert not (tmp_path / "c").exists()
-    whole, killed = _products(tmp_path / "whole"), _products(tmp_path / "killed")
+    whole, killed = products(tmp_path / "whole"), products(tmp_path / "killed")
     for name, product in whole.items():
         torch.testing.assert_close(killed[name], product, rtol=0, atol=0)
 
@@ -373,27 +291,18 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
     if not better:
         monkeypatch.setattr(propagation, "install", damage)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
-    assert found.before == pytest.approx(_divergence(case, case.work / "compressed"), rel=1e-4)
+    assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
     assert found.before is not None
     assert found.after is not None
-    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    before, after = products(case.work / "compressed"), products(tmp_path / "out")
     if better:
         assert found.after < found.before
-        assert found.after == pytest.approx(_divergence(case, tmp_path / "out"), rel=1e-4)
+        assert found.after == pytest.approx(divergence(case, tmp_path / "out"), rel=1e-4)
         assert found.refitted == 21
     else:
         assert found.after > found.before
         assert (found.refitted, found.left) == (0, 21)
         assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def _divergence(case: Case, directory: Path) -> float:
-    """By torch's own, on the windows that are held out above."""
-    p, q = (
-        model(input_ids=WINDOWS[16:]).logits.flatten(0, 1).double().log_softmax(-1)
-        for model in (load_model(case.work / "weights", "float32", CPU), load_compressed(directory))
-    )
-    return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
 
 
 def test_another_amount_is_another_run(case: Case) -> None:
@@ -422,15 +331,15 @@ def test_another_amount_is_another_run(case: Case) -> None:
     ],
 )
 def test_families_and_what_is_left(
-    family: str, changes: Mapping[str, object], left: int, make_case: MakeCase, tmp_path: Path
+    family: str, changes: Mapping[str, object], left: int, make: MakeCase, tmp_path: Path
 ) -> None:
-    case = make_case(family, changes)
+    case = make(family, changes)
     found = case.propagate(tmp_path / "out")
     assert found.left == left
     assert found.refitted > 0
-    before, after = _products(case.work / "compressed"), _products(tmp_path / "out")
+    before, after = products(case.work / "compressed"), products(tmp_path / "out")
     assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
-    assert _n_stored(tmp_path / "out") == _n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
     index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
     assert index.mlps == case.index.mlps
     assert bool(index.mlps) == (changes is NARROWED)

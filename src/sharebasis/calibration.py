@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -70,22 +70,14 @@ def calibrate(
     probe = windows[:1, :PROBE_TOKENS]
     wanted = gradients is not None
     sites, accumulators = start_calibrating(model, sublayers, probe, wanted, outliers)
-    done = _resume(checkpoint, accumulators)
-    tokens = windows.shape[1]
-    with progress("calibrate", windows.numel(), "tokens", done * tokens) as advance:
-        for start in range(done, len(windows), batch):
-            chunk = windows[start : start + batch]
-            if gradients is None:
-                run_blocks(model, chunk)
-            else:
-                run_backward(model, chunk, gradients, seed=start)
-            advance(chunk.numel())
-            if checkpoint.due:
-                counts = {
-                    "n_tokens": tokens_of(accumulators),
-                    "n_trimmed": trimmed_of(accumulators),
-                }
-                checkpoint.save({"windows": start + len(chunk), **counts}, packed(accumulators))
+
+    def run(chunk: Tensor, start: int) -> None:
+        if gradients is None:
+            run_blocks(model, chunk)
+        else:
+            run_backward(model, chunk, gradients, seed=start)
+
+    gather(run, accumulators, windows, batch, checkpoint, "calibrate")
     unseen = [site.name for site in sites if accumulators[site.name].n_tokens == 0]
     if unseen:
         log.warning(
@@ -96,6 +88,38 @@ def calibrate(
             unseen[0],
         )
     return sites, accumulators
+
+
+def gather(
+    run: Callable[[Int64[Tensor, "windows window"], int], None],
+    accumulators: Accumulators,
+    windows: Int64[Tensor, "windows window"],
+    batch: int,
+    checkpoint: Checkpoint,
+    stage: str,
+) -> None:
+    """Run a text past trackers, a batch at a time.
+
+    Args:
+        run: is given a batch and the number of its first window.
+        accumulators: what the trackers feed, by site name.
+        windows: token ids, on the device of the model.
+        batch: windows a forward pass.
+        checkpoint: of the sums, where a run that was killed goes on from.
+        stage: for the progress bar.
+    """
+    done, tokens = _resume(checkpoint, accumulators), windows.shape[1]
+    with progress(stage, windows.numel(), "tokens", done * tokens) as advance:
+        for start in range(done, len(windows), batch):
+            chunk = windows[start : start + batch]
+            run(chunk, start)
+            advance(chunk.numel())
+            if checkpoint.due:
+                counts = {
+                    "n_tokens": tokens_of(accumulators),
+                    "n_trimmed": trimmed_of(accumulators),
+                }
+                checkpoint.save({"windows": start + len(chunk), **counts}, packed(accumulators))
 
 
 def _resume(checkpoint: Checkpoint, accumulators: Accumulators) -> int:

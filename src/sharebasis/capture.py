@@ -64,6 +64,21 @@ def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
+def tracked(trackers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Send what modules are given to trackers, every time that they run; until the end."""
+
+    def send(tracker: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: tracker(args[0])
+
+    hooks = [module.register_forward_pre_hook(send(own)) for module, own in trackers.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextmanager
 def forced(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Have modules put out something else than they do; until the end."""
 

@@ -16,14 +16,14 @@ RECOVERY = "recovery.json"
 
 @dataclass(frozen=True)
 class Propagation:
-    """How it went. Without a block, nothing but this lies in its directory."""
+    """How it went. If it was left out, nothing but this lies in its directory."""
 
     refitted: int
     """Groups; none where the model was better without."""
     left: int
     """Groups that stayed as they were."""
     distances: tuple[float, ...]
-    """After every block, the median over tokens of ‖h - ĥ‖² / ‖h‖²."""
+    """After every block, the median over tokens of ‖h - ĥ‖² / ‖h‖²; of an update, none."""
     before: float | None = None
     """Mean KL(original || compressed) over the held-out windows, in nats; None: there were none."""
     after: float | None = None

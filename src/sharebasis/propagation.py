@@ -24,8 +24,8 @@ from sharebasis.checkpoint import Checkpoint, identity_of
 from sharebasis.compressed import linears_by_tensor, load_compressed
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
 from sharebasis.compressed_writer import rewrite
-from sharebasis.distillation import divergence
 from sharebasis.errors import PropagationError
+from sharebasis.held_out import divergence_on, is_better
 from sharebasis.hub import DTYPES, MANIFEST, load_model
 from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Site
@@ -126,19 +126,6 @@ class Propagator:
             [self._run(i, block, chunk).cpu() for chunk in self._cut(streams.compressed)]
         )
         return found
-
-    def divergence(self, windows: Int64[Tensor, "windows window"]) -> float | None:
-        """Mean KL(original || compressed) over all positions, in nats; None without a window."""
-        if not len(windows):
-            return None
-        found = []
-        for window in windows.split(1):
-            logits = (
-                model(input_ids=window, use_cache=False).logits
-                for model in (self.original, self.compressed)
-            )
-            found.append(divergence(*logits).item())
-        return sum(found) / len(found)
 
     def _biases(
         self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
@@ -353,8 +340,8 @@ def propagate(
             advance()
             if checkpoint.due:
                 state.save(checkpoint)
-    after = propagator.divergence(held_out)
-    found = state.found if _is_better(state.before, after) else {}
+    after = divergence_on(held_out, propagator.original, propagator.compressed)
+    found = state.found if is_better(state.before, after) else {}
     refitted = sum(group.parts[0].coefficient in found for group in index.groups)
     left, distances = len(index.groups) - refitted, tuple(state.distances)
     result = Propagation(refitted, left, distances, state.before, after)
@@ -365,25 +352,13 @@ def propagate(
     return result
 
 
-def _is_better(before: float | None, after: float | None) -> bool:
-    if before is None or after is None:
-        return True
-    better = after < before
-    log.info(
-        "propagate: held-out divergence %.4f nats before, %.4f after; %s.",
-        before,
-        after,
-        "kept" if better else "the factors stay as they were (more propagate.windows may help)",
-    )
-    return better
-
-
 def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> _Progress:
     """Before the first block."""
     first, batch = propagator.blocks.names[0], propagator.settings.batch
     hidden = [embed(propagator.original, first, chunk).cpu() for chunk in text.split(batch)]
     streams = Streams(torch.cat(hidden), torch.cat(hidden))
-    return _Progress(propagator.divergence(held_out), [], {}, streams)
+    before = divergence_on(held_out, propagator.original, propagator.compressed)
+    return _Progress(before, [], {}, streams)
 
 
 def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> _Progress | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +21,10 @@ from sharebasis.share_linear import ShareLinear
 
 Tensors = dict[str, Tensor]
 """Factors in plain form, and dense weights, by the names that the index has for them."""
+
+
+UNSEEN = 1e-10
+"""Of the largest eigenvalue: directions whose inputs are smaller are not learned from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,41 @@ class Refitter:
         for part, own in zip(group.parts, coefficients, strict=True):
             found[part.coefficient] = own
         return found
+
+    def updated(
+        self,
+        group: CompressedGroup,
+        basis: Float[Tensor, "rank d_in"],
+        coefficients: Mapping[str, Float[Tensor, "_ rank"]],
+        inputs: Moment,
+    ) -> Tensors:
+        """The coefficients that are best for the basis that a group has, and that basis.
+
+        A = W C Bᵀ (B C Bᵀ)⁻¹, for the moment C of what the group is given by now and the weight W
+        as it was; in directions of B that C does not reach, A stays.
+
+        Args:
+            group: with a basis on the input side.
+            basis: B.
+            coefficients: A, by the names of their tensors.
+            inputs: C, over all sublayers of the group.
+
+        Source: the update of Basis Sharing, arXiv:2410.03765, after SVD-LLM, arXiv:2403.07378.
+        """
+        assert group.basis is not None
+        own = basis.double()
+        seen = own @ inputs.total
+        inverse = torch.linalg.pinv(seen @ own.T, rtol=UNSEEN, hermitian=True)
+        found = {group.basis: own}
+        for part in group.parts:
+            before = coefficients[part.coefficient].double()
+            lacking = self.target(part).double() - before @ own
+            found[part.coefficient] = before + lacking @ seen.T @ inverse
+        return found
+
+    def target(self, part: CompressedPart) -> Float[Tensor, "rows d_in"]:
+        """What a part should be if its inputs were those of the original."""
+        return self._without_drift(part, self._weight(part))
 
     def bias(self, part: CompressedPart, fitted: Tensor, pair: PairedMoment) -> Tensor:
         """Of a part's rows, b + W E[x] - Ŵ E[x̂]: what is put out has the mean that it had.
@@ -147,6 +187,27 @@ def install(
             linear.weight = nn.Parameter(own, requires_grad=False)
         else:
             linear.refactor(tensors[group.basis].to(like), own)
+
+
+def updatable(
+    groups: Iterable[CompressedGroup], readers: Collection[str]
+) -> Sequence[CompressedGroup]:
+    """Groups with a basis on the input side whose parts are each under one name.
+
+    On the output side the best coefficients do not depend on what the group is given.
+
+    Args:
+        groups: of a model.
+        readers: sublayers whose inputs can be known.
+    """
+    return [
+        group
+        for group in groups
+        if group.basis is not None
+        and all(part.sublayer in readers for part in group.parts)
+        and len({part.coefficient for part in group.parts}) == len(group.parts)
+        and group.side == "input"
+    ]
 
 
 def refittable(

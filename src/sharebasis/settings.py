@@ -24,6 +24,7 @@ Labels = Literal["text", "model"]
 Alignment = Literal["none", "tied", "exact"]
 Treatment = Literal["none", "clip", "trim"]
 Sensing = Literal["none", "probes", "attribution"]
+Propagating = Literal["none", "update", "regression"]
 Nearness = Literal["adjacent", "by_distance"]
 PositiveInt = Annotated[int, Gt(0)]
 
@@ -293,10 +294,13 @@ class SensitivitySettings:
 
 @dataclass(frozen=True)
 class PropagateSettings:
-    """A refit, block by block, to what the compressed blocks before make of the inputs."""
+    """A refit to what errors before make of the inputs."""
 
+    by: Propagating
+    """none: the stage is left out. update: coefficients alone, for the inputs that the model has as
+    it is, all at once. regression: block by block, with a target that reckons with the drift."""
     amount: Annotated[float, Ge(0), Le(1)]
-    """How far the target goes from the weight to its regression; 0 leaves the stage out."""
+    """How far the target of a regression goes from the weight."""
     stream: Annotated[float, Ge(0), Le(1)]
     """The same for what writes to the residual stream, whose target then makes up for what the
     stream lacks by then, too; 0 takes `amount` and lets the stream be."""

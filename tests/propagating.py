@@ -1,0 +1,128 @@
+"""Small models, compressed, and refitted by `propagate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from conftest import MakeSettings, fit_at_once
+from torch import Tensor
+from torch.nn import functional
+
+from sharebasis import compressed_index, store, tensor_store
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import linears_by_tensor, load_compressed
+from sharebasis.compressed_index import CompressedIndex
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Propagation
+from sharebasis.propagation import propagate
+from sharebasis.settings import Settings
+from sharebasis.source import extract, find_source
+from sharebasis.splitting import split_selected
+from sharebasis.sublayer import Classification
+from sharebasis.update import update
+
+WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+AUTO = {
+    "fit.method": "auto",
+    "fit.shared": [],
+    "fit.group_size": 1,
+    "fit.allocation": "uniform",
+    "fit.storage": "interpolative",
+    "fit.removed": 0.4,
+    "propagate.by": "regression",
+    "propagate.amount": 0.3,
+    "propagate.stream": 0.0,
+    "propagate.windows": 20,
+    "propagate.held_out": 0,
+    "propagate.window": 16,
+    "propagate.batch": 8,
+}
+
+SHARED = {
+    "fit.method": "basis_sharing",
+    "fit.shared": ["q", "k", "v", "gate", "up"],
+    "fit.group_size": 2,
+}
+
+NARROWED = {
+    "fit.structures": ["private", "narrowed"],
+    "fit.allocation": "global",
+    "fit.removed": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model, compressed."""
+
+    work: Path
+    classification: Classification
+    settings: Settings
+
+    @property
+    def index(self) -> CompressedIndex:
+        return store.load_record(self.work / "compressed" / compressed_index.FILE, CompressedIndex)
+
+    def propagate(
+        self,
+        target: Path,
+        checkpoint: Checkpoint | None = None,
+        text: Tensor = WINDOWS,
+        **changes: object,
+    ) -> Propagation:
+        own = replace(self.settings.propagate, **changes)
+        never = Checkpoint(target.parent / "checkpoint", {}, math.inf)
+        moments = MomentStore(self.work / "moments")
+        models = self.work / "weights", self.classification, self.work / "compressed", moments
+        last = checkpoint or never, target, CPU
+        run = update if own.by == "update" else propagate
+        return run(*models, text, own, self.settings.fit, *last)
+
+
+MakeCase = Callable[..., Case]
+
+
+def make_case(
+    work: Path, directory: Path, make_settings: MakeSettings, changes: Mapping[str, object]
+) -> Case:
+    """The model in a directory, calibrated with gradients, and compressed as told."""
+    extract(find_source(str(directory)), work / "weights")
+    model = classify_model(meta_model(load_config(work / "weights")))
+    dense = load_model(work / "weights", "float32", CPU)
+    never = Checkpoint(work / "checkpoint", {}, math.inf)
+    found = calibrate(dense, model.selected, WINDOWS, 4, never, "text")
+    write_moments(work / "moments", *found)
+    settings = make_settings({**AUTO, **changes})
+    parts, moments = split_selected(model, settings.split.strategy), MomentStore(work / "moments")
+    fit_at_once(work / "weights", parts, moments, settings.fit, work / "compressed")
+    return Case(work, model, settings)
+
+
+def products(directory: Path) -> dict[str, Tensor]:
+    """The dense weight of every part."""
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    linears = linears_by_tensor(load_compressed(directory), index)
+    return {name: linear.dense().detach() for name, linear in linears.items()}
+
+
+def n_stored(directory: Path) -> int:
+    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    reader = tensor_store.TensorReader(directory, index.files)
+    return sum(math.prod(reader.shape(name)) for name in index.files)
+
+
+def divergence(case: Case, directory: Path) -> float:
+    """By torch's own, on the windows that are held out above."""
+    p, q = (
+        model(input_ids=WINDOWS[16:]).logits.flatten(0, 1).double().log_softmax(-1)
+        for model in (load_model(case.work / "weights", "float32", CPU), load_compressed(directory))
+    )
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
