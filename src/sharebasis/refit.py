@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -68,7 +68,7 @@ class Refitter:
         group: CompressedGroup,
         basis: Float[Tensor, "rank d_in"],
         coefficients: Mapping[str, Float[Tensor, "_ rank"]],
-        inputs: Moment,
+        inputs: Float64[Tensor, "d_in d_in"],
     ) -> Tensors:
         """The coefficients that are best for the basis that a group has, and that basis.
 
@@ -79,13 +79,13 @@ class Refitter:
             group: with a basis on the input side.
             basis: B.
             coefficients: A, by the names of their tensors.
-            inputs: C, over all sublayers of the group.
+            inputs: C, Σ x̂ x̂ᵀ over all sublayers of the group.
 
         Source: the update of Basis Sharing, arXiv:2410.03765, after SVD-LLM, arXiv:2403.07378.
         """
         assert group.basis is not None
         own = basis.double()
-        seen = own @ inputs.total
+        seen = own @ inputs
         inverse = torch.linalg.pinv(seen @ own.T, rtol=UNSEEN, hermitian=True)
         found = {group.basis: own}
         for part in group.parts:

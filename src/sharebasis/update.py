@@ -9,7 +9,6 @@ change at once, so that those in front change what those behind were updated for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -123,19 +122,15 @@ def _updated(
 ) -> Tensors:
     """New coefficients, which the model is given, and their bases."""
     found: Tensors = {}
+    wanted = {group.name for group in groups}
     for group, linears in linears_by_group(model, index):
-        if group not in groups:
+        if group.name not in wanted:
             continue
         factors = {name: linear.factors() for name, linear in linears.items()}
         basis = next(iter(factors.values()))[0]
         coefficients = {name: coefficient for name, (_, coefficient) in factors.items()}
-        pooled = _pooled([inputs[part.sublayer] for part in group.parts])
+        pooled = reduce(add, (inputs[part.sublayer].total for part in group.parts))
         tensors = refitter.updated(group, basis, coefficients, pooled)
         install(group, tensors, linears)
         found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
     return found
-
-
-def _pooled(moments: Sequence[Moment]) -> Moment:
-    """Over all tokens of each."""
-    return replace(moments[0], total=reduce(add, (moment.total for moment in moments)))
