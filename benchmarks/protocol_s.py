@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from collections.abc import Mapping
 from itertools import groupby
 from math import prod
@@ -68,8 +67,6 @@ METHODS = {
     "basis_sharing": ["fit=basis_sharing"],
     "svd_llm": ["fit=svd_llm"],
     "auto": ["fit=auto"],
-    "basis_sharing-updated": ["fit=basis_sharing", "propagate=update"],
-    "svd_llm-updated": ["fit=svd_llm", "propagate=update"],
     "asvd": ["fit=asvd"],
     "fwsvd": ["fit=fwsvd"],
     "kfac": ["fit=kfac"],
@@ -77,26 +74,40 @@ METHODS = {
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
-    "auto-propagated": ["fit=auto", "propagate=regression"],
-    "auto-recovered": ["fit=auto", "recover=distill"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
     "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
 }
 """Method -> overrides; those of `auto` without one ingredient are the ablation."""
+
+DERIVED = {
+    "basis_sharing-updated": ("basis_sharing", "propagate=update"),
+    "svd_llm-updated": ("svd_llm", "propagate=update"),
+    "auto-propagated": ("auto", "propagate=regression"),
+    "auto-recovered": ("auto", "recover=distill"),
+    "auto-propagated-recovered": ("auto-propagated", "recover=distill"),
+}
+"""Method -> the one whose models it goes on from, and the stage that does so."""
 
 Point = tuple[str, float]
 """Method and the removed fraction asked for."""
 
 
 def settings_of(arguments: argparse.Namespace, method: str, removed: float) -> Settings:
+    *derived, root = lineage(method)
     overrides = [
         "experiment=protocol_s",
-        *METHODS[method],
+        *METHODS[root],
+        *(DERIVED[own][1] for own in derived),
         f"fit.removed={removed}",
         f"data.calibration.path={arguments.calibration}",
         f"data.evaluation.path={arguments.evaluation}",
     ]
     return compose_settings(overrides)
+
+
+def lineage(method: str) -> list[str]:
+    """A method, that whose models it goes on from, and so on."""
+    return [method, *(lineage(DERIVED[method][0]) if method in DERIVED else [])]
 
 
 def points_of(arguments: argparse.Namespace) -> list[Point]:
@@ -108,7 +119,10 @@ def name_of(point: Point) -> str:
 
 
 def fit_all(arguments: argparse.Namespace) -> None:
-    """Every method at every budget, on one calibration and one decomposition a method."""
+    """Every method at every budget, on one calibration and one decomposition a method.
+
+    What one method goes on from is made before it, asked for or not.
+    """
     settings = settings_of(arguments, "auto", 0.2)
     work, device = arguments.work, pick_device(settings.device)
     extract(find_source(settings.model.source), work / "weights")
@@ -117,26 +131,27 @@ def fit_all(arguments: argparse.Namespace) -> None:
     windows = read_windows(tokenizer, settings.data, "calibration", settings.seed)
     moments = gather(work / "weights", work, settings, model, windows)
     parts = split_selected(model, "none")
-    for method in arguments.methods:
-        first = settings_of(arguments, method, arguments.removed[0]).fit
-        decompose(work / "weights", parts, moments, first, work / "spectra", device)
+    for method in dict.fromkeys(own for one in arguments.methods for own in lineage(one)[::-1]):
+        first = settings_of(arguments, method, arguments.removed[0])
+        if method not in DERIVED:
+            decompose(work / "weights", parts, moments, first.fit, work / "spectra", device)
+        make = derive_one if method in DERIVED else fit_one
         for removed in arguments.removed:
-            fit_one(arguments, settings_of(arguments, method, removed), (method, removed))
+            make(work, settings_of(arguments, method, removed), (method, removed))
 
 
-def fit_one(arguments: argparse.Namespace, settings: Settings, point: Point) -> None:
-    """The stages that follow `decompose`; the last one's model goes by the name of the point."""
-    work, device = arguments.work, pick_device(settings.device)
-    steps = [propagate_one] * (settings.propagate.by != "none")
-    steps += [recover_one] * bool(settings.recover.steps)
-    names = [f"{name_of(point)}.{i}" for i in range(len(steps))] + [name_of(point)]
+def fit_one(work: Path, settings: Settings, point: Point) -> None:
     moments, sensitivity = MomentStore(work / "moments"), sense(work, settings)
-    models = work / "weights", work / "spectra"
-    fitted = fit(*models, settings.fit, work / names[0], device, moments, sensitivity)
+    models = work / "weights", work / "spectra", settings.fit, work / name_of(point)
+    fitted = fit(*models, pick_device(settings.device), moments, sensitivity)
     store.write_json(work / f"{name_of(point)}.json", fit_metrics(fitted, settings.fit))
-    for step, source, target in zip(steps, names, names[1:], strict=False):
-        step(work, settings, work / source, work / target)
-        shutil.rmtree(work / source)
+
+
+def derive_one(work: Path, settings: Settings, point: Point) -> None:
+    method, removed = point
+    source, override = DERIVED[method]
+    step = propagate_one if override.startswith("propagate") else recover_one
+    step(work, settings, work / name_of((source, removed)), work / name_of(point))
 
 
 def propagate_one(work: Path, settings: Settings, source: Path, target: Path) -> None:
@@ -185,10 +200,11 @@ def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:
     return found
 
 
-def removed_fraction(work: Path, name: str) -> float:
+def removed_fraction(work: Path, point: Point) -> float:
     """By what the files of the original and of a compressed model hold."""
-    selected = store.read_json(work / f"{name}.json")["original_numbers"]
-    return (n_numbers(work / "weights") - n_numbers(work / name)) / selected
+    *_, root = lineage(point[0])
+    selected = store.read_json(work / f"{name_of((root, point[1]))}.json")["original_numbers"]
+    return (n_numbers(work / "weights") - n_numbers(work / name_of(point))) / selected
 
 
 def n_numbers(directory: Path) -> int:
@@ -207,7 +223,7 @@ def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> N
         table.add_column(column, justify="right" if table.columns else "left")
     for point in points_of(arguments):
         their_removed, theirs = PUBLISHED.get(point, (None, None))
-        removed = removed_fraction(arguments.work, name_of(point))
+        removed = removed_fraction(arguments.work, point)
         ours = fidelity[name_of(point)].compressed_perplexity
         table.add_row(
             point[0],
@@ -227,7 +243,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", required=True, help="WikiText-2 raw, training split")
     parser.add_argument("--evaluation", required=True, help="WikiText-2 raw, test split")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:3])
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *DERIVED], default=list(METHODS)[:3]
+    )
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--work", type=Path, default=Path("artifacts/benchmarks/protocol_s"))
     parser.add_argument(

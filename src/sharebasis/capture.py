@@ -80,17 +80,19 @@ def tracked(trackers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[
 
 @contextmanager
 def forced(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Have modules put out something else than they do; until the end."""
+    """Have modules put out something else than they would, which they do not compute; until the
+    end."""
 
     def say(output: Tensor) -> Callable[..., Tensor]:
-        return lambda *_: output
+        return lambda *_, **__: output
 
-    hooks = [module.register_forward_hook(say(output)) for module, output in outputs.items()]
+    for module, output in outputs.items():
+        module.forward = say(output)
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        for module in outputs:
+            del module.forward
 
 
 def find_sites(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, store
+from sharebasis import compressed_index, kernels, store
 from sharebasis.capture import find_sites, first_call, forced, watched
 from sharebasis.checkpoint import Checkpoint, identity_of
 from sharebasis.compressed import linears_by_tensor, load_compressed
@@ -332,15 +332,16 @@ def propagate(
         Refitter(original, moments, settings, fit, index.mlps),
         settings,
     )
-    state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
-    with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
-        for i in range(len(state.distances), len(names)):
-            state.found |= propagator.pass_block(i, state.streams)
-            state.distances.append(state.streams.distance)
-            advance()
-            if checkpoint.due:
-                state.save(checkpoint)
-    after = divergence_on(held_out, propagator.original, propagator.compressed)
+    with kernels.FastestLinear():
+        state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
+        with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
+            for i in range(len(state.distances), len(names)):
+                state.found |= propagator.pass_block(i, state.streams)
+                state.distances.append(state.streams.distance)
+                advance()
+                if checkpoint.due:
+                    state.save(checkpoint)
+        after = divergence_on(held_out, propagator.original, propagator.compressed)
     found = state.found if is_better(state.before, after) else {}
     refitted = sum(group.parts[0].coefficient in found for group in index.groups)
     left, distances = len(index.groups) - refitted, tuple(state.distances)

@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis import compressed_index, store
+from sharebasis import compressed_index, kernels, store
 from sharebasis.calibration import PROBE_TOKENS, gather, run_blocks
 from sharebasis.capture import find_sites, tracked
 from sharebasis.checkpoint import Checkpoint
@@ -78,11 +78,12 @@ def update(
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
     own = {one.name for one in classification.selected if one.expert is None}
     groups = updatable(index.groups, own)
-    inputs = _own_inputs(model, groups, text, settings.batch, checkpoint)
-    before = divergence_on(held_out, original, model)
-    refitter = Refitter(original, moments, settings, fit, index.mlps)
-    found = _updated(model, index, groups, inputs, refitter)
-    after = divergence_on(held_out, original, model)
+    with kernels.FastestLinear():
+        inputs = _own_inputs(model, groups, text, settings.batch, checkpoint)
+        before = divergence_on(held_out, original, model)
+        refitter = Refitter(original, moments, settings, fit, index.mlps)
+        found = _updated(model, index, groups, inputs, refitter)
+        after = divergence_on(held_out, original, model)
     if not is_better(before, after):
         found, groups = {}, []
     result = Propagation(len(groups), len(index.groups) - len(groups), (), before, after)
