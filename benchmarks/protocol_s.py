@@ -218,24 +218,28 @@ def n_numbers(directory: Path) -> int:
 
 
 def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> None:
-    table = Table(title="Protocol S: perplexity")
-    for column in ("method", "removed", "by us", "perplexity", "ours", "ratio"):
+    """A row a method, below it one of its authors' own code; in brackets, what was removed."""
+    table = Table(title="Protocol S: perplexity (fraction removed)")
+    for column in ("method", *map(str, arguments.removed)):
         table.add_column(column, justify="right" if table.columns else "left")
-    for point in points_of(arguments):
-        their_removed, theirs = PUBLISHED.get(point, (None, None))
-        removed = removed_fraction(arguments.work, point)
-        ours = fidelity[name_of(point)].compressed_perplexity
+    for method, points in groupby(points_of(arguments), key=itemgetter(0)):
+        own = list(points)
+        found = ((fidelity[name_of(one)], removed_fraction(arguments.work, one)) for one in own)
         table.add_row(
-            point[0],
-            f"{their_removed:.4f}" if their_removed else "",
-            f"{removed:.4f}",
-            f"{theirs:.2f}" if theirs else "",
-            f"{ours:.2f}",
-            f"{ours / theirs:.4f}" if theirs else "",
+            method, *(f"{one.compressed_perplexity:.2f} ({part:.4f})" for one, part in found)
         )
+        if any(point in PUBLISHED for point in own):
+            theirs = (PUBLISHED.get(point, (None, None)) for point in own)
+            table.add_row("  official code", *(published(*one) for one in theirs))
     console = Console()
     console.print(table)
     console.print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
+
+
+def published(removed: float | None, perplexity: float | None) -> str:
+    if perplexity is None:
+        return ""
+    return f"{perplexity:.2f} ({'?' if removed is None else f'{removed:.4f}'})"
 
 
 @report_errors
