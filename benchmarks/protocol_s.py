@@ -43,7 +43,6 @@ from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
 from sharebasis.texts import cut, read_windows
-from sharebasis.update import update
 from sharebasis.verification import compare
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
@@ -161,8 +160,7 @@ def propagate_one(work: Path, settings: Settings, source: Path, target: Path) ->
     checkpoint = Checkpoint(work / "propagation", identity, own.checkpoint_seconds)
     model = classify_model(meta_model(load_config(weights)))
     models = weights, model, source, MomentStore(work / "moments")
-    run = update if own.by == "update" else propagate
-    run(*models, windows, own, settings.fit, checkpoint, target, device)
+    propagate(*models, windows, own, settings.fit, checkpoint, target, device)
 
 
 def recover_one(work: Path, settings: Settings, source: Path, target: Path) -> None:

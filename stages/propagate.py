@@ -33,7 +33,6 @@ def refit(settings: Settings) -> None:
     from sharebasis.resources import pick_device
     from sharebasis.sublayer import Classification
     from sharebasis.texts import require_positions
-    from sharebasis.update import update
 
     own, device = settings.propagate, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), own.window, "propagate.window")
@@ -44,8 +43,7 @@ def refit(settings: Settings) -> None:
     checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
     classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments
-    run = update if own.by == "update" else propagate
-    run(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
+    propagate(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from sharebasis.settings import Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.sublayer import Classification
-from sharebasis.update import update
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -83,8 +82,7 @@ class Case:
         moments = MomentStore(self.work / "moments")
         models = self.work / "weights", self.classification, self.work / "compressed", moments
         last = checkpoint or never, target, CPU
-        run = update if own.by == "update" else propagate
-        return run(*models, text, own, self.settings.fit, *last)
+        return propagate(*models, text, own, self.settings.fit, *last)
 
 
 MakeCase = Callable[..., Case]

@@ -161,7 +161,7 @@ def test_held_out_windows_decide_if_there_are_any(
     better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not better:
-        monkeypatch.setattr("sharebasis.update.is_better", lambda *_: False)
+        monkeypatch.setattr("sharebasis.propagation.is_better", lambda *_: False)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
     assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
     before, after = products(case.work / "compressed"), products(tmp_path / "out")

@@ -38,6 +38,7 @@ from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
 from sharebasis.share_linear import ShareLinear
 from sharebasis.sublayer import Classification, Sublayer
 from sharebasis.texts import cut, read_windows
+from sharebasis.update import update
 
 log = logging.getLogger(__name__)
 
@@ -292,15 +293,16 @@ def propagate(
     target: Path,
     device: torch.device,
 ) -> Propagation:
-    """Refit a compressed model block by block and write it anew; whole or not at all.
+    """Refit a compressed model as `settings.by` says and write it anew; whole or not at all.
 
     It stores as many numbers as before, and is what it was where held-out windows like that
-    better. Memory holds both models, the hidden states of both for the whole text, and of one block
-    at a time what the original's sublayers are given.
+    better. Memory holds both models; block by block, also the hidden states of both for the whole
+    text and what the original's sublayers of one block are given.
 
-    A group is refitted if all its parts read one input. Left as they are: what layers share, what
-    is tied to another weight, and experts, to which the two models may send different tokens. In
-    an MLP that lacks neurons, those that are left learn anew to say what all of them said.
+    Block by block, a group is refitted if all its parts read one input, and what layers share stays
+    as it is; so do, always, what is tied to another weight, and experts, to which the two models
+    may send different tokens. In an MLP that lacks neurons, those that are left learn anew to say
+    what all of them said.
 
     Args:
         weights: artifacts/weights.
@@ -321,36 +323,51 @@ def propagate(
     """
     index = store.load_record(compressed / compressed_index.FILE, CompressedIndex)
     original = load_model(weights, settings.dtype, device)
-    names = block_names(original, classification)
+    model = load_compressed(compressed, DTYPES[settings.dtype], device)
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
-    propagator = Propagator(
-        original,
-        load_compressed(compressed, DTYPES[settings.dtype], device),
-        index,
-        Blocks(original, names, text, settings.batch),
-        [x for x in classification.selected if x.expert is None],
-        Refitter(original, moments, settings, fit, index.mlps),
-        settings,
-    )
+    sublayers = [one for one in classification.selected if one.expert is None]
+    refitter = Refitter(original, moments, settings, fit, index.mlps)
+    distances: list[float] = []
     with kernels.FastestLinear():
-        state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
-        with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
-            for i in range(len(state.distances), len(names)):
-                state.found |= propagator.pass_block(i, state.streams)
-                state.distances.append(state.streams.distance)
-                advance()
-                if checkpoint.due:
-                    state.save(checkpoint)
-        after = divergence_on(held_out, propagator.original, propagator.compressed)
-    found = state.found if is_better(state.before, after) else {}
+        if settings.by == "update":
+            before = divergence_on(held_out, original, model)
+            names = [one.name for one in sublayers]
+            found = update(model, index, names, refitter, text, settings.batch, checkpoint)
+        else:
+            blocks = Blocks(original, block_names(original, classification), text, settings.batch)
+            own = Propagator(original, model, index, blocks, sublayers, refitter, settings)
+            state = pass_blocks(own, text, held_out, checkpoint)
+            before, found, distances = state.before, state.found, state.distances
+        after = divergence_on(held_out, original, model)
+    if not is_better(before, after):
+        found = {}
     refitted = sum(group.parts[0].coefficient in found for group in index.groups)
-    left, distances = len(index.groups) - refitted, tuple(state.distances)
-    result = Propagation(refitted, left, distances, state.before, after)
+    left = len(index.groups) - refitted
+    result = Propagation(refitted, left, tuple(distances), before, after)
     with store.writing(target) as out:
         rewrite(out, compressed, index, found, fit.shard_bytes)
         store.save_record(out / PROPAGATION, result)
     checkpoint.remove()
     return result
+
+
+def pass_blocks(
+    propagator: Propagator,
+    text: Int64[Tensor, "windows window"],
+    held_out: Int64[Tensor, "others window"],
+    checkpoint: Checkpoint,
+) -> _Progress:
+    """Refit one block after the other, from the first or where a run was killed."""
+    names = propagator.blocks.names
+    state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
+    with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
+        for i in range(len(state.distances), len(names)):
+            state.found |= propagator.pass_block(i, state.streams)
+            state.distances.append(state.streams.distance)
+            advance()
+            if checkpoint.due:
+                state.save(checkpoint)
+    return state
 
 
 def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> _Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,27 +187,6 @@ def install(
             linear.weight = nn.Parameter(own, requires_grad=False)
         else:
             linear.refactor(tensors[group.basis].to(like), own)
-
-
-def updatable(
-    groups: Iterable[CompressedGroup], readers: Collection[str]
-) -> Sequence[CompressedGroup]:
-    """Groups with a basis on the input side whose parts are each under one name.
-
-    On the output side the best coefficients do not depend on what the group is given.
-
-    Args:
-        groups: of a model.
-        readers: sublayers whose inputs can be known.
-    """
-    return [
-        group
-        for group in groups
-        if group.basis is not None
-        and all(part.sublayer in readers for part in group.parts)
-        and len({part.coefficient for part in group.parts}) == len(group.parts)
-        and group.side == "input"
-    ]
 
 
 def refittable(

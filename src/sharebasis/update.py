@@ -1,4 +1,4 @@
-"""artifacts/compressed and text -> artifacts/propagated: coefficients for the model's own inputs.
+"""Coefficients of a compressed model for the inputs that it has itself.
 
 A compressed model is run once as it is. Then every group's coefficients are made the best ones
 for its basis and what the group was given in that run. That is the update of Basis Sharing
@@ -8,90 +8,55 @@ change at once, so that those in front change what those behind were updated for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
-from pathlib import Path
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis import compressed_index, kernels, store
 from sharebasis.calibration import PROBE_TOKENS, gather, run_blocks
 from sharebasis.capture import find_sites, tracked
 from sharebasis.checkpoint import Checkpoint
-from sharebasis.compressed import linears_by_group, load_compressed
+from sharebasis.compressed import linears_by_group
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex
-from sharebasis.compressed_writer import rewrite
-from sharebasis.held_out import divergence_on, is_better
-from sharebasis.hub import DTYPES, load_model
-from sharebasis.moment_store import MomentStore
 from sharebasis.moments import Moment, MomentAccumulator
-from sharebasis.outcomes import PROPAGATION, Propagation
-from sharebasis.refit import Refitter, Tensors, install, updatable
+from sharebasis.refit import Refitter, Tensors, install, refittable
 from sharebasis.resources import require_memory
-from sharebasis.settings import FitSettings, PropagateSettings
-from sharebasis.sublayer import Classification
 
 
-@torch.no_grad()
 def update(
-    weights: Path,
-    classification: Classification,
-    compressed: Path,
-    moments: MomentStore,
-    windows: Int64[Tensor, "windows window"],
-    settings: PropagateSettings,
-    fit: FitSettings,
+    model: PreTrainedModel,
+    index: CompressedIndex,
+    sublayers: Iterable[str],
+    refitter: Refitter,
+    text: Int64[Tensor, "windows window"],
+    batch: int,
     checkpoint: Checkpoint,
-    target: Path,
-    device: torch.device,
-) -> Propagation:
-    """Update a compressed model's coefficients and write it anew; whole or not at all.
+) -> Tensors:
+    """New coefficients, which the model is given, and their bases.
 
-    It stores as many numbers as before, and is what it was where held-out windows like that
-    better. Left as they are: what has no basis, or one on the side of outputs (its coefficients
-    are the best for all inputs), what is tied to another weight, and experts. Memory holds both
-    models, and the moments of the compressed one's inputs.
+    Left as they are: what has no basis, or one on the side of outputs (its coefficients are the
+    best for all inputs), and what is tied to another weight. Memory holds the moments of the
+    inputs, too.
 
     Args:
-        weights: artifacts/weights.
-        classification: of its sublayers.
-        compressed: artifacts/compressed.
-        moments: artifacts/moments, for MLPs that lack neurons.
-        windows: from `propagation_windows`.
-        settings: of the stage.
-        fit: damping of the fit before, and the size of shards.
-        checkpoint: where a run that was killed goes on from.
-        target: artifacts/propagated.
-        device: for both models.
+        model: compressed, from `load_compressed`.
+        index: of its directory.
+        sublayers: those to update.
+        refitter: knows what they were.
+        text: token ids.
+        batch: windows a forward pass.
+        checkpoint: of the moments, where a run that was killed goes on from.
 
     Raises:
-        CalibrationError, WeightsError, StoreError, ResourceError: what is read is not usable, or
-            does not fit.
+        CalibrationError: an input is not finite.
+        ResourceError: the moments do not fit into memory.
     """
-    index = store.load_record(compressed / compressed_index.FILE, CompressedIndex)
-    original = load_model(weights, settings.dtype, device)
-    model = load_compressed(compressed, DTYPES[settings.dtype], device)
-    text, held_out = windows.to(device).split([settings.windows, settings.held_out])
-    own = {one.name for one in classification.selected if one.expert is None}
-    groups = updatable(index.groups, own)
-    with kernels.FastestLinear():
-        inputs = _own_inputs(model, groups, text, settings.batch, checkpoint)
-        before = divergence_on(held_out, original, model)
-        refitter = Refitter(original, moments, settings, fit, index.mlps)
-        found = _updated(model, index, groups, inputs, refitter)
-        after = divergence_on(held_out, original, model)
-    if not is_better(before, after):
-        found, groups = {}, []
-    result = Propagation(len(groups), len(index.groups) - len(groups), (), before, after)
-    with store.writing(target) as out:
-        rewrite(out, compressed, index, found, fit.shard_bytes)
-        store.save_record(out / PROPAGATION, result)
-    checkpoint.remove()
-    return result
+    groups = [one for one in refittable(index.groups, sublayers) if one.basis is not None]
+    inputs = _own_inputs(model, groups, text, batch, checkpoint)
+    return _updated(model, index, groups, inputs, refitter)
 
 
 def _own_inputs(
@@ -121,7 +86,7 @@ def _updated(
     inputs: Mapping[str, Moment],
     refitter: Refitter,
 ) -> Tensors:
-    """New coefficients, which the model is given, and their bases."""
+    """What `update` returns."""
     found: Tensors = {}
     wanted = {group.name for group in groups}
     for group, linears in linears_by_group(model, index):
