@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import MakeSettings, fit_at_once
+from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
 from torch.nn import functional
 
@@ -88,20 +89,34 @@ class Case:
 MakeCase = Callable[..., Case]
 
 
-def make_case(
-    work: Path, directory: Path, make_settings: MakeSettings, changes: Mapping[str, object]
-) -> Case:
-    """The model in a directory, calibrated with gradients, and compressed as told."""
-    extract(find_source(str(directory)), work / "weights")
-    model = classify_model(meta_model(load_config(work / "weights")))
-    dense = load_model(work / "weights", "float32", CPU)
-    never = Checkpoint(work / "checkpoint", {}, math.inf)
-    found = calibrate(dense, model.selected, WINDOWS, 4, never, "text")
-    write_moments(work / "moments", *found)
-    settings = make_settings({**AUTO, **changes})
-    parts, moments = split_selected(model, settings.split.strategy), MomentStore(work / "moments")
-    fit_at_once(work / "weights", parts, moments, settings.fit, work / "compressed")
-    return Case(work, model, settings)
+class Killed(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+def maker(
+    temporary: pytest.TempPathFactory,
+    make_directory: MakeDirectory,
+    make_settings: MakeSettings,
+    always: Mapping[str, object] = {},
+) -> MakeCase:
+    """`make(family, {"fit.removed": ...})`: a small model, calibrated with gradients and compressed
+    as told by `AUTO`, by `always` and then."""
+
+    def make(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
+        work = temporary.mktemp("case")
+        extract(find_source(str(make_directory(family))), work / "weights")
+        model = classify_model(meta_model(load_config(work / "weights")))
+        dense = load_model(work / "weights", "float32", CPU)
+        never = Checkpoint(work / "checkpoint", {}, math.inf)
+        found = calibrate(dense, model.selected, WINDOWS, 4, never, "text")
+        write_moments(work / "moments", *found)
+        settings = make_settings({**AUTO, **always, **changes})
+        parts = split_selected(model, settings.split.strategy)
+        moments = MomentStore(work / "moments")
+        fit_at_once(work / "weights", parts, moments, settings.fit, work / "compressed")
+        return Case(work, model, settings)
+
+    return make
 
 
 def products(directory: Path) -> dict[str, Tensor]:

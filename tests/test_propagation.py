@@ -16,9 +16,10 @@ from propagating import (
     SHARED,
     WINDOWS,
     Case,
+    Killed,
     MakeCase,
     divergence,
-    make_case,
+    maker,
     n_stored,
     products,
 )
@@ -45,13 +46,7 @@ def make(
     make_directory: MakeDirectory,
     make_settings: MakeSettings,
 ) -> MakeCase:
-    """`make(family, {"fit.removed": ...})`: a small model, compressed as told."""
-
-    def of(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
-        work = tmp_path_factory.mktemp("case")
-        return make_case(work, make_directory(family), make_settings, changes)
-
-    return of
+    return maker(tmp_path_factory, make_directory, make_settings)
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +235,6 @@ def test_a_bias_keeps_the_mean_of_what_is_put_out(
         off.append((mean(load_compressed(tmp_path / f"{keeps}")) - mean(model)).norm())
     assert off[1] < 1e-3 * off[0]
     assert n_stored(tmp_path / "True") == n_stored(case.work / "compressed")
-
-
-class Killed(Exception):  # noqa: N818
-    """Stands for a kill."""
 
 
 def test_a_killed_run_goes_on_to_the_same_end(

@@ -14,9 +14,10 @@ from propagating import (
     SHARED,
     WINDOWS,
     Case,
+    Killed,
     MakeCase,
     divergence,
-    make_case,
+    maker,
     n_stored,
     products,
 )
@@ -41,13 +42,7 @@ def make(
     make_directory: MakeDirectory,
     make_settings: MakeSettings,
 ) -> MakeCase:
-    """`make(family, {"fit.removed": ...})`: a small model, compressed as told."""
-
-    def of(family: str = "llama", changes: Mapping[str, object] = {}) -> Case:
-        work = tmp_path_factory.mktemp("case")
-        return make_case(work, make_directory(family), make_settings, UPDATE | changes)
-
-    return of
+    return maker(tmp_path_factory, make_directory, make_settings, UPDATE)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +122,6 @@ def test_directions_without_input_stay_as_they_were(make: MakeCase, tmp_path: Pa
     moved = after[group.parts[0].coefficient] - before[group.parts[0].coefficient]
     assert moved.norm() > 1e-3
     assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 1
-
-
-class Killed(Exception):  # noqa: N818
-    """Stands for a kill."""
 
 
 def test_a_killed_run_goes_on(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
