@@ -1,9 +1,10 @@
 """Protocol S: our baselines beside their authors' own code, on the same model and text.
 
-Calibrates once on the first 128 windows of 512 tokens of one file, fits every method at
-every budget, and evaluates all of them on the first 64 windows of another. What was removed is
-counted in the files. The published column was measured with the official repositories of Basis
-Sharing, SVD-LLM and KFAC-SVD on the same weights and files (dense perplexity 29.53).
+Calibrates on the first 128 windows of 512 tokens of one file, once for all methods that ask for
+the same gradients, fits every method at every budget, and evaluates all of them on the first 64
+windows of another. What was removed is counted in the files. The published column was measured
+with the official repositories of Basis Sharing, SVD-LLM and KFAC-SVD on the same weights and
+files (dense perplexity 29.53).
 
     python benchmarks/protocol_s.py --calibration train.txt --evaluation test.txt
 """
@@ -67,9 +68,10 @@ METHODS = {
     "svd_llm": ["fit=svd_llm"],
     "auto": ["fit=auto"],
     "asvd": ["fit=asvd"],
-    "fwsvd": ["fit=fwsvd"],
-    "kfac": ["fit=kfac"],
+    "fwsvd": ["fit=fwsvd", "calibrate.gradients=text"],
+    "kfac": ["fit=kfac", "calibrate.gradients=text"],
     "auto-one_sided": ["fit=auto", "fit.two_sided=false"],
+    "auto-text": ["fit=auto", "calibrate.gradients=text"],
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
@@ -128,10 +130,10 @@ def fit_all(arguments: argparse.Namespace) -> None:
     model = classify_model(meta_model(load_config(work / "weights")))
     tokenizer = load_tokenizer(work / "weights")
     windows = read_windows(tokenizer, settings.data, "calibration", settings.seed)
-    moments = gather(work / "weights", work, settings, model, windows)
     parts = split_selected(model, "none")
     for method in dict.fromkeys(own for one in arguments.methods for own in lineage(one)[::-1]):
         first = settings_of(arguments, method, arguments.removed[0])
+        moments = gather(work / "weights", gathered(work, first), first, model, windows)
         if method not in DERIVED:
             decompose(work / "weights", parts, moments, first.fit, work / "spectra", device)
         make = derive_one if method in DERIVED else fit_one
@@ -139,8 +141,17 @@ def fit_all(arguments: argparse.Namespace) -> None:
             make(work, settings_of(arguments, method, removed), (method, removed))
 
 
+def gathered(work: Path, settings: Settings) -> Path:
+    """Where the calibration of a method lies: one for all that ask for the same gradients."""
+    return work / f"gradients-{settings.calibrate.gradients}"
+
+
+def moments_of(work: Path, settings: Settings) -> MomentStore:
+    return MomentStore(gathered(work, settings) / "moments")
+
+
 def fit_one(work: Path, settings: Settings, point: Point) -> None:
-    moments, sensitivity = MomentStore(work / "moments"), sense(work, settings)
+    moments, sensitivity = moments_of(work, settings), sense(work, settings)
     models = work / "weights", work / "spectra", settings.fit, work / name_of(point)
     fitted = fit(*models, pick_device(settings.device), moments, sensitivity)
     store.write_json(work / f"{name_of(point)}.json", fit_metrics(fitted, settings.fit))
@@ -159,7 +170,7 @@ def propagate_one(work: Path, settings: Settings, source: Path, target: Path) ->
     identity = propagation_identity(weights, source, windows, own, settings.fit)
     checkpoint = Checkpoint(work / "propagation", identity, own.checkpoint_seconds)
     model = classify_model(meta_model(load_config(weights)))
-    models = weights, model, source, MomentStore(work / "moments")
+    models = weights, model, source, moments_of(work, settings)
     propagate(*models, windows, own, settings.fit, checkpoint, target, device)
 
 
@@ -179,7 +190,7 @@ def sense(work: Path, settings: Settings) -> Sensitivity:
     data = cut(settings.data, "calibration", own.windows, own.window)
     windows = read_windows(load_tokenizer(weights), data, "calibration", settings.seed)
     model, dtype = classify_model(meta_model(load_config(weights))), settings.model.dtype
-    artefacts = weights, work / "spectra", MomentStore(work / "moments"), model
+    artefacts = weights, work / "spectra", moments_of(work, settings), model
     return measure_sensitivity(
         *artefacts, windows, own, settings.fit, dtype, work / "draft", device
     )

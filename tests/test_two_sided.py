@@ -165,7 +165,7 @@ def test_inputs_have_the_same_moments_with_gradients_as_without(
     for sublayer in selected:
         one, other = (store.read(store.site(sublayer.name)) for store in (with_them, without))
         torch.testing.assert_close(one.total, other.total, rtol=1e-4, atol=1e-4)
-    with pytest.raises(CalibrationError, match=r"calibrate\.gradients=text"):
+    with pytest.raises(CalibrationError, match=r"calibrate\.gradients=model"):
         without.gradient(selected[0].name)
 
 

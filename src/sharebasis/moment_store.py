@@ -128,8 +128,8 @@ class MomentStore:
         """
         if gradient_site(sublayer) not in self._n_tokens:
             raise CalibrationError(
-                f"There is no gradient moment for {sublayer}. Set calibrate.gradients=text (or "
-                "model), or fit.two_sided=false."
+                f"There is no gradient moment for {sublayer}. Set calibrate.gradients=model (or "
+                "text), or fit.two_sided=false."
             )
         return self.read(gradient_site(sublayer))
 

@@ -183,7 +183,7 @@ class CalibrateSettings:
     """Longest time between two checkpoints; what a kill can cost."""
     gradients: Labels | None
     """Whether the gradients of outputs are tracked, too, by a backward pass: of the loss on
-    the next token of the text, or on one that the model itself would have drawn."""
+    the next token of the text, or on one that the model itself has drawn."""
     outliers: OutlierSettings
     """What becomes of tokens that are far longer than others, in moments of inputs and of
     gradients."""
