@@ -132,11 +132,11 @@ def fit_all(arguments: argparse.Namespace) -> None:
     windows = read_windows(tokenizer, settings.data, "calibration", settings.seed)
     parts = split_selected(model, "none")
     for method in dict.fromkeys(own for one in arguments.methods for own in lineage(one)[::-1]):
-        first = settings_of(arguments, method, arguments.removed[0])
-        moments = gather(work / "weights", gathered(work, first), first, model, windows)
-        if method not in DERIVED:
-            decompose(work / "weights", parts, moments, first.fit, work / "spectra", device)
         make = derive_one if method in DERIVED else fit_one
+        if method not in DERIVED:
+            first = settings_of(arguments, method, arguments.removed[0])
+            moments = gather(work / "weights", gathered(work, first), first, model, windows)
+            decompose(work / "weights", parts, moments, first.fit, work / "spectra", device)
         for removed in arguments.removed:
             make(work, settings_of(arguments, method, removed), (method, removed))
 
