@@ -11,11 +11,6 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# glibc gives every large block back to the system at once, and the pages of the next one are
-# faulted in again, layer by layer; kept, they are faulted in once.
-export MALLOC_MMAP_THRESHOLD_ := 8589934592
-export MALLOC_TRIM_THRESHOLD_ := 17179869184
-
 .PHONY: repro test check env test-env lock clean
 
 repro: env

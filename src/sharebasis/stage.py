@@ -1,4 +1,4 @@
-"""What every script has around it: logging, and errors that a person can read."""
+"""What every script has around it: logging, memory, and errors that a person can read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
 
+from sharebasis.allocator import keep_freed_memory
 from sharebasis.errors import ShareBasisError
 from sharebasis.ledger import recorded
 
@@ -48,6 +49,7 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sharebasis").setLevel(logging.INFO)
+        keep_freed_memory()
         try:
             with recorded(script):
                 main(*args, **kwargs)
