@@ -26,15 +26,14 @@ def gather(
 ) -> MomentStore:
     """Calibrate into `work`, unless that is done, or go on where an earlier run was stopped."""
     batch, own = settings.data.batch, settings.calibrate
-    chosen = {"batch": batch, "gradients": own.gradients, "outliers": asdict(own.outliers)}
-    identity = run_identity(weights, model.selected, windows, **chosen)
+    chosen = {"gradients": own.gradients, "outliers": own.outliers, "seed": settings.seed}
+    others = {**chosen, "outliers": asdict(own.outliers)}
+    identity = run_identity(weights, model.selected, windows, batch=batch, **others)
     checkpoint = Checkpoint(work / "checkpoint", identity, 60)
     key = work / "moments.key"
     if not (key.exists() and key.read_text() == checkpoint.key):
         dense = load_model(weights, settings.model.dtype, pick_device(settings.device))
-        found = calibrate(
-            dense, model.selected, windows, batch, checkpoint, own.gradients, own.outliers
-        )
+        found = calibrate(dense, model.selected, windows, batch, checkpoint, **chosen)
         write_moments(work / "moments", *found)
         key.write_text(checkpoint.key)
         checkpoint.remove()

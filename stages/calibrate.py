@@ -32,10 +32,12 @@ def main() -> None:
         device=str(device),
         gradients=gradients,
         outliers=asdict(outliers),
+        seed=settings.seed,
     )
     checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
     model = load_model(WEIGHTS, dtype, device)
-    sites, sums = calibrate(model, sublayers, windows, batch, checkpoint, gradients, outliers)
+    how = batch, checkpoint, gradients, outliers, settings.seed
+    sites, sums = calibrate(model, sublayers, windows, *how)
     write_moments(MOMENTS, sites, sums)
     checkpoint.remove()
     counts = list(tokens_of(sums).values())

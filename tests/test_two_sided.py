@@ -20,6 +20,7 @@ from sharebasis.factorize import decompose_reads, fit_read_basis
 from sharebasis.hub import load_model
 from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.moments import Moment
+from sharebasis.settings import Labels
 from sharebasis.sublayer import Sublayer
 
 CPU = torch.device("cpu")
@@ -114,12 +115,12 @@ def test_an_identity_moment_of_gradients_changes_nothing() -> None:
 
 
 def _calibrated(
-    directory: Path, tmp_path: Path, labels: str, batch: int = 3
+    directory: Path, tmp_path: Path, labels: Labels, batch: int = 3, seed: int = 0
 ) -> tuple[MomentStore, tuple[Sublayer, ...]]:
     model = load_model(directory, "float32", CPU)
     selected = classify_model(model).selected
     checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
-    found = calibrate(model, selected, WINDOWS, batch, checkpoint, labels)  # type: ignore[arg-type]
+    found = calibrate(model, selected, WINDOWS, batch, checkpoint, labels, seed=seed)
     write_moments(tmp_path / "moments", *found)
     return MomentStore(tmp_path / "moments"), selected
 
@@ -169,12 +170,15 @@ def test_inputs_have_the_same_moments_with_gradients_as_without(
         without.gradient(selected[0].name)
 
 
-def test_labels_of_the_model_are_drawn_alike_in_every_run_and_are_not_those_of_the_text(
+def test_labels_of_the_model_are_drawn_by_the_seed_and_are_not_those_of_the_text(
     llama_directory: Path, tmp_path: Path
 ) -> None:
     one, selected = _calibrated(llama_directory, tmp_path / "1", "model")
     again, _ = _calibrated(llama_directory, tmp_path / "2", "model")
-    text, _ = _calibrated(llama_directory, tmp_path / "3", "text")
+    others, _ = _calibrated(llama_directory, tmp_path / "3", "model", seed=1)
+    text, _ = _calibrated(llama_directory, tmp_path / "4", "text")
     name = selected[0].name
     assert torch.equal(one.gradient(name).total, again.gradient(name).total)
-    assert not torch.allclose(one.gradient(name).total, text.gradient(name).total, rtol=1e-2)
+    for other in (others, text):
+        assert not torch.allclose(one.gradient(name).total, other.gradient(name).total, rtol=1e-2)
+        torch.testing.assert_close(one.read(name).total, other.read(name).total)

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 ALL_COUNT = OutlierSettings(EVERY_TOKEN, EVERY_TOKEN)
 """Every token counts, however long it is."""
 
+SEEDS_APART = 1_000_003
+"""Batches draw by seeds that follow each other; a generator on a CPU looks at 32 bits of one."""
+
 PROBE_TOKENS = 4
 """Enough to see which sublayers read the same tensor."""
 
@@ -50,6 +53,7 @@ def calibrate(
     checkpoint: Checkpoint,
     gradients: Labels | None = None,
     outliers: OutlierSettings = ALL_COUNT,
+    seed: int = 0,
 ) -> tuple[Sequence[Site], Accumulators]:
     """Gather the moment of every distinct input of the selected sublayers.
 
@@ -61,6 +65,7 @@ def calibrate(
         checkpoint: where a run that was killed goes on from.
         gradients: gather those of the gradients of outputs, too (`run_backward`).
         outliers: what becomes of tokens that are far longer than others.
+        seed: of the tokens that the model draws; which ones, the batch and the device say, too.
 
     Raises:
         CalibrationError: a sublayer never ran.
@@ -75,7 +80,7 @@ def calibrate(
         if gradients is None:
             run_blocks(model, chunk)
         else:
-            run_backward(model, chunk, gradients, seed=start)
+            run_backward(model, chunk, gradients, (seed * SEEDS_APART + start) % 2**32)
 
     gather(run, accumulators, windows, batch, checkpoint, "calibrate")
     unseen = [site.name for site in sites if accumulators[site.name].n_tokens == 0]

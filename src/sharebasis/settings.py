@@ -429,5 +429,5 @@ class Settings:
     device: str
     """torch device, or auto: a GPU where there is one."""
     seed: int
-    """Orders the speeches of the default corpus, and the numbers of vary's random weights;
-    nothing else is random."""
+    """Of everything random: the order of the speeches of the default corpus, the tokens that the
+    model draws in calibrate, the order of windows in recover, vary's random weights."""
