@@ -2,11 +2,11 @@
 
 Calibrates on WikiText and on speeches, evaluates each on both, held out; and calibrates on
 several runs of windows of one file that do not overlap (a run is a seed), evaluated on two sets of
-windows. What the work directory holds already is not done again.
+windows. What the work directory holds already, with the same --set, is not done again.
 
     python benchmarks/other_text.py --train train.txt --test test.txt
     python benchmarks/other_text.py --train train.txt --test test.txt --seeds 1 \
-        --set calibrate.outliers.gradients.treatment=clip --work artifacts/benchmarks/clip
+        --set calibrate.outliers.gradients.treatment=clip
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ def settings_of(
     return compose_settings(overrides)
 
 
+def work_of(arguments: argparse.Namespace) -> Path:
+    """Where everything but the weights lies; what was made with other settings lies elsewhere."""
+    return arguments.work / ("+".join(sorted(arguments.set)).replace("/", "_") or "default")
+
+
 def read(arguments: argparse.Namespace, text: str, use: Use) -> Windows:
     settings = settings_of(arguments, text)
     tokenizer = load_tokenizer(arguments.work / "weights")
@@ -126,7 +131,7 @@ def model_name(calibration: Calibration, method: str, removed: float) -> str:
 
 def measure(arguments: argparse.Namespace, one: Calibration, texts: Mapping[str, Windows]) -> None:
     """What is missing of one calibration, method after method."""
-    results, weights = Results(arguments.work), arguments.work / "weights"
+    results, weights = Results(work_of(arguments)), arguments.work / "weights"
     for method in arguments.methods:
         removed = [
             own
@@ -136,7 +141,7 @@ def measure(arguments: argparse.Namespace, one: Calibration, texts: Mapping[str,
         if not removed:
             continue
         settings = settings_of(arguments, one.text, method)
-        device, own = pick_device(settings.device), arguments.work / one.name
+        device, own = pick_device(settings.device), work_of(arguments) / one.name
         model = classify_model(meta_model(load_config(weights)))
         moments = gather(weights, own, settings, model, one.windows)
         parts = split_selected(model, "none")
@@ -159,12 +164,12 @@ def evaluate(
     texts: Mapping[str, Windows],
 ) -> None:
     """Every budget against the original, on every text that has not been measured yet."""
-    settings, results = settings_of(arguments, one.text), Results(arguments.work)
+    settings, results = settings_of(arguments, one.text), Results(work_of(arguments))
     device, weights = pick_device(settings.device), arguments.work / "weights"
     dense = load_model(weights, "float32", device)
     models = {
         model_name(one, method, own): load_compressed(
-            arguments.work / one.name / str(own), device=device
+            work_of(arguments) / one.name / str(own), device=device
         )
         for own in removed
     }
@@ -183,7 +188,7 @@ def row(*cells: object) -> str:
 
 def report(arguments: argparse.Namespace, runs: Sequence[Calibration]) -> str:
     """Both tables, in Markdown."""
-    results = Results(arguments.work)
+    results = Results(work_of(arguments))
     first, second, speeches = runs[0].evaluations
     lines = [
         row("calibrated on", "method", "removed", first, speeches),
@@ -196,7 +201,8 @@ def report(arguments: argparse.Namespace, runs: Sequence[Calibration]) -> str:
             found = results[model_name(one, method, removed)]
             cells = (f"{found[text]:.2f}" for text in (first, speeches))
             name = f"{one.text}, {len(one.windows)} windows"
-            lines.append(row(name, method, f"{found['removed']:.4f}", *cells))
+            shown = " ".join([method, *arguments.set])
+            lines.append(row(name, shown, f"{found['removed']:.4f}", *cells))
     seeds = [one for one in runs if one.text == WIKITEXT]
     if len(seeds) > 1:
         lines += ["", row("evaluated on", "method", "asked", "mean", "std", "every seed")]
