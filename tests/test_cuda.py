@@ -1,4 +1,4 @@
-"""On a GPU every stage gives what it gives on a CPU, up to rounding."""
+"""On a GPU every stage that uses one gives what it gives on a CPU, up to rounding."""
 
 from __future__ import annotations
 
