@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeSettings
-from propagating import AUTO, NARROWED
-from torch import Tensor
+from propagating import AUTO, NARROWED, products
 from transformers import PreTrainedModel
 
-from sharebasis import compressed_index, store
 from sharebasis.attribution.error_attribution import attribute
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
-from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_index import CompressedIndex
+from sharebasis.compressed import load_compressed
 from sharebasis.curve import measure_curve
 from sharebasis.decomposition import Spectra, decompose
 from sharebasis.fitting import FittedModel, fit
@@ -30,7 +27,6 @@ from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.outcomes import Propagation, Recovery
 from sharebasis.propagation import propagate
 from sharebasis.recovery import recover
-from sharebasis.rows import Rows
 from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import SensitivitySettings, Settings
@@ -92,24 +88,23 @@ class Pipeline:
 
     @cached_property
     def propagation(self) -> Propagation:
-        models = self.work / "weights", self.classification, self.work / "compressed", self.moments
+        models = self.work / "weights", self.classification, self.compressed, self.moments
         own, target = (self.settings.propagate, self.settings.fit), self.work / "propagated"
         return propagate(*models, WINDOWS, *own, self.never, target, self.device)
 
     @cached_property
     def recovery(self) -> Recovery:
         own, target = replace(self.settings.recover, dtype="float32"), self.work / "recovered"
-        models, last = (self.work / "weights", self.work / "compressed"), (10_000, self.device)
+        models, last = (self.work / "weights", self.compressed), (10_000, self.device)
         return recover(*models, WINDOWS, own, 0, self.never, target, *last)
 
-    def products(self, name: str) -> Mapping[str, Tensor]:
-        """The dense weight of every part of a compressed directory."""
-        index = store.load_record(self.work / name / compressed_index.FILE, CompressedIndex)
-        linears = linears_by_tensor(self.load(name), index)
-        return {name: own.dense().detach().cpu() for name, own in linears.items()}
+    @property
+    def compressed(self) -> Path:
+        assert self.fitted
+        return self.work / "compressed"
 
-    def load(self, name: str) -> PreTrainedModel:
-        return load_compressed(self.work / name, device=self.device)
+    def load(self) -> PreTrainedModel:
+        return load_compressed(self.compressed, device=self.device)
 
 
 Pair = tuple[Pipeline, Pipeline]
@@ -191,8 +186,8 @@ def test_what_is_fitted(pair: Pair) -> None:
     losses = [sum(group.loss for group in one.fitted.groups) for one in pair]
     assert stored[1] == stored[0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    ours = gpu.products("compressed")
-    for name, product in cpu.products("compressed").items():
+    ours = products(gpu.compressed)
+    for name, product in products(cpu.compressed).items():
         assert (ours[name] - product).norm() < 1e-2 * product.norm()
 
 
@@ -203,16 +198,12 @@ def test_sensitivity(pair: Pair) -> None:
 
 
 def test_propagation(pair: Pair) -> None:
-    for one in pair:
-        assert one.fitted
     cpu, gpu = (one.propagation for one in pair)
     assert gpu.distances == pytest.approx(cpu.distances, rel=1e-2)
     assert gpu.after == pytest.approx(cpu.after, rel=1e-2)
 
 
 def test_recovery(pair: Pair) -> None:
-    for one in pair:
-        assert one.fitted
     cpu, gpu = ([look.divergence for look in one.recovery.looks] for one in pair)
     assert gpu == pytest.approx(cpu, rel=2e-2)
     assert gpu[-1] < gpu[0]
@@ -220,21 +211,17 @@ def test_recovery(pair: Pair) -> None:
 
 def test_recovery_in_bfloat16(pair: Pair) -> None:
     _, gpu = pair
-    assert gpu.fitted
     own, target = replace(gpu.settings.recover, dtype="bfloat16"), gpu.work / "bfloat16"
-    models = gpu.work / "weights", gpu.work / "compressed"
+    models = gpu.work / "weights", gpu.compressed
     found = recover(*models, WINDOWS, own, 0, gpu.never, target, 10_000, gpu.device)
     assert found.looks[-1].divergence < found.looks[0].divergence
 
 
 def test_verification(pair: Pair) -> None:
     _, gpu = pair
-    assert gpu.fitted
-    rows: dict[str, list[Rows]] = rows_by_sublayer(split_selected(gpu.classification, "heads"))
+    rows = rows_by_sublayer(split_selected(gpu.classification, "heads"))
     assert lossless_difference(gpu.original, rows, WINDOWS[:2]) < 1e-4
-    found = [
-        compare(one.original, {"it": one.load("compressed")}, WINDOWS, 4)["it"] for one in pair
-    ]
+    found = [compare(one.original, {"it": one.load()}, WINDOWS, 4)["it"] for one in pair]
     assert found[1].compressed_perplexity == pytest.approx(found[0].compressed_perplexity, rel=1e-2)
     assert found[1].kl_mean == pytest.approx(found[0].kl_mean, rel=1e-2)
 
@@ -248,8 +235,7 @@ def test_curve(pair: Pair) -> None:
 
 
 def test_attribution(pair: Pair) -> None:
-    assert all(one.fitted for one in pair)
-    found = [attribute(one.original, one.load("compressed"), WINDOWS[:4]) for one in pair]
+    found = [attribute(one.original, one.load(), WINDOWS[:4]) for one in pair]
     cpu, gpu = ({one.label: one.total("kl") for one in every.components} for every in found)
     assert cpu.keys() == gpu.keys()
     size = sum(map(abs, cpu.values()))
