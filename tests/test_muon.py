@@ -24,9 +24,10 @@ def _gradients(step: int) -> Sequence[Tensor]:
 
 
 def _step(ours: Muon, matrices: Sequence[nn.Parameter], step: int, rate: float) -> None:
+    """As a backward pass would, gradients are added to those that are there."""
     for matrix, gradient in zip(matrices, _gradients(step), strict=True):
-        matrix.grad = gradient
-    ours.step(rate)
+        matrix.grad = gradient if matrix.grad is None else matrix.grad + gradient
+    ours.step(step, rate)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -35,7 +36,7 @@ def test_a_step_is_that_of_torch(threads: int) -> None:
     theirs = torch.optim.Muon(expected, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     torch.set_num_threads(threads)
     try:
-        ours = Muon(matrices)
+        ours = Muon(matrices, turns=1)
         for step, rate in enumerate([0.1, 0.05]):
             _step(ours, matrices, step, rate)
     finally:
@@ -52,17 +53,52 @@ def test_a_step_is_that_of_torch(threads: int) -> None:
         assert (own - wanted).norm() < 0.01 * moved
 
 
-def test_it_goes_on_from_its_momentum() -> None:
+def test_each_matrix_has_its_turn() -> None:
+    matrices = _matrices()
+    ours, moved = Muon(matrices, turns=3), list[int]()
+    for step in range(6):
+        before = [matrix.detach().clone() for matrix in matrices]
+        _step(ours, matrices, step, 0.1)
+        pairs = enumerate(zip(matrices, before, strict=True))
+        moved += (now := [i for i, (own, was) in pairs if not torch.equal(own, was)])
+        assert now == [i for i, matrix in enumerate(matrices) if matrix.grad is None]
+    assert sorted(moved[: len(SHAPES)]) == list(range(len(SHAPES)))
+    assert moved[len(SHAPES) :] == moved[: len(SHAPES)]
+
+
+def test_a_turn_is_a_longer_step_by_the_sum_of_the_gradients() -> None:
+    matrices = _matrices()
+    ours = Muon(matrices, turns=len(SHAPES))
+    for step in range(2 * len(SHAPES)):
+        _step(ours, matrices, step, 0.1)
+    largest = 0  # no other has as many multiply-adds, so the first turn is its own
+    (expected,) = _matrices()[largest : largest + 1]
+    theirs = torch.optim.Muon(
+        [expected],
+        lr=0.1 * len(SHAPES),
+        weight_decay=0.0,
+        momentum=0.95 ** len(SHAPES),
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for steps in ([0], range(1, 1 + len(SHAPES))):
+        expected.grad = torch.stack([_gradients(step)[largest] for step in steps]).sum(0)
+        theirs.step()
+    moved = (expected - _matrices()[largest]).norm()
+    assert (matrices[largest] - expected).norm() < 0.01 * moved
+
+
+def test_it_goes_on_from_its_momentum_and_gradients() -> None:
     whole, first, second = _matrices(), _matrices(), _matrices()
-    ours = Muon(whole)
-    _step(ours, whole, 0, 0.1)
-    _step(ours, whole, 1, 0.1)
-    before = Muon(first)
-    _step(before, first, 0, 0.1)
-    after = Muon(second)
+    ours, before, after = Muon(whole), Muon(first), Muon(second)
+    for step in range(6):
+        _step(ours, whole, step, 0.1)
+    for step in range(3):
+        _step(before, first, step, 0.1)
     for matrix, old in zip(second, first, strict=True):
         matrix.data.copy_(old)
+        matrix.grad = None if old.grad is None else old.grad.clone()
         after.restore(matrix, before.momentum(old))
-    _step(after, second, 1, 0.1)
+    for step in range(3, 6):
+        _step(after, second, step, 0.1)
     for own, wanted in zip(second, whole, strict=True):
         assert torch.equal(own, wanted)

@@ -113,7 +113,7 @@ class _Training:
             )
         loss.backward()
         rate = learning_rate(self.step, self._settings, self._looks[0].divergence)
-        self._optimizer.step(rate)
+        self._optimizer.step(self.step, rate)
         self.step += 1
 
     def _batch(self) -> Tensor:
@@ -165,6 +165,7 @@ class _Training:
         with torch.no_grad():
             for name, own in self._factors.items():
                 own.copy_(self._best[name])
+                own.grad = None  # of those whose turn did not come again
 
     def result(self) -> Recovery:
         tokens = self.step * self._settings.batch * self._windows.shape[1]
@@ -180,6 +181,7 @@ class _Training:
             yield f"{name}.factor", own.detach()
             yield f"{name}.best", self._best[name]
             yield f"{name}.momentum", self._optimizer.momentum(own)
+            yield f"{name}.gradient", torch.zeros_like(own) if own.grad is None else own.grad
 
     def resume(self, checkpoint: Checkpoint) -> None:
         if (found := checkpoint.resume()) is None:
@@ -191,6 +193,7 @@ class _Training:
             own.data.copy_(reader.read(f"{name}.factor"))
             self._best[name].copy_(reader.read(f"{name}.best"))
             self._optimizer.restore(own, reader.read(f"{name}.momentum"))
+            own.grad = reader.read(f"{name}.gradient").to(own.device)
         log.info("Going on from step %d, the last checkpoint.", self.step)
 
 
