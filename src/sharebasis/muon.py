@@ -71,9 +71,8 @@ class Muon:
 
     def momentum(self, matrix: nn.Parameter) -> Tensor:
         """What it has gathered for a matrix, in its shape; zeros before its first turn."""
-        state = self._of[matrix].state[matrix]
-        gathered: Tensor = state.get("momentum_buffer", torch.zeros_like(matrix))
-        return gathered
+        gathered: Tensor | None = self._of[matrix].state[matrix].get("momentum_buffer")
+        return torch.zeros_like(matrix) if gathered is None else gathered
 
     def restore(self, matrix: nn.Parameter, momentum: Tensor) -> None:
         """Go on from what had been gathered."""
