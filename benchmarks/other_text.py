@@ -37,6 +37,7 @@ from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
 from sharebasis.texts import Use, read_windows
+from sharebasis.value_outputs import value_outputs
 from sharebasis.verification import compare
 
 ONE_SHOT = [name for name, own in METHODS.items() if all(one.startswith("fit") for one in own)]
@@ -145,7 +146,8 @@ def measure(arguments: argparse.Namespace, one: Calibration, texts: Mapping[str,
         model = classify_model(meta_model(load_config(weights)))
         moments = gather(weights, own, settings, model, one.windows)
         parts = split_selected(model, "none")
-        decompose(weights, parts, moments, settings.fit, own / "spectra", device)
+        models = weights, parts, moments, settings.fit, own / "spectra"
+        decompose(*models, device, values=value_outputs(weights, model))
         for budget in removed:
             chosen = settings_of(arguments, one.text, method, budget).fit
             fitted = fit(weights, own / "spectra", chosen, own / str(budget), device, moments)

@@ -44,6 +44,7 @@ from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 from sharebasis.stage import report_errors
 from sharebasis.texts import cut, read_windows
+from sharebasis.value_outputs import value_outputs
 from sharebasis.verification import compare
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
@@ -136,7 +137,8 @@ def fit_all(arguments: argparse.Namespace) -> None:
         if method not in DERIVED:
             first = settings_of(arguments, method, arguments.removed[0])
             moments = gather(work / "weights", gathered(work, first), first, model, windows)
-            decompose(work / "weights", parts, moments, first.fit, work / "spectra", device)
+            models = work / "weights", parts, moments, first.fit, work / "spectra"
+            decompose(*models, device, values=value_outputs(work / "weights", model))
         for removed in arguments.removed:
             make(work, settings_of(arguments, method, removed), (method, removed))
 

@@ -10,6 +10,7 @@ from sharebasis.resources import pick_device
 from sharebasis.splitting import split_selected
 from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
+from sharebasis.value_outputs import value_outputs
 from sharebasis.variation.table import read_table
 
 
@@ -22,7 +23,8 @@ def main() -> None:
     distances = None
     if settings.grouping.by == "by_distance":
         distances = read_table(Path(settings.grouping.tracked))["aligned"]
-    decompose(WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA, device, distances)
+    artefacts = WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA
+    decompose(*artefacts, device, distances, value_outputs(WEIGHTS, classification))
 
 
 if __name__ == "__main__":

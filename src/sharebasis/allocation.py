@@ -34,6 +34,18 @@ class Curve:
     """Numbers stored."""
     loss: NDArray[np.float64]
     """Infinite where a limit forbids the entry."""
+    known: int = 0
+    """Numbers of the original that need not be stored even if it is dense."""
+
+    @property
+    def original(self) -> int:
+        """How many numbers there were."""
+        return int(self.stored[-1]) + self.known
+
+    def without(self, known: int) -> Curve:
+        """With so many numbers of the dense entry that need not be stored."""
+        stored = np.append(self.stored[:-1], self.stored[-1] - known)
+        return replace(self, stored=stored, known=self.known + known)
 
     def rank(self, entry: int) -> int:
         return DENSE if entry == len(self.stored) - 1 else entry + 1
@@ -72,7 +84,7 @@ class Curve:
             original: how many those are; None: as many as the last entry stores.
         """
         n = len(self.stored) - 1
-        kept = self.stored / (original or self.stored[n])
+        kept = self.stored / (original or self.original)
         allowed = kept >= limit.floor
         if limit.cap < 1:  # what stores more than dense is never chosen, and needs no cap
             allowed &= kept <= limit.cap
@@ -314,7 +326,7 @@ def _budget(cells: Sequence[Cell], removed: float) -> int:
     """Numbers to be stored, once it is known that they can be."""
     smallest = _choose(cells, np.inf)
     least, most = _stored(smallest), _stored(_choose(cells, -np.inf))
-    dense = sum(int(pick.curve.stored[-1]) for pick in smallest)
+    dense = sum(pick.curve.original for pick in smallest)
     budget = int((1 - Fraction(str(removed))) * dense)
     if least > budget:
         limited = any(np.isinf(pick.curve.loss[:-1]).any() for pick in smallest)

@@ -17,6 +17,7 @@ from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.resources import require_memory
 from sharebasis.share_linear import ShareLinear, SplitLinear, State
 from sharebasis.surgery import Modules, narrow, wrap
+from sharebasis.value_gauge import whole_values
 
 
 def load_compressed(
@@ -117,6 +118,8 @@ def _fill(
         return
     coefficient = found[part.coefficient]
     if group.basis is None:
+        if part.pivots:
+            coefficient = _parameter(whole_values(found[part.pivots], coefficient.detach()))
         assert isinstance(coefficient, nn.Parameter)
         linear.weight = coefficient
         return

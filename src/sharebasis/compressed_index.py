@@ -33,7 +33,8 @@ class CompressedPart:
     """Of a group without a basis: the rows themselves."""
     pivots: str | None = None
     """Interpolative form: the rows of the part that are rows of the basis. Of a group that shares
-    on the output side, one tensor of all parts: the rows that are those of the coefficients."""
+    on the output side, one tensor of all parts: the rows that are those of the coefficients. Of
+    values without a basis: the columns of every head that are the identity."""
     first: int = 0
     """The row of the basis that is the first of them."""
 
@@ -85,6 +86,16 @@ class NarrowedMlp:
 
 
 @dataclass(frozen=True)
+class TurnedOutput:
+    """Values that lack the columns which the output of their heads has taken in."""
+
+    value: str
+    """The tensor of their coefficient."""
+    output: str
+    """A sublayer."""
+
+
+@dataclass(frozen=True)
 class CompressedIndex:
     """Which part uses which basis, and where the tensors are."""
 
@@ -93,4 +104,15 @@ class CompressedIndex:
     """Tensor name -> file name."""
     mlps: tuple[NarrowedMlp, ...] = ()
     """Those that are narrower than the model's config says."""
-    format: int = 3
+    values: tuple[TurnedOutput, ...] = ()
+    """In another gauge than the original's."""
+    format: int = 4
+
+    def part(self, coefficient: str) -> CompressedPart:
+        """The (first) part of a tensor."""
+        parts = (part for group in self.groups for part in group.parts)
+        return next(part for part in parts if part.coefficient == coefficient)
+
+    def group_of(self, sublayer: str) -> CompressedGroup:
+        """The (first) group that a part of a sublayer is in."""
+        return next(g for g in self.groups if any(p.sublayer == sublayer for p in g.parts))

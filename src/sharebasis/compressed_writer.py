@@ -12,9 +12,15 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from sharebasis import compressed_index, store, tensor_store
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex, NarrowedMlp
+from sharebasis.compressed_index import (
+    CompressedGroup,
+    CompressedIndex,
+    NarrowedMlp,
+    TurnedOutput,
+)
 from sharebasis.hub import MANIFEST
 from sharebasis.interpolative import Interpolative, interpolate
+from sharebasis.value_gauge import FixedValues, fix_values, turned_output
 
 
 class CompressedWriter:
@@ -48,6 +54,20 @@ class CompressedWriter:
         """
         for name, weight in weights.items():
             self._writer.add(name, weight)
+        self._groups.append(group)
+
+    def add_values(self, group: CompressedGroup, values: FixedValues, dtype: torch.dtype) -> None:
+        """Values of which some columns are known.
+
+        Args:
+            group: without a basis, whose part has a tensor for the numbers of those columns.
+            values: what to store.
+            dtype: of the other columns.
+        """
+        (part,) = group.parts
+        assert part.pivots is not None
+        self._writer.add(part.pivots, values.pivots.to("cpu", torch.int32))
+        self._writer.add(part.coefficient, values.coefficient.to("cpu", dtype))
         self._groups.append(group)
 
     def add_factors(
@@ -87,19 +107,25 @@ class CompressedWriter:
         placed = tuple(replace(part, first=first[part.coefficient]) for part in group.parts)
         self._groups.append(replace(group, rank=rank, parts=placed))
 
-    def finish(self, companions: Path, mlps: Sequence[NarrowedMlp] = ()) -> None:
+    def finish(
+        self,
+        companions: Path,
+        mlps: Sequence[NarrowedMlp] = (),
+        values: Sequence[TurnedOutput] = (),
+    ) -> None:
         """Write the index, and what else a directory in hub format holds.
 
         Args:
             companions: a directory whose files go along, but for those of weights.
             mlps: that lack neurons.
+            values: that lack columns.
         """
         self._writer.flush()
         for path in companions.iterdir():
             ours = path.name in (MANIFEST, compressed_index.FILE)
             if ".safetensors" not in path.name and not ours:
                 shutil.copyfile(path, self._directory / path.name)
-        index = CompressedIndex(tuple(self._groups), self._writer.files, tuple(mlps))
+        index = CompressedIndex(tuple(self._groups), self._writer.files, tuple(mlps), tuple(values))
         store.save_record(self._directory / compressed_index.FILE, index)
 
 
@@ -117,13 +143,14 @@ def rewrite(
         source: artifacts/compressed.
         index: of `source`.
         replaced: by name, the factors of a group in plain form (all of them or none), or the rows
-            of one that has no basis, or any other tensor.
+            of one that has no basis (all columns of values), or any other tensor.
         shard_bytes: size at which a shard is closed.
 
     Raises:
         StoreError: the disk is full.
     """
     reader = tensor_store.TensorReader(source, index.files)
+    replaced = _fixed_again(index, reader, replaced)
     of_groups = {name for group in index.groups for name in group.tensors}
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
@@ -131,24 +158,48 @@ def rewrite(
         writer.add(name, replaced[name].to("cpu", tensor.dtype) if name in replaced else tensor)
     for group in index.groups:
         dtype = reader.read(group.tensors[0], slice(0, 1)).dtype
-        if group.basis is not None and group.basis in replaced:
-            names = dict.fromkeys(part.coefficient for part in group.parts)
+        names = dict.fromkeys(part.coefficient for part in group.parts)
+        if group.basis is not None and replaced.keys() >= {group.basis, *names}:
             plain = {name: replaced[name].detach().double() for name in (group.basis, *names)}
             if group.side == "output":
                 plain = {name: factor.T for name, factor in plain.items()}
             writer.add_factors(group, plain.pop(group.basis), plain, dtype)
         else:
             new = {
-                name: replaced[name].detach().to("cpu", dtype)
+                name: own.detach().to("cpu", dtype if own.is_floating_point() else torch.int32)
                 for name in group.tensors
-                if name in replaced
+                if (own := replaced.get(name)) is not None
             }
             kept = (name for name in group.tensors if name not in replaced)
             writer.add_dense(group, new | {name: reader.read(name) for name in kept})
-    writer.finish(source, index.mlps)
+    writer.finish(source, index.mlps, index.values)
 
 
 Named = dict[str, Tensor]
+
+
+def _fixed_again(
+    index: CompressedIndex, reader: tensor_store.TensorReader, replaced: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """What is to be stored where new values do not have the known columns any more."""
+    found = dict(replaced)
+    for own in index.values:
+        if own.value not in replaced:
+            continue
+        part, group = index.part(own.value), index.group_of(own.output)
+        assert part.pivots is not None
+        values = fix_values(replaced[own.value].detach(), reader.shape(part.pivots)[0])
+        found |= {part.pivots: values.pivots, own.value: values.coefficient}
+        (output,) = (one for one in group.parts if one.sublayer == own.output)
+        on_inputs = group.basis if group.basis and group.side == "input" else output.coefficient
+        weight = found[on_inputs] if on_inputs in found else reader.read(on_inputs)
+        found[on_inputs] = turned_output(weight.detach(), values.turn)
+        name = f"{part.sublayer}.bias"
+        if name in index.files:
+            bias = found[name] if name in found else reader.read(name)
+            rows = part.rows.numbers
+            found[name] = bias.index_copy(0, rows, values.bias(bias[rows]).to(bias))
+    return found
 
 
 def _of_writes(

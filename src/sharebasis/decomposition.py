@@ -26,6 +26,7 @@ from sharebasis.settings import NARROWED, FitSettings
 from sharebasis.shared_basis import Member, energies, pooled_basis
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
+from sharebasis.value_gauge import ValueOutput, fix_values
 from sharebasis.weights import DenseWeights
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class SpectraIndex:
     mlps: tuple[Mlp, ...] = ()
     """Offered with fewer neurons, too: of MLP j there is `mlpj.neurons`, `mlpj.losses` by width,
     and `mlpj.WIDTH.i` for the energies of its part i."""
+    values: tuple[ValueOutput, ...] = ()
+    """That may be stored without some of their columns."""
 
 
 class Spectra:
@@ -69,6 +72,7 @@ class Spectra:
         self._reader = tensor_store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
         self.n_given, self.mlps = self._index.n_given, self._index.mlps
+        self.values = self._index.values
 
     def energies(self) -> Sequence[NDArray[np.float64]]:
         """What each direction of every group saves of the loss, the largest first.
@@ -120,6 +124,7 @@ def decompose(
     target: Path,
     device: torch.device,
     distances: LayerDistances | None = None,
+    values: Sequence[ValueOutput] = (),
 ) -> None:
     """Decompose every given group and write its factors, and what those that are offered in their
     place would lose; whole or not at all.
@@ -135,6 +140,7 @@ def decompose(
         target: artifacts/spectra.
         device: for the decompositions.
         distances: by which layers are grouped; None groups adjacent ones.
+        values: from `value_outputs.value_outputs`; none: all of them are stored whole.
 
     Raises:
         SelectionError: a distance is missing.
@@ -146,6 +152,7 @@ def decompose(
     offered = _by_layer(offered_groups(own, settings, distances))
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
     mlps = _find_mlps(given, twins, dense) if NARROWED in settings.structures else ()
+    fixed = _fixable(values, [*given, *offered], twins, dense)
     n_groups = len(given) + len(offered) + len(mlps)
     workers = workers_of(given, device)
     originals = partial(_originals, dense, device)
@@ -175,7 +182,7 @@ def decompose(
             advance()
         writer.flush()
         index = SpectraIndex(
-            tuple(groups), len(given), twins, tuple(unseen), writer.files, tuple(narrowed)
+            tuple(groups), len(given), twins, tuple(unseen), writer.files, tuple(narrowed), fixed
         )
         store.save_record(out / INDEX, index)
 
@@ -199,6 +206,31 @@ def _are_apart(mlp: Mlp, dense: DenseWeights) -> bool:
     names = mlp.reads[0].sublayer.name, mlp.down.sublayer.name
     (module, _, read), (_, _, down) = (name.rpartition(".") for name in names)
     return neurons_are_apart(dense.module(module), read, down, mlp.down.shape[0], mlp.gate_up)
+
+
+def _fixable(
+    values: Sequence[ValueOutput],
+    groups: Sequence[Group],
+    twins: Mapping[str, Sequence[str]],
+    dense: DenseWeights,
+) -> tuple[ValueOutput, ...]:
+    """Those whose values are a group of their own, whose outputs share on the other side than that
+    of heads if at all, and whose columns are far enough from dependent."""
+    alone = {group.parts[0].name: group.parts[0] for group in groups if len(group.parts) == 1}
+    shared = [group for group in groups if len(group.parts) > 1 and group.side == "input"]
+    bound = {part.name for group in shared for part in group.parts if part.sublayer.role == "write"}
+    found = []
+    for own in values:
+        parts = [alone.get(own.value), alone.get(own.output)]
+        if own.output in bound or any(p is None or twins[p.sublayer.name] for p in parts):
+            continue
+        value = parts[0]
+        assert value is not None
+        if value.shape[0] // own.n_kv_heads < value.shape[1]:
+            weight = read_part(dense, value)
+            if weight.isfinite().all() and fix_values(weight, own.n_kv_heads).bounded:
+                found.append(own)
+    return tuple(found)
 
 
 def workers_of(groups: Sequence[Group], device: torch.device) -> int:

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from sharebasis import store
 from sharebasis.allocation import DENSE, allocate_structures, curve_of, uniform_ranks
-from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
+from sharebasis.compressed_index import (
+    CompressedGroup,
+    CompressedPart,
+    NarrowedMlp,
+    TurnedOutput,
+)
 from sharebasis.compressed_writer import CompressedWriter
 from sharebasis.cover import Choice, Cover
 from sharebasis.decomposition import Spectra, members_of, read_part, workers_of
 from sharebasis.errors import CalibrationError
 from sharebasis.factorize import decompose_reads
+from sharebasis.gauge_fixing import GaugeFixing, fixable
 from sharebasis.grouping import Group
 from sharebasis.limits import limits_of
 from sharebasis.metric import Metric
@@ -31,9 +37,10 @@ from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import group_weight, weigh
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing, Storage
+from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing
 from sharebasis.shared_basis import fit_shared_basis
 from sharebasis.splitting import Part
+from sharebasis.value_gauge import FixedValues
 from sharebasis.weights import DenseWeights
 
 
@@ -49,9 +56,11 @@ class FittedGroup:
     loss: float
     energy: float
     dense: bool
-    """Whether its weights are stored as they were."""
+    """Whether its weights are stored as they were, or in another gauge."""
     weight: float = 1.0
     """What its loss counted in the allocation."""
+    gauge_fixed: bool = False
+    """Whether it is values without the columns that their output has taken in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +106,12 @@ def fit(
     source = Spectra(spectra)
     energies = source.energies()
     ranks, plans = choose(source, energies, settings, sensitivity, offered=moments is not None)
-    metric = Metric(moments, source.twins, settings, device)
+    metric, dense = Metric(moments, source.twins, settings, device), DenseWeights(weights)
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
-        one = _Fit(
-            source, energies, DenseWeights(weights), metric, settings, sensitivity, writer, device
-        )
+        fixed = {i: own for i, own in fixable(source, settings).items() if ranks.get(i) == DENSE}
+        gauge = GaugeFixing(source, dense, fixed, device)
+        one = _Fit(source, energies, dense, gauge, metric, settings, sensitivity, writer, device)
         mlps = {j: _index_of(source, j, plan) for j, plan in plans.items()}
         n_others = one.add_others(mlps.values())
         n_stored = writer.n_numbers
@@ -116,7 +125,8 @@ def fit(
             for (j, plan), own in zip(plans.items(), made_of, strict=True):
                 fitted += one.add_mlp(source.mlps[j], plan, own)
                 advance()
-        writer.finish(weights, list(mlps.values()))
+        turned = [TurnedOutput(_dense_tensor(v), o.sublayer.name) for v, o in gauge.pairs]
+        writer.finish(weights, list(mlps.values()), turned)
     return FittedModel(tuple(fitted), n_others, n_stored, sensitivity.by)
 
 
@@ -131,6 +141,7 @@ class _Fit:
     source: Spectra
     energies: Sequence[NDArray[np.float64]]
     dense: DenseWeights
+    gauge: GaugeFixing
     metric: Metric
     settings: FitSettings
     sensitivity: Sensitivity
@@ -143,14 +154,21 @@ class _Fit:
         n_numbers = 0
         for name, tensor in self.dense.stream(without=_fitted_names(self.source)):
             n_numbers += tensor.numel()
-            self.writer.add(name, tensor[neurons[name]] if name in neurons else tensor)
+            if name in neurons:
+                tensor = tensor[neurons[name]]
+            elif name.endswith(".bias"):
+                tensor = self.gauge.bias(name.removesuffix(".bias"), tensor)
+            self.writer.add(name, tensor)
         return n_numbers
 
     def add_group(self, i: int, rank: int) -> FittedGroup:
         """A given or an offered group."""
         group, energy = self.source.groups[i], float(self.energies[i].sum())
         if rank == DENSE:
-            weights = [read_part(self.dense, part) for part in group.parts]
+            if (values := self.gauge.values(i)) is not None:
+                return self._add(group, rank, group.n_weights, 0.0, energy, values=values)
+            pairs = ((part, read_part(self.dense, part)) for part in group.parts)
+            weights = [self.gauge.weight(part, own).to("cpu", own.dtype) for part, own in pairs]
             return self._add(group, rank, group.n_weights, 0.0, energy, weights=weights)
         loss = float(self.energies[i][rank:].sum())
         if i < self.source.n_given:
@@ -158,7 +176,8 @@ class _Fit:
         else:
             basis, stacked, lost = _shared(group, rank, self.dense, self.metric, self.device)
             loss = lost * energy
-        return self._add(group, rank, group.n_weights, loss, energy, factors=(basis, stacked))
+        factors = self.gauge.factors(group, basis, stacked)
+        return self._add(group, rank, group.n_weights, loss, energy, factors=factors)
 
     def narrowing(self, j: int, plan: Plan) -> Callable[[], Sequence[MadeOf]]:
         """What is to be done for an MLP that lacks neurons; its weights are read at once."""
@@ -191,11 +210,16 @@ class _Fit:
         energy: float,
         weights: Sequence[Tensor] = (),
         factors: tuple[Tensor, Tensor] | None = None,
+        values: FixedValues | None = None,
     ) -> FittedGroup:
         before = self.writer.n_numbers
-        entry = _entry(group, rank, self.source.twins, self.settings.storage)
-        if factors is None:
-            names = (f"{_stem(part)}.dense" for part in group.parts)
+        interpolative = rank != DENSE and self.settings.storage == "interpolative"
+        has_pivots = interpolative or values is not None
+        entry = _entry(group, rank, self.source.twins, has_pivots)
+        if values is not None:
+            self.writer.add_values(entry, values, self._dtype(group))
+        elif factors is None:
+            names = map(_dense_tensor, group.parts)
             self.writer.add_dense(entry, dict(zip(names, weights, strict=True)))
         else:
             basis, stacked = factors
@@ -203,7 +227,17 @@ class _Fit:
         n_stored = self.writer.n_numbers - before
         weight = group_weight(self.sensitivity, group)
         is_dense = factors is None
-        return FittedGroup(group, n_original, entry.rank, n_stored, loss, energy, is_dense, weight)
+        return FittedGroup(
+            group,
+            n_original,
+            entry.rank,
+            n_stored,
+            loss,
+            energy,
+            is_dense,
+            weight,
+            values is not None,
+        )
 
     def _dtype(self, group: Group) -> torch.dtype:
         return self.dense.dtype(f"{group.parts[0].sublayer.name}.weight")
@@ -272,6 +306,8 @@ def choose(
         curve = curve_of(group, energies[i], settings.storage)
         all_limits = {of_part[part.name] for part in group.parts}
         curves.append(curve.within(limits[i]) if i < n_given else curve.offered(all_limits))
+    for i, values in fixable(source, settings).items():
+        curves[i] = curves[i].without(values.saved(groups[i].parts[0].shape[0]))
     mlps = source.mlps if offered else ()
     plans = []
     for j, mlp in enumerate(mlps):
@@ -321,15 +357,15 @@ def _fitted_names(spectra: Spectra) -> set[str]:
 
 
 def _entry(
-    group: Group, rank: int, twins: Mapping[str, Sequence[str]], storage: Storage
+    group: Group, rank: int, twins: Mapping[str, Sequence[str]], has_pivots: bool
 ) -> CompressedGroup:
     """What a group's tensors are called, each part under all the names of its sublayer."""
     parts = []
     for part in group.parts:
         stem = _stem(part)
-        tensor = f"{stem}.dense" if rank == DENSE else f"{stem}.coefficient"
+        tensor = _dense_tensor(part) if rank == DENSE else f"{stem}.coefficient"
         owner = group.name if group.side == "output" else stem
-        pivots = f"{owner}.pivots" if rank != DENSE and storage == "interpolative" else None
+        pivots = f"{owner}.pivots" if has_pivots else None
         for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
             parts.append(CompressedPart(sublayer, part.rows, tensor, pivots))
     basis = None if rank == DENSE else f"{group.name}.basis"
@@ -343,6 +379,11 @@ def _by_part(group: Group, stacked: Tensor) -> dict[str, Tensor]:
     parts = stacked.split([part.shape[own] for part in group.parts])
     names = (f"{_stem(part)}.coefficient" for part in group.parts)
     return dict(zip(names, parts, strict=True))
+
+
+def _dense_tensor(part: Part) -> str:
+    """What its tensor is called where there is no basis."""
+    return f"{_stem(part)}.dense"
 
 
 def _stem(part: Part) -> str:
@@ -397,6 +438,7 @@ def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
         **_removed(original, stored),
         "n_groups": len(fitted),
         "n_dense": sum(one.dense for one in fitted),
+        "n_gauge_fixed": sum(one.gauge_fixed for one in fitted),
         "structures": dict(Counter(one.group.structure for one in fitted)),
         "min_rank": min(one.rank for one in fitted),
         "max_rank": max(one.rank for one in fitted),

@@ -37,7 +37,9 @@ from sharebasis.replay import Blocks, embed
 from sharebasis.settings import DataSettings, FitSettings, PropagateSettings
 from sharebasis.share_linear import ShareLinear
 from sharebasis.sublayer import Classification, Sublayer
+from sharebasis.tensor_store import TensorReader
 from sharebasis.texts import cut, read_windows
+from sharebasis.turned_original import turn_original
 from sharebasis.update import update
 
 log = logging.getLogger(__name__)
@@ -324,6 +326,7 @@ def propagate(
     index = store.load_record(compressed / compressed_index.FILE, CompressedIndex)
     original = load_model(weights, settings.dtype, device)
     model = load_compressed(compressed, DTYPES[settings.dtype], device)
+    turn_original(original, index, TensorReader(compressed, index.files))
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
     sublayers = [one for one in classification.selected if one.expert is None]
     refitter = Refitter(original, moments, settings, fit, index.mlps)

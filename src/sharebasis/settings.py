@@ -260,6 +260,9 @@ class FitSettings:
     """uniform: as much of every group; global: where it costs the least loss."""
     storage: Storage
     """plain: basis and coefficients; interpolative: rank² numbers fewer, the same product."""
+    value_gauge: bool
+    """Whether values of heads that the allocation leaves dense are stored without columns that
+    their outputs can take in: d_value² numbers a key-value head fewer, the same products."""
     exclude: tuple[str, ...]
     """Regular expressions; a sublayer whose whole HF name matches one stays dense, and counts."""
     limits: tuple[LimitSettings, ...]

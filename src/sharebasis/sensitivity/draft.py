@@ -108,7 +108,9 @@ def draft(
         BudgetError, SelectionError, and what else `fit` raises.
     """
     try:
-        fitted = fit(weights, spectra, settings, scratch, device, moments)
+        # Parts are put into the original one by one, so their gauge has to be its own.
+        own = replace(settings, value_gauge=False)
+        fitted = fit(weights, spectra, own, scratch, device, moments)
         yield Draft(scratch, fitted.groups)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -14,6 +14,7 @@ from sharebasis.experts import slices
 from sharebasis.rows import Rows
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Sublayer
+from sharebasis.value_gauge import ValueOutput
 from sharebasis.variation.freedom import freedom_of
 from sharebasis.variation.gauge import Attention, Freedom, Layer, Mlp, Unit
 
@@ -68,6 +69,12 @@ class Place:
     bias_of_rows: bool
     """Whether the bias goes with these rows; that of a write belongs to the stream."""
 
+    @property
+    def part(self) -> str:
+        """The name of the part that it is, if the sublayer is cut into its blocks."""
+        label = self.block.label
+        return f"{self.sublayer.name}[{label}]" if label else self.sublayer.name
+
     def weight(self, tensors: Tensors) -> Tensor:
         return _wide(tensors.read(f"{self._owner}.weight", self.block.rows, self._transposed))
 
@@ -117,6 +124,17 @@ class Layers:
         """Which gauge elements are exact in a layer."""
         others = self._others.get(layer, {})
         return freedom_of(self._config, self._found.dims, layer, others)
+
+    @property
+    def value_outputs(self) -> Sequence[ValueOutput]:
+        """Of the layers where any invertible matrix may come between values and outputs."""
+        found = []
+        for layer in self.numbers:
+            grouped, _ = _units(self._places[layer], self._found)
+            if "attention" in grouped and self.freedom(layer).value_output == "all":
+                v, o = (grouped["attention"][family] for family in "vo")
+                found.append(ValueOutput(v.part, o.part, v.block.n_heads))
+        return found
 
     def read(self, layer: int) -> Layer:
         """The weights of a layer, in float32 at least.

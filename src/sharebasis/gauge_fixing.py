@@ -1,0 +1,88 @@
+"""Values that are stored without some of their columns, and outputs that take these in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharebasis.decomposition import Spectra, read_part
+from sharebasis.grouping import Group
+from sharebasis.limits import limits_of
+from sharebasis.settings import FitSettings
+from sharebasis.splitting import Part
+from sharebasis.value_gauge import FixedValues, ValueOutput, fix_values, turned_output
+from sharebasis.weights import DenseWeights
+
+
+def fixable(source: Spectra, settings: FitSettings) -> Mapping[int, ValueOutput]:
+    """Values that may be stored so if they stay dense, by the number of their given group.
+
+    Neither they nor their outputs are among those that have to stay as they are.
+
+    Args:
+        source: the groups.
+        settings: `value_gauge`, the allocation and what is excluded.
+    """
+    if not settings.value_gauge or settings.allocation == "uniform":
+        return {}
+    given = source.groups[: source.n_given]
+    pairs = zip(given, limits_of(given, source.twins, settings), strict=True)
+    stay = {part.name for group, limit in pairs if limit.dense for part in group.parts}
+    numbers = {group.parts[0].name: i for i, group in enumerate(given)}
+    return {numbers[own.value]: own for own in source.values if not stay & {own.value, own.output}}
+
+
+@dataclass(frozen=True, slots=True)
+class GaugeFixing:
+    """The gauge of what `fit` writes."""
+
+    source: Spectra
+    dense: DenseWeights
+    fixed: Mapping[int, ValueOutput]
+    """By the number of the group of the values; they are stored dense."""
+    device: torch.device
+
+    @property
+    def pairs(self) -> Sequence[tuple[Part, Part]]:
+        """The parts of the values, and those of their outputs."""
+        parts = {part.name: part for group in self.source.groups for part in group.parts}
+        return [(parts[own.value], parts[own.output]) for own in self.fixed.values()]
+
+    def values(self, i: int) -> FixedValues | None:
+        """What there is to store of group `i`; None: all of it."""
+        if (own := self.fixed.get(i)) is None:
+            return None
+        weight = read_part(self.dense, self._part(i)).to(self.device)
+        return fix_values(weight, own.n_kv_heads)
+
+    def bias(self, sublayer: str, bias: Tensor) -> Tensor:
+        """Of a sublayer; what is added to values is in their gauge."""
+        for i in self.fixed:
+            part = self._part(i)
+            if part.sublayer.name == sublayer and (values := self.values(i)):
+                rows = part.rows.numbers
+                bias = bias.index_copy(0, rows, values.bias(bias[rows].to(self.device)).to(bias))
+        return bias
+
+    def weight(self, part: Part, weight: Tensor) -> Tensor:
+        """Of a part, or the factor of it that sees its inputs, in their gauge."""
+        for i, own in self.fixed.items():
+            if own.output == part.name and (values := self.values(i)):
+                return turned_output(weight.to(self.device), values.turn)
+        return weight
+
+    def factors(self, group: Group, basis: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
+        """(basis, coefficients stacked) of a group, in the gauge of what its parts read."""
+        if group.side == "input":
+            alone = len(group.parts) == 1
+            return self.weight(group.parts[0], basis) if alone else basis, stacked
+        lengths = [part.shape[1] for part in group.parts]
+        pairs = zip(group.parts, stacked.split(lengths), strict=True)
+        return basis, torch.cat([self.weight(part, own.T).T for part, own in pairs])
+
+    def _part(self, i: int) -> Part:
+        (part,) = self.source.groups[i].parts
+        return part

@@ -1,0 +1,304 @@
+"""Values without the columns that their outputs take in, from a matrix to a model that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES, MakeDirectory, MakeSettings
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sharebasis import compressed_index, store
+from sharebasis.allocation import Curve, allocate
+from sharebasis.calibration import calibrate
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.classification import classify_model
+from sharebasis.compressed import linears_by_tensor, load_compressed
+from sharebasis.compressed_index import CompressedIndex
+from sharebasis.compressed_writer import rewrite
+from sharebasis.decomposition import Spectra, decompose
+from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.interpolative import BOUND
+from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.settings import FitSettings, SplitStrategy
+from sharebasis.splitting import split_selected
+from sharebasis.tensor_store import TensorReader
+from sharebasis.turned_original import turn_original
+from sharebasis.value_gauge import fix_values, turned_output, values_at, whole_values
+from sharebasis.value_outputs import value_outputs
+from sharebasis.variation.freedom import POSITIONS
+from sharebasis.variation.layers import ModelTensors
+from sharebasis.weights import DenseWeights
+
+CPU = torch.device("cpu")
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@given(
+    n_kv_heads=st.integers(1, 3),
+    n_queries=st.integers(1, 3),
+    d_value=st.integers(1, 5),
+    more=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_what_heads_put_out_stays(
+    n_kv_heads: int, n_queries: int, d_value: int, more: int, seed: int
+) -> None:
+    value = _random(n_kv_heads * d_value, d_value + more, seed=seed)
+    output = _random(7, n_kv_heads * n_queries * d_value, seed=seed + 1)
+    bias = _random(n_kv_heads * d_value, seed=seed + 2)
+    fixed = fix_values(value, n_kv_heads)
+    whole = whole_values(fixed.pivots, fixed.coefficient)
+    turned, new_bias = turned_output(output, fixed.turn), fixed.bias(bias)
+
+    def products(o: Tensor, v: Tensor) -> Tensor:
+        by_head = o.view(7, n_kv_heads, n_queries, d_value)
+        return torch.einsum("nkqd,kdi->kqni", by_head, v.view(n_kv_heads, d_value, -1))
+
+    scale = products(output, value).abs().max()
+    assert (products(turned, whole) - products(output, value)).abs().max() < 1e-9 * scale
+    both = products(turned, new_bias[:, None]) - products(output, bias[:, None])
+    assert both.abs().max() < 1e-6 * scale
+    assert fixed.coefficient.abs().max() <= BOUND
+    assert fixed.coefficient.numel() == value.numel() - n_kv_heads * d_value**2
+    for head, own in zip(whole.chunk(n_kv_heads), fixed.pivots, strict=True):
+        assert torch.equal(head[:, own], torch.eye(d_value).double())
+    torch.testing.assert_close(values_at(value, fixed.pivots), fixed.turn)
+
+
+def test_dependent_columns_are_not_divided_by() -> None:
+    value = _random(8, 20)
+    assert fix_values(value, 2).bounded
+    value[7] = value[6]
+    assert not fix_values(value, 2).bounded
+
+
+def test_the_budget_counts_the_numbers_of_the_original() -> None:
+    """What need not be stored is for the others to keep."""
+    n = 100
+    stored, loss = np.arange(1, n + 1), np.arange(n, 0, -1.0)
+    stored, loss = np.append(stored, n), np.append(loss, 0.0)
+    plain, other = Curve("v", stored, 1e6 * loss), Curve("o", stored, loss)
+    before = allocate([plain, other], 0.25)
+    after = allocate([plain.without(10), other], 0.25)
+    assert [plain.rank(before[0]), plain.rank(after[0])] == [-1, -1]  # dense
+    assert stored[before[1]] == 50
+    assert stored[after[1]] == 60
+
+
+AUTO = {
+    "method": "auto",
+    "group_size": 1,
+    "shared": [],
+    "structures": ["private"],
+    "two_sided": True,
+    "damping_gradients": 0.05,
+    "allocation": "global",
+    "storage": "interpolative",
+    "value_gauge": True,
+}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A small model, its moments and its values."""
+
+    weights: Path
+    moments: MomentStore
+    directory: Path
+
+    def fit(
+        self, settings: FitSettings, name: str = "small", split: SplitStrategy = "qkv"
+    ) -> FittedModel:
+        spectra = self.directory / "spectra"
+        found = classify_model(meta_model(load_config(self.weights)))
+        parts = split_selected(found, split)
+        models = self.weights, parts, self.moments, settings, spectra
+        decompose(*models, CPU, values=value_outputs(self.weights, found))
+        return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
+
+    def index(self, name: str = "small") -> CompressedIndex:
+        return store.load_record(self.directory / name / compressed_index.FILE, CompressedIndex)
+
+    def logits(self, name: str | None = None) -> Tensor:
+        model = (
+            load_model(self.weights, "float32", CPU)
+            if name is None
+            else load_compressed(self.directory / name)
+        )
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=_tokens(2, seed=5)).logits
+        return logits
+
+
+def _tokens(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 280, (n, 16), generator=torch.Generator().manual_seed(seed))
+
+
+Calibrate = Callable[..., Calibrated]
+
+
+@pytest.fixture
+def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
+    def make(family: str, **changes: Any) -> Calibrated:
+        weights = make_directory(family, **changes)
+        model = load_model(weights, "float32", CPU)
+        checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
+        selected = classify_model(model).selected
+        found = calibrate(model, selected, _tokens(8), 8, checkpoint, "text")
+        write_moments(tmp_path / "moments", *found)
+        return Calibrated(weights, MomentStore(tmp_path / "moments"), tmp_path)
+
+    return make
+
+
+def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
+    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+
+
+def _close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-4 * float(other.abs().max()))
+
+
+KNOWN = sorted(POSITIONS.keys() & SIZES.keys())
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_model_that_keeps_all_else_says_what_it_said(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    """All is dense but for the columns that are known, and the budget is met by these."""
+    own = calibrated(family)
+    settings = _settings(make_settings, removed=1e-4)
+    fitted = own.fit(settings)
+    index = own.index()
+    config = load_config(own.weights)
+    assert len(index.values) == config.num_hidden_layers, "no gauge for some layer"
+    assert all(one.dense for one in fitted.groups)
+    assert fit_metrics(fitted, settings)["removed_fraction"] > 1e-3
+    _close(own.logits("small"), own.logits())
+
+
+FIVE = ["llama", "gpt2", "qwen2", "gpt_bigcode", "falcon"]
+"""Grouped, fused and transposed, with biases, one key-value head, fused and interleaved."""
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_it_is_exact_beside_factors(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    """The model is the original with the products of the factors as they were found."""
+    own = calibrated(family)
+    limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
+    fitted = own.fit(_settings(make_settings, removed=0.3, limits=limits))
+    assert own.index().values
+    assert any(one.group.family == "o" and not one.dense for one in fitted.groups)
+    source, original = Spectra(own.directory / "spectra"), load_model(own.weights, "float32", CPU)
+    tensors = ModelTensors(original)
+    for i, one in enumerate(fitted.groups):
+        (part,) = one.group.parts
+        if not one.dense:
+            basis, coefficient = source.factors(i, one.rank)
+            name, conv1d = f"{part.sublayer.name}.weight", part.sublayer.type == "Conv1D"
+            tensors.write(name, coefficient @ basis, part.rows, conv1d)
+    with torch.no_grad():
+        _close(own.logits("small"), original(input_ids=_tokens(2, seed=5)).logits)
+
+
+def test_it_leaves_more_for_the_others(calibrated: Calibrate, make_settings: MakeSettings) -> None:
+    own, settings = calibrated("llama"), _settings(make_settings, removed=0.2)
+    with_it = own.fit(settings)
+    without = own.fit(replace(settings, value_gauge=False), "plain")
+    assert not own.index("plain").values
+    for fitted in (with_it, without):
+        n_stored = sum(one.n_stored for one in fitted.groups)
+        n_original = sum(one.n_original for one in fitted.groups)
+        assert 0.8 - 0.02 < n_stored / n_original <= 0.8
+    assert sum(one.loss for one in with_it.groups) < sum(one.loss for one in without.groups)
+
+
+@pytest.mark.parametrize("what", ["v_proj", "o_proj"])
+def test_what_is_excluded_stays_as_it_is(
+    what: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    own = calibrated("llama")
+    own.fit(_settings(make_settings, removed=0.1, exclude=[rf".*\.0\..*{what}"]))
+    index, dense = own.index(), DenseWeights(own.weights)
+    assert [one.output for one in index.values] == [
+        f"model.layers.{i}.self_attn.o_proj" for i in (1, 2)
+    ]
+    name = f"model.layers.0.self_attn.{what}"
+    stored = TensorReader(own.directory / "small", index.files).read(f"{name}.dense")
+    assert torch.equal(stored, dense.read(f"{name}.weight"))
+
+
+@pytest.mark.parametrize("split", ["none", "heads"])
+def test_values_that_are_no_part_of_their_own_stay(
+    split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    own = calibrated("gpt2")
+    own.fit(_settings(make_settings, removed=0.2), split=split)
+    assert not own.index().values
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_an_original_in_its_gauge_says_what_it_said(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    own = calibrated(family)
+    own.fit(_settings(make_settings, removed=1e-4))
+    index, original = own.index(), load_model(own.weights, "float32", CPU)
+    turn_original(original, index, TensorReader(own.directory / "small", index.files))
+    with torch.no_grad():
+        _close(original(input_ids=_tokens(2, seed=5)).logits, own.logits())
+    linears = linears_by_tensor(load_compressed(own.directory / "small"), index)
+    for one in index.values:
+        part, module = index.part(one.value), original.get_submodule(index.part(one.value).sublayer)
+        weight = module.weight if family != "gpt2" else module.weight.T
+        torch.testing.assert_close(part.rows.take(weight), linears[one.value].dense())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_new_values_are_fixed_again(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    """Whoever refits values gives all of their columns, and outputs need not be new."""
+    own = calibrated(family)
+    own.fit(_settings(make_settings, removed=0.2))
+    index, model = own.index(), load_compressed(own.directory / "small")
+    linears = linears_by_tensor(model, index)
+    replaced = {}
+    with torch.no_grad():
+        for one in index.values:
+            weight = linears[one.value].dense()
+            weight += 0.1 * _random(*weight.shape).float()
+            replaced[one.value] = weight.clone()
+            part = index.part(one.value)
+            bias = model.get_submodule(part.sublayer).bias
+            if isinstance(bias, Tensor):
+                bias += 0.1 * _random(len(bias)).float()
+                replaced[f"{part.sublayer}.bias"] = bias.clone()
+        expected = model(input_ids=_tokens(2, seed=5)).logits
+    assert replaced
+    with store.writing(own.directory / "again") as out:
+        rewrite(out, own.directory / "small", index, replaced, 10**8)
+    _close(own.logits("again"), expected)
+    assert (expected - own.logits("small")).abs().max() > 1e-2
+
+    def n_numbers(name: str) -> int:
+        reader = TensorReader(own.directory / name, index.files)
+        return sum(math.prod(reader.shape(tensor)) for tensor in index.files)
+
+    assert n_numbers("again") == n_numbers("small")
