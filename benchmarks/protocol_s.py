@@ -76,6 +76,7 @@ METHODS = {
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
+    "auto-whole": ["fit=auto", "fit.value_gauge=false"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
     "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
 }

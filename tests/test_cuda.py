@@ -33,6 +33,7 @@ from sharebasis.settings import SensitivitySettings, Settings
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.sublayer import Classification
+from sharebasis.value_outputs import value_outputs
 from sharebasis.verification import compare, lossless_difference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -71,8 +72,9 @@ class Pipeline:
     @cached_property
     def spectra(self) -> Path:
         parts, target = split_selected(self.classification, "none"), self.work / "spectra"
-        fit = self.settings.fit
-        decompose(self.work / "weights", parts, self.moments, fit, target, self.device)
+        artefacts = self.work / "weights", parts, self.moments, self.settings.fit, target
+        values = value_outputs(self.work / "weights", self.classification)
+        decompose(*artefacts, self.device, values=values)
         return target
 
     @cached_property

@@ -29,6 +29,8 @@ from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.interpolative import BOUND
 from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.outcomes import Propagation
+from sharebasis.propagation import propagate
 from sharebasis.settings import FitSettings, SplitStrategy
 from sharebasis.splitting import split_selected
 from sharebasis.tensor_store import TensorReader
@@ -302,3 +304,48 @@ def test_new_values_are_fixed_again(
         return sum(math.prod(reader.shape(tensor)) for tensor in index.files)
 
     assert n_numbers("again") == n_numbers("small")
+
+
+def _propagate(own: Calibrated, make_settings: MakeSettings, by: str) -> Propagation:
+    changes = {"by": by, "windows": 16, "held_out": 4, "window": 16, "batch": 4}
+    settings = make_settings({f"propagate.{key}": value for key, value in changes.items()})
+    return propagate(
+        own.weights,
+        classify_model(meta_model(load_config(own.weights))),
+        own.directory / "small",
+        own.moments,
+        _tokens(20),
+        settings.propagate,
+        _settings(make_settings),
+        Checkpoint(own.directory / "propagation", {}, math.inf),
+        own.directory / "propagated",
+        CPU,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_regression_finds_nothing_to_make_up_for_where_nothing_is_lost(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    own = calibrated(family)
+    own.fit(_settings(make_settings, removed=1e-4))
+    assert own.index().values
+    result = _propagate(own, make_settings, "regression")
+    assert result.distances
+    assert max(result.distances) < 1e-6
+    _close(own.logits("propagated"), own.logits())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_an_update_aims_at_outputs_in_the_gauge_of_their_values(
+    family: str, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    """Aimed at as they were, new outputs would be of no use to values that stay as they are."""
+    own = calibrated(family)
+    limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
+    own.fit(_settings(make_settings, removed=0.3, limits=limits))
+    assert own.index().values
+    result = _propagate(own, make_settings, "update")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after < result.before
