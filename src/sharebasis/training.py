@@ -25,6 +25,9 @@ from sharebasis.settings import RecoverSettings
 
 log = logging.getLogger(__name__)
 
+SHORT = 512
+"""Tokens of a window up to which the weights of attention, window² a head, fit into memory."""
+
 Factors = Mapping[str, nn.Parameter]
 """What is trained, by the names of its tensors."""
 
@@ -49,7 +52,8 @@ def distill(
         original: dense, in eval mode, on the device of `compressed`.
         compressed: that uses the factors.
         factors: matrices that require gradients.
-        windows: `settings.windows` to train on and then `settings.held_out`.
+        windows: of one text, each beginning where the one before ends; `settings.windows` to train
+            on and then `settings.held_out`.
         settings: of the training.
         seed: of the order of the windows.
         checkpoint: where a run that was killed goes on from.
@@ -85,6 +89,10 @@ class _Training:
     ) -> None:
         self._original, self._compressed = original, compressed
         self._settings, self._seed = settings, seed
+        if compressed.device.type == "cpu" and settings.window <= SHORT:
+            # torch's fused attention takes over twice as long as plain products in bfloat16 there.
+            for model in (original, compressed):
+                model.set_attn_implementation("eager")
         windows = windows.to(compressed.device)
         self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
         self._factors = factors
@@ -117,13 +125,16 @@ class _Training:
         self.step += 1
 
     def _batch(self) -> Tensor:
-        """The windows of a step: every time round the text in another order."""
-        n, size = len(self._windows), self._settings.batch
-        chosen = []
+        """The windows of a step: every time round the text in another order, and every other time
+        from half a window on, so that tokens come after others than the time before."""
+        (n, length), size = self._windows.shape, self._settings.batch
+        text, starts = self._windows.flatten(), []
         for i in range(self.step * size, (self.step + 1) * size):
-            generator = torch.Generator().manual_seed(self._seed + i // n)
-            chosen.append(int(torch.randperm(n, generator=generator)[i % n]))
-        return self._windows[chosen]
+            times, place = divmod(i, n)
+            generator = torch.Generator().manual_seed(self._seed + times)
+            first = int(torch.randperm(n, generator=generator)[place]) * length
+            starts.append(min(first + times % 2 * (length // 2), len(text) - length))
+        return torch.stack([text[start : start + length] for start in starts])
 
     def _loss(self, windows: Tensor) -> Tensor:
         hidden = self._settings.hidden
