@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from calibrated import Calibrate, maker, tokens
 from conftest import MakeDirectory, MakeSettings, random_model, rows_left
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.phi3 import modeling_phi3
 
-from sharebasis import compressed_index, store
 from sharebasis.architecture import ARCHITECTURES
 from sharebasis.attribution.cache import run_with_cache
-from sharebasis.calibration import calibrate
 from sharebasis.capture import watched
-from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.decomposition import Spectra, decompose
+from sharebasis.decomposition import Spectra
 from sharebasis.fit_tables import ranks_csv
-from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.fitting import fit_metrics
 from sharebasis.grouping import Group
 from sharebasis.head_views import head_views
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
+from sharebasis.hub import load_config, load_model
 from sharebasis.narrowing import find_mlps
 from sharebasis.outcomes import Recovery
 from sharebasis.recovery import trainable, write_recovered
@@ -43,53 +37,9 @@ from sharebasis.splitting import split_selected
 CPU = torch.device("cpu")
 
 
-def _tokens(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, 280, (n, 16), generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A small model and its moments."""
-
-    weights: Path
-    moments: MomentStore
-    directory: Path
-
-    def fit(
-        self, settings: FitSettings, name: str = "small", split: SplitStrategy = "none"
-    ) -> FittedModel:
-        found = classify_model(meta_model(load_config(self.weights)))
-        parts, spectra = split_selected(found, split), self.directory / "spectra"
-        decompose(self.weights, parts, self.moments, settings, spectra, CPU)
-        return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
-
-    def index(self, name: str = "small") -> CompressedIndex:
-        return store.load_record(self.directory / name / compressed_index.FILE, CompressedIndex)
-
-
-Calibrate = Callable[..., Calibrated]
-
-
 @pytest.fixture
 def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
-    """`calibrated(family, change=)`: `change` is applied to the model before anything else."""
-
-    def make(family: str, change: Callable[[PreTrainedModel], None] | None = None) -> Calibrated:
-        weights = make_directory(family)
-        model = load_model(weights, "float32", CPU)
-        if change:
-            with torch.no_grad():
-                change(model)
-            weights = tmp_path / "weights"
-            model.save_pretrained(weights)
-        selected = classify_model(model).selected
-        checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
-        write_moments(
-            tmp_path / "moments", *calibrate(model, selected, _tokens(24), 8, checkpoint, "text")
-        )
-        return Calibrated(weights, MomentStore(tmp_path / "moments"), tmp_path)
-
-    return make
+    return maker(make_directory, tmp_path)
 
 
 AUTO = {
@@ -163,8 +113,8 @@ def _assert_nothing_is_lost(
     assert metrics["relative_loss"] < 1e-6
     assert 0.2 - 1e-9 <= metrics["removed_fraction"] < 0.22
     small = load_compressed(run.directory / "small")
-    wanted = dense(input_ids=_tokens(4, 1)).logits
-    assert (small(input_ids=_tokens(4, 1)).logits - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    wanted = dense(input_ids=tokens(4, 1)).logits
+    assert (small(input_ids=tokens(4, 1)).logits - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
 CASES: Sequence[tuple[str, SplitStrategy]] = [
@@ -216,7 +166,7 @@ def test_views_and_activations_know_what_is_left_of_gate_and_up(
     narrowed = {int(mlp.down.split(".")[2]): mlp for mlp in run.index().mlps}
     assert narrowed
     with watched({f"{i}": small.get_submodule(mlp.reads[0]) for i, mlp in narrowed.items()}) as xs:
-        _, cache = run_with_cache(small, _tokens(2))
+        _, cache = run_with_cache(small, tokens(2))
     for i, mlp in narrowed.items():
         views, x, width = head_views(small)[i], xs[f"{i}"], len(mlp.kept)
         assert views.W_in.shape[1] == views.W_gate.shape[1] == width
@@ -345,11 +295,11 @@ def test_it_is_trained_and_written_again(
         for group in groups:
             for _, own in group.named():
                 own.mul_(1.01)
-        logits = model(input_ids=_tokens(2)).logits
+        logits = model(input_ids=tokens(2)).logits
     write_recovered(target, small, index, groups, Recovery(1, 1, 1, ()), 10_000)
     again = load_compressed(target)
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=_tokens(2)).logits, logits, rtol=0, atol=2e-4)
+        torch.testing.assert_close(again(input_ids=tokens(2)).logits, logits, rtol=0, atol=2e-4)
     assert run.index("recovered").mlps == index.mlps
 
 

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from calibrated import Calibrate, Calibrated, maker, tokens
 from conftest import SIZES, MakeDirectory, MakeSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis import compressed_index, store
+from sharebasis import store
 from sharebasis.allocation import Curve, allocate
-from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_index import CompressedIndex
 from sharebasis.compressed_writer import rewrite
-from sharebasis.decomposition import Spectra, decompose
-from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.decomposition import Spectra
+from sharebasis.fitting import fit_metrics
 from sharebasis.hub import load_config, load_model, meta_model
 from sharebasis.interpolative import BOUND
-from sharebasis.moment_store import MomentStore, write_moments
 from sharebasis.outcomes import Propagation
 from sharebasis.propagation import propagate
 from sharebasis.settings import FitSettings, SplitStrategy
-from sharebasis.splitting import split_selected
 from sharebasis.tensor_store import TensorReader
 from sharebasis.turned_original import turn_original
 from sharebasis.value_gauge import fix_values, turned_output, values_at, whole_values
-from sharebasis.value_outputs import value_outputs
 from sharebasis.variation.freedom import POSITIONS
 from sharebasis.variation.layers import ModelTensors
 from sharebasis.weights import DenseWeights
@@ -100,6 +95,11 @@ def test_the_budget_counts_the_numbers_of_the_original() -> None:
     assert stored[after[1]] == 60
 
 
+@pytest.fixture
+def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
+    return partial(maker(make_directory, tmp_path), n_windows=8)
+
+
 AUTO = {
     "method": "auto",
     "group_size": 1,
@@ -113,57 +113,16 @@ AUTO = {
 }
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A small model, its moments and its values."""
-
-    weights: Path
-    moments: MomentStore
-    directory: Path
-
-    def fit(
-        self, settings: FitSettings, name: str = "small", split: SplitStrategy = "qkv"
-    ) -> FittedModel:
-        spectra = self.directory / "spectra"
-        found = classify_model(meta_model(load_config(self.weights)))
-        parts = split_selected(found, split)
-        models = self.weights, parts, self.moments, settings, spectra
-        decompose(*models, CPU, values=value_outputs(self.weights, found))
-        return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
-
-    def index(self, name: str = "small") -> CompressedIndex:
-        return store.load_record(self.directory / name / compressed_index.FILE, CompressedIndex)
-
-    def logits(self, name: str | None = None) -> Tensor:
-        model = (
-            load_model(self.weights, "float32", CPU)
-            if name is None
-            else load_compressed(self.directory / name)
-        )
-        with torch.no_grad():
-            logits: Tensor = model(input_ids=_tokens(2, seed=5)).logits
-        return logits
-
-
-def _tokens(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, 280, (n, 16), generator=torch.Generator().manual_seed(seed))
-
-
-Calibrate = Callable[..., Calibrated]
-
-
-@pytest.fixture
-def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
-    def make(family: str, **changes: Any) -> Calibrated:
-        weights = make_directory(family, **changes)
-        model = load_model(weights, "float32", CPU)
-        checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
-        selected = classify_model(model).selected
-        found = calibrate(model, selected, _tokens(8), 8, checkpoint, "text")
-        write_moments(tmp_path / "moments", *found)
-        return Calibrated(weights, MomentStore(tmp_path / "moments"), tmp_path)
-
-    return make
+def _logits(own: Calibrated, name: str | None = None) -> Tensor:
+    """Of a compressed model, or of the original."""
+    model = (
+        load_model(own.weights, "float32", CPU)
+        if name is None
+        else load_compressed(own.directory / name)
+    )
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens(2, seed=5)).logits
+    return logits
 
 
 def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
@@ -184,13 +143,13 @@ def test_a_model_that_keeps_all_else_says_what_it_said(
     """All is dense but for the columns that are known, and the budget is met by these."""
     own = calibrated(family)
     settings = _settings(make_settings, removed=1e-4)
-    fitted = own.fit(settings)
+    fitted = own.fit(settings, split="qkv")
     index = own.index()
     config = load_config(own.weights)
     assert len(index.values) == config.num_hidden_layers, "no gauge for some layer"
     assert all(one.dense for one in fitted.groups)
     assert fit_metrics(fitted, settings)["removed_fraction"] > 1e-3
-    _close(own.logits("small"), own.logits())
+    _close(_logits(own, "small"), _logits(own))
 
 
 FIVE = ["llama", "gpt2", "qwen2", "gpt_bigcode", "falcon"]
@@ -204,7 +163,7 @@ def test_it_is_exact_beside_factors(
     """The model is the original with the products of the factors as they were found."""
     own = calibrated(family)
     limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
-    fitted = own.fit(_settings(make_settings, removed=0.3, limits=limits))
+    fitted = own.fit(_settings(make_settings, removed=0.3, limits=limits), split="qkv")
     assert own.index().values
     assert any(one.group.family == "o" and not one.dense for one in fitted.groups)
     source, original = Spectra(own.directory / "spectra"), load_model(own.weights, "float32", CPU)
@@ -216,13 +175,13 @@ def test_it_is_exact_beside_factors(
             name, conv1d = f"{part.sublayer.name}.weight", part.sublayer.type == "Conv1D"
             tensors.write(name, coefficient @ basis, part.rows, conv1d)
     with torch.no_grad():
-        _close(own.logits("small"), original(input_ids=_tokens(2, seed=5)).logits)
+        _close(_logits(own, "small"), original(input_ids=tokens(2, seed=5)).logits)
 
 
 def test_it_leaves_more_for_the_others(calibrated: Calibrate, make_settings: MakeSettings) -> None:
     own, settings = calibrated("llama"), _settings(make_settings, removed=0.2)
-    with_it = own.fit(settings)
-    without = own.fit(replace(settings, value_gauge=False), "plain")
+    with_it = own.fit(settings, split="qkv")
+    without = own.fit(replace(settings, value_gauge=False), "plain", "qkv")
     assert not own.index("plain").values
     for fitted in (with_it, without):
         n_stored = sum(one.n_stored for one in fitted.groups)
@@ -236,7 +195,7 @@ def test_what_is_excluded_stays_as_it_is(
     what: str, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
     own = calibrated("llama")
-    own.fit(_settings(make_settings, removed=0.1, exclude=[rf".*\.0\..*{what}"]))
+    own.fit(_settings(make_settings, removed=0.1, exclude=[rf".*\.0\..*{what}"]), split="qkv")
     index, dense = own.index(), DenseWeights(own.weights)
     assert [one.output for one in index.values] == [
         f"model.layers.{i}.self_attn.o_proj" for i in (1, 2)
@@ -260,11 +219,11 @@ def test_an_original_in_its_gauge_says_what_it_said(
     family: str, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
     own = calibrated(family)
-    own.fit(_settings(make_settings, removed=1e-4))
+    own.fit(_settings(make_settings, removed=1e-4), split="qkv")
     index, original = own.index(), load_model(own.weights, "float32", CPU)
     turn_original(original, index, TensorReader(own.directory / "small", index.files))
     with torch.no_grad():
-        _close(original(input_ids=_tokens(2, seed=5)).logits, own.logits())
+        _close(original(input_ids=tokens(2, seed=5)).logits, _logits(own))
     linears = linears_by_tensor(load_compressed(own.directory / "small"), index)
     for one in index.values:
         part, module = index.part(one.value), original.get_submodule(index.part(one.value).sublayer)
@@ -278,7 +237,7 @@ def test_new_values_are_fixed_again(
 ) -> None:
     """Whoever refits values gives all of their columns, and outputs need not be new."""
     own = calibrated(family)
-    own.fit(_settings(make_settings, removed=0.2))
+    own.fit(_settings(make_settings, removed=0.2), split="qkv")
     index, model = own.index(), load_compressed(own.directory / "small")
     linears = linears_by_tensor(model, index)
     replaced = {}
@@ -292,12 +251,12 @@ def test_new_values_are_fixed_again(
             if isinstance(bias, Tensor):
                 bias += 0.1 * _random(len(bias)).float()
                 replaced[f"{part.sublayer}.bias"] = bias.clone()
-        expected = model(input_ids=_tokens(2, seed=5)).logits
+        expected = model(input_ids=tokens(2, seed=5)).logits
     assert replaced
     with store.writing(own.directory / "again") as out:
         rewrite(out, own.directory / "small", index, replaced, 10**8)
-    _close(own.logits("again"), expected)
-    assert (expected - own.logits("small")).abs().max() > 1e-2
+    _close(_logits(own, "again"), expected)
+    assert (expected - _logits(own, "small")).abs().max() > 1e-2
 
     def n_numbers(name: str) -> int:
         reader = TensorReader(own.directory / name, index.files)
@@ -314,7 +273,7 @@ def _propagate(own: Calibrated, make_settings: MakeSettings, by: str) -> Propaga
         classify_model(meta_model(load_config(own.weights))),
         own.directory / "small",
         own.moments,
-        _tokens(20),
+        tokens(20),
         settings.propagate,
         _settings(make_settings),
         Checkpoint(own.directory / "propagation", {}, math.inf),
@@ -328,12 +287,12 @@ def test_a_regression_finds_nothing_to_make_up_for_where_nothing_is_lost(
     family: str, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
     own = calibrated(family)
-    own.fit(_settings(make_settings, removed=1e-4))
+    own.fit(_settings(make_settings, removed=1e-4), split="qkv")
     assert own.index().values
     result = _propagate(own, make_settings, "regression")
     assert result.distances
     assert max(result.distances) < 1e-6
-    _close(own.logits("propagated"), own.logits())
+    _close(_logits(own, "propagated"), _logits(own))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -343,7 +302,7 @@ def test_an_update_aims_at_outputs_in_the_gauge_of_their_values(
     """Aimed at as they were, new outputs would be of no use to values that stay as they are."""
     own = calibrated(family)
     limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
-    own.fit(_settings(make_settings, removed=0.3, limits=limits))
+    own.fit(_settings(make_settings, removed=0.3, limits=limits), split="qkv")
     assert own.index().values
     result = _propagate(own, make_settings, "update")
     assert result.before is not None
