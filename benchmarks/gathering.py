@@ -1,7 +1,11 @@
-"""Moments that a benchmark gathers once, however often it is run."""
+"""What takes minutes, and a benchmark makes once, however often it is run.
+
+Code is not among what it depends on: after a change of it, begin in an empty directory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,11 +34,22 @@ def gather(
     others = {**chosen, "outliers": asdict(own.outliers)}
     identity = run_identity(weights, model.selected, windows, batch=batch, **others)
     checkpoint = Checkpoint(work / "checkpoint", identity, 60)
-    key = work / "moments.key"
-    if not (key.exists() and key.read_text() == checkpoint.key):
+    target = work / "moments"
+
+    def make() -> None:
         dense = load_model(weights, settings.model.dtype, pick_device(settings.device))
         found = calibrate(dense, model.selected, windows, batch, checkpoint, **chosen)
-        write_moments(work / "moments", *found)
-        key.write_text(checkpoint.key)
+        write_moments(target, *found)
         checkpoint.remove()
-    return MomentStore(work / "moments")
+
+    make_once(target, checkpoint, make)
+    return MomentStore(target)
+
+
+def make_once(target: Path, checkpoint: Checkpoint, make: Callable[[], object]) -> None:
+    """Call `make`, unless what it makes lies in `target`, and of the checkpoint's identity."""
+    key = target.parent / f"{target.name}.key"
+    if target.exists() and key.exists() and key.read_text() == checkpoint.key:
+        return
+    make()
+    key.write_text(checkpoint.key)

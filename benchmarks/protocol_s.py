@@ -6,6 +6,8 @@ windows of another. What was removed is counted in the files. The published colu
 with the official repositories of Basis Sharing, SVD-LLM and KFAC-SVD on the same weights and
 files (dense perplexity 29.53).
 
+A run that was stopped goes on where it was: only spectra and fits are made again.
+
     python benchmarks/protocol_s.py --calibration train.txt --evaluation test.txt
 """
 
@@ -19,7 +21,7 @@ from math import prod
 from operator import itemgetter
 from pathlib import Path
 
-from gathering import gather
+from gathering import gather, make_once
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -174,7 +176,8 @@ def propagate_one(work: Path, settings: Settings, source: Path, target: Path) ->
     checkpoint = Checkpoint(work / "propagation", identity, own.checkpoint_seconds)
     model = classify_model(meta_model(load_config(weights)))
     models = weights, model, source, moments_of(work, settings)
-    propagate(*models, windows, own, settings.fit, checkpoint, target, device)
+    rest = own, settings.fit, checkpoint, target, device
+    make_once(target, checkpoint, lambda: propagate(*models, windows, *rest))
 
 
 def recover_one(work: Path, settings: Settings, source: Path, target: Path) -> None:
@@ -182,8 +185,8 @@ def recover_one(work: Path, settings: Settings, source: Path, target: Path) -> N
     windows = recovery_windows(load_tokenizer(source), settings.data, own, seed)
     identity = recovery_identity(weights, source, windows, own, seed=seed)
     checkpoint = Checkpoint(work / "recovery", identity, own.checkpoint_seconds)
-    shard_bytes, device = settings.fit.shard_bytes, pick_device(settings.device)
-    recover(weights, source, windows, own, seed, checkpoint, target, shard_bytes, device)
+    rest = checkpoint, target, settings.fit.shard_bytes, pick_device(settings.device)
+    make_once(target, checkpoint, lambda: recover(weights, source, windows, own, seed, *rest))
 
 
 def sense(work: Path, settings: Settings) -> Sensitivity:
