@@ -19,7 +19,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 MOMENTUM = 0.95
 """What is left of it after a step."""
 
-TURNS = 4
+TURNS = 8
 """Matrices take turns: each is updated in one of so many steps, by what its gradients add up to. On
 two cores, updating all of them in every step would take a quarter of the time of a training."""
 
