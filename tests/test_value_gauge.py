@@ -31,7 +31,7 @@ from sharebasis.propagation import propagate
 from sharebasis.settings import FitSettings, SplitStrategy
 from sharebasis.tensor_store import TensorReader
 from sharebasis.turned_original import turn_original
-from sharebasis.value_gauge import fix_values, turned_output, values_at, whole_values
+from sharebasis.value_gauge import fix_values, turned_output, turned_values, values_at, whole_values
 from sharebasis.variation.freedom import POSITIONS
 from sharebasis.variation.layers import ModelTensors
 from sharebasis.weights import DenseWeights
@@ -58,7 +58,7 @@ def test_what_heads_put_out_stays(
     bias = _random(n_kv_heads * d_value, seed=seed + 2)
     fixed = fix_values(value, n_kv_heads)
     whole = whole_values(fixed.pivots, fixed.coefficient)
-    turned, new_bias = turned_output(output, fixed.turn), fixed.bias(bias)
+    turned, new_bias = turned_output(output, fixed.turn), turned_values(bias, fixed.turn)
 
     def products(o: Tensor, v: Tensor) -> Tensor:
         by_head = o.view(7, n_kv_heads, n_queries, d_value)

@@ -14,7 +14,7 @@ free. glibc takes no more than fits into an int."""
 
 
 def keep_freed_memory() -> bool:
-    """Let blocks that are freed stay with the process, however large they are.
+    """Let blocks that are freed stay with the process, unless they are larger than `KEPT`.
 
     glibc gives every large block back to the system at once, and the pages of the next one are
     faulted in and cleared again: in a model, layer by layer. Kept, they are faulted in once. What

@@ -20,7 +20,7 @@ from sharebasis.compressed_index import (
 )
 from sharebasis.hub import MANIFEST
 from sharebasis.interpolative import Interpolative, interpolate
-from sharebasis.value_gauge import FixedValues, fix_values, turned_output
+from sharebasis.value_gauge import FixedValues, fix_values, turned_output, turned_values
 
 
 class CompressedWriter:
@@ -198,7 +198,7 @@ def _fixed_again(
         if name in index.files:
             bias = found[name] if name in found else reader.read(name)
             rows = part.rows.numbers
-            found[name] = bias.index_copy(0, rows, values.bias(bias[rows]).to(bias))
+            found[name] = bias.index_copy(0, rows, turned_values(bias[rows], values.turn).to(bias))
     return found
 
 

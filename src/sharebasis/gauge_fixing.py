@@ -13,7 +13,13 @@ from sharebasis.grouping import Group
 from sharebasis.limits import limits_of
 from sharebasis.settings import FitSettings
 from sharebasis.splitting import Part
-from sharebasis.value_gauge import FixedValues, ValueOutput, fix_values, turned_output
+from sharebasis.value_gauge import (
+    FixedValues,
+    ValueOutput,
+    fix_values,
+    turned_output,
+    turned_values,
+)
 from sharebasis.weights import DenseWeights
 
 
@@ -64,7 +70,8 @@ class GaugeFixing:
             part = self._part(i)
             if part.sublayer.name == sublayer and (values := self.values(i)):
                 rows = part.rows.numbers
-                bias = bias.index_copy(0, rows, values.bias(bias[rows].to(self.device)).to(bias))
+                own = turned_values(bias[rows].to(self.device), values.turn)
+                bias = bias.index_copy(0, rows, own.to(bias))
         return bias
 
     def weight(self, part: Part, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sharebasis.settings import Family
 from sharebasis.share_linear import SplitLinear
 from sharebasis.splitting import Block, blocks_of
 from sharebasis.sublayer import Classification, Role, Sublayer
+from sharebasis.surgery import weight_of
 
 _SIDE: Mapping[Family, Role] = {
     "q": "read",
@@ -322,10 +323,7 @@ class _Tensors:
     def weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
         if own := self._slices.get(f"{name}.weight"):
             return own.of(self._model.get_parameter(own.stack))
-        module = self._model.get_submodule(name)
-        assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
-        # By type: the shape of a square one does not tell.
-        return module.weight.T if isinstance(module, Conv1D) else module.weight
+        return weight_of(self._model.get_submodule(name))
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         if own := self._slices.get(f"{name}.bias"):

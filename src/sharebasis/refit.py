@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sharebasis import pruning
 from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
@@ -18,6 +17,7 @@ from sharebasis.moments import Moment
 from sharebasis.regression import PairedMoment, regressed
 from sharebasis.settings import METHODS, FitSettings, PropagateSettings
 from sharebasis.share_linear import ShareLinear
+from sharebasis.surgery import weight_of
 
 Tensors = dict[str, Tensor]
 """Factors in plain form, and dense weights, by the names that the index has for them."""
@@ -122,10 +122,7 @@ class Refitter:
 
     def _weight(self, part: CompressedPart) -> Tensor:
         """Of the original, of all its neurons if it is a down."""
-        module = self.original.get_submodule(part.sublayer)
-        assert isinstance(module, nn.Linear | Conv1D)
-        weight = module.weight.detach()
-        return self._rows(part, weight.T if isinstance(module, Conv1D) else weight)
+        return self._rows(part, weight_of(self.original.get_submodule(part.sublayer)).detach())
 
     def _rows(self, part: CompressedPart, every: Tensor) -> Tensor:
         """Those of a part, of something that the original has for every output."""

@@ -37,7 +37,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        return f"{self.sublayer.name}[{self.label}]" if self.label else self.sublayer.name
+        return self.sublayer.part_name(self.label)
 
 
 def split_selected(model: Classification, strategy: SplitStrategy) -> tuple[Part, ...]:
@@ -210,9 +210,8 @@ def _heads(block: Block, sublayer: Sublayer) -> Sequence[Block]:
         return [block]
     if len(block.rows) % block.n_heads:
         raise SplitError(
-            f"{sublayer.name}{f'[{block.label}]' if block.label else ''} has {len(block.rows)} "
-            f"rows, which {block.n_heads} heads do not divide; set n_head (or n_kv_head) of its "
-            "weight type."
+            f"{sublayer.part_name(block.label)} has {len(block.rows)} rows, which {block.n_heads} "
+            "heads do not divide; set n_head (or n_kv_head) of its weight type."
         )
     d_head, dot = len(block.rows) // block.n_heads, "." if block.label else ""
     if block.rows.runs > 1 and block.rows.length % d_head and d_head % block.rows.length:

@@ -84,6 +84,10 @@ class Sublayer:
     tied_to: str | None = None
     """HF name of the sublayer whose weight this one uses, too."""
 
+    def part_name(self, label: str) -> str:
+        """Of some of its rows, which are called so; '' is all of it."""
+        return f"{self.name}[{label}]" if label else self.name
+
     @property
     def selected(self) -> bool:
         return self.weight_type is not None

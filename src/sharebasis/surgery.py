@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -83,15 +84,20 @@ def narrow(model: nn.Module, reads: Sequence[str], down: str, n_rows: int, width
             module.bias = _first(module.bias, 0, n_rows)
 
 
+def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a dense or wrapped sublayer; of a dense one, a view."""
+    assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
+    # By type: the shape of a square one does not tell.
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
 def _first(parameter: Tensor, dimension: int, width: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().narrow(dimension, 0, width), requires_grad=False)
 
 
 def _wrapped(module: nn.Module, rows: Sequence[Rows]) -> SplitLinear:
     assert isinstance(module, nn.Linear | Conv1D)
-    weight = module.weight.detach()
-    if isinstance(module, Conv1D):  # stores (d_in, d_out)
-        weight = weight.T
+    weight = weight_of(module).detach()
     bias = None if module.bias is None else module.bias.detach()
     order = inverse_order(rows)
     if order is not None and not weight.is_meta:

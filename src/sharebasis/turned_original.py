@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sharebasis.compressed_index import CompressedIndex
+from sharebasis.surgery import weight_of
 from sharebasis.tensor_store import TensorReader
-from sharebasis.value_gauge import turned_output, values_at
+from sharebasis.value_gauge import turned_output, turned_values, values_at
 
 
 @torch.no_grad()
@@ -23,19 +23,10 @@ def turn_original(original: nn.Module, index: CompressedIndex, reader: TensorRea
     for own in index.values:
         part = index.part(own.value)
         assert part.pivots is not None
-        value, output = original.get_submodule(part.sublayer), original.get_submodule(own.output)
-        rows = part.rows.numbers.to(_weight(value).device)
-        weight = _weight(value)[rows].double()
-        turn = values_at(weight, reader.read(part.pivots))
-        heads = torch.linalg.solve(turn, weight.unflatten(0, turn.shape[:2]))
-        _weight(value)[rows] = heads.flatten(0, 1).to(_weight(value))
-        if isinstance(value.bias, Tensor):
-            bias = value.bias[rows].double().view(*turn.shape[:2], 1)
-            value.bias[rows] = torch.linalg.solve(turn, bias).flatten().to(value.bias)
-        _weight(output).copy_(turned_output(_weight(output), turn))
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """(d_out, d_in), a view."""
-    assert isinstance(module, nn.Linear | Conv1D)
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+        values, outputs = (original.get_submodule(name) for name in (part.sublayer, own.output))
+        rows = part.rows.numbers.to(weight_of(values).device)
+        turn = values_at(weight_of(values)[rows], reader.read(part.pivots))
+        added = [values.bias] if isinstance(values.bias, Tensor) else []
+        for every in (weight_of(values), *added):
+            every[rows] = turned_values(every[rows], turn).to(every)
+        weight_of(outputs).copy_(turned_output(weight_of(outputs), turn))

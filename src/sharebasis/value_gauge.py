@@ -51,11 +51,6 @@ class FixedValues:
         """Whether B can be divided by."""
         return bool((torch.linalg.cond(self.turn) <= LARGEST_CONDITION).all())
 
-    def bias(self, bias: Float[Tensor, " n_rows"]) -> Float64[Tensor, " n_rows"]:
-        """B⁻¹ b, of values in the new gauge."""
-        by_head = bias.double().view(len(self.turn), -1, 1)
-        return torch.linalg.solve(self.turn, by_head).flatten()
-
 
 def fix_values(weight: Float[Tensor, "n_rows d_in"], n_kv_heads: int) -> FixedValues:
     """Choose columns of every head so that no coefficient is larger than `interpolative.BOUND`.
@@ -84,6 +79,19 @@ def values_at(
     heads = weight.double().view(len(pivots), -1, weight.shape[1])
     index = pivots.long().to(weight.device)[:, None, :].expand(-1, heads.shape[1], -1)
     return heads.gather(2, index)
+
+
+def turned_values(
+    values: Float[Tensor, "n_rows ..."], turn: Float64[Tensor, "n_kv_heads d_value d_value"]
+) -> Float64[Tensor, "n_rows ..."]:
+    """B⁻¹ W_V, or B⁻¹ b of what is added to values.
+
+    Args:
+        values: rows head by head.
+        turn: B.
+    """
+    by_head = values.double().unflatten(0, turn.shape[:2])
+    return torch.linalg.solve(turn, by_head).flatten(0, 1)
 
 
 def whole_values(

@@ -72,8 +72,7 @@ class Place:
     @property
     def part(self) -> str:
         """The name of the part that it is, if the sublayer is cut into its blocks."""
-        label = self.block.label
-        return f"{self.sublayer.name}[{label}]" if label else self.sublayer.name
+        return self.sublayer.part_name(self.block.label)
 
     def weight(self, tensors: Tensors) -> Tensor:
         return _wide(tensors.read(f"{self._owner}.weight", self.block.rows, self._transposed))
