@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharebasis import store
+from sharebasis import mask, store
 from sharebasis.allocation import DENSE
+from sharebasis.choosing import choose
 from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra, read_part
-from sharebasis.fitting import choose
 from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
@@ -52,16 +52,25 @@ def measured(groups: Sequence[Group], dense: DenseWeights, metric: Metric) -> li
 
 def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) -> tuple[str, ...]:
     """The loss, and what was picked."""
-    ranks, plans = choose(source, every, settings, UNWEIGHED, offered=True)
+    chosen = choose(source, every, settings, UNWEIGHED, offered=True)
+    ranks, plans = chosen.ranks, chosen.plans
     loss = sum(float(every[i][rank:].sum()) for i, rank in ranks.items() if rank != DENSE)
     loss += sum(sum(plan.losses) for plan in plans.values())
+    loss += sum(loss_without_entries(source, j, stored) for j, stored in chosen.sparse.items())
     picked = Counter(
         f"{source.groups[i].structure} {source.groups[i].family}"
         for i in ranks
         if i >= source.n_given
     )
     counts = (f"{n} {what}" for what, n in picked.items())
-    return f"{loss:.4f}", ", ".join([*counts, f"{len(plans)} narrowed"])
+    others = f"{len(plans)} narrowed", f"{len(chosen.sparse)} sparse"
+    return f"{loss:.4f}", ", ".join([*counts, *others])
+
+
+def loss_without_entries(source: Spectra, j: int, stored: int) -> float:
+    n = source.sparse[j].shape[0] * source.sparse[j].shape[1]
+    removed = torch.tensor([1 - mask.n_kept(stored, n) / n], dtype=torch.float64)
+    return source.sparsities(j).loss_at(removed).item()
 
 
 @report_errors
@@ -71,7 +80,9 @@ def main() -> None:
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4])
     offers = ["shared:2=k,v", "by_distance:2=k,v", "shared:2,by_distance:2=k,v"]
     parser.add_argument("--offers", nargs="*", default=[*offers, "shared:2:inner=up,down"])
-    parser.add_argument("--alone", action="store_true", help="MLPs keep all of their neurons")
+    parser.add_argument(
+        "--alone", action="store_true", help="MLPs keep all of their neurons, weights all entries"
+    )
     arguments = parser.parse_args()
     weights, sublayers, moments, variation, spectra = (
         arguments.artifacts / path.name
@@ -81,7 +92,8 @@ def main() -> None:
     parts = split_selected(store.load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)
-    source.mlps = () if arguments.alone else source.mlps
+    if arguments.alone:
+        source.mlps, source.sparse = (), ()
     metric = Metric(MomentStore(moments), source.twins, settings, torch.device("cpu"))
     given, known = source.groups, source.energies()
     print("| offered | removed | loss | picked |\n| --- | --- | --- | --- |")

@@ -122,9 +122,9 @@ def test_what_the_stream_lacks_before_a_write(
     case, pairs = make(family), {}
     tensors = Refitter.tensors
 
-    def note(self: Refitter, group: CompressedGroup, pair: PairedMoment) -> object:
+    def note(self: Refitter, group: CompressedGroup, pair: PairedMoment, *others: Any) -> object:
         pairs[group.name] = pair
-        return tensors(self, group, pair)
+        return tensors(self, group, pair, *others)
 
     monkeypatch.setattr(Refitter, "tensors", note)
     case.propagate(tmp_path / "out", stream=0.5)

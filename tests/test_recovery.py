@@ -269,7 +269,7 @@ def test_steps_are_as_long_as_there_is_far_to_go(divergence: float, times: float
 
 def test_every_window_is_seen_once_each_time_round(case: Case) -> None:
     original, model, groups = case.load()
-    state = training._Training(original, model, _factors(groups), WINDOWS, SETTINGS, seed=3)
+    state = training._Training(original, model, _factors(groups), WINDOWS, SETTINGS, 3, {})
     rounds = []
     for _ in range(3):
         rounds.append(torch.cat([_next(state) for _ in range(8)]))

@@ -21,6 +21,7 @@ from sharebasis import align, compressed_index, fitting, store
 from sharebasis.allocation import DENSE
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
+from sharebasis.choosing import Chosen
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
@@ -246,7 +247,7 @@ def _take(
     """Let `fit` take, of every family, the first group of a structure, and the rest dense."""
     names: list[str] = []
 
-    def chosen(source: Spectra, *_: object, **__: object) -> tuple[dict[int, int], dict[int, Any]]:
+    def chosen(source: Spectra, *_: object, **__: object) -> Chosen:
         groups, n_given = source.groups, source.n_given
         found: dict[int, int] = {}
         covered: set[str] = set()
@@ -261,7 +262,7 @@ def _take(
                 covered |= {part.name for part in groups[i].parts}
                 found[i] = rank or groups[i].full_rank
         rest = (i for i in range(n_given) if groups[i].parts[0].name not in covered)
-        return {**found, **dict.fromkeys(rest, DENSE)}, {}
+        return Chosen({**found, **dict.fromkeys(rest, DENSE)})
 
     monkeypatch.setattr(fitting, "choose", chosen)
     return names

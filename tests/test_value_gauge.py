@@ -88,12 +88,20 @@ def test_the_budget_counts_the_numbers_of_the_original() -> None:
     n = 100
     stored, loss = np.arange(1, n + 1), np.arange(n, 0, -1.0)
     stored, loss = np.append(stored, n), np.append(loss, 0.0)
-    plain, other = Curve("v", stored, 1e6 * loss), Curve("o", stored, loss)
-    before = allocate([plain, other], 0.25)
-    after = allocate([plain.without(10), other], 0.25)
-    assert [plain.rank(before[0]), plain.rank(after[0])] == [-1, -1]  # dense
+    values, outputs = Curve("v", stored, 1e6 * loss), Curve("o", stored, loss)
+    before = allocate([values, outputs], 0.25)
+    (after,) = allocate([both := outputs.beside(values, 10)], 0.25)
+    assert values.rank(before[0]) == -1  # dense
     assert stored[before[1]] == 50
-    assert stored[after[1]] == 60
+    assert stored[after] == 60
+    assert both.stored[after] == 150
+    assert both.original == 200
+
+
+def test_values_that_may_not_be_dense_are_not_stored_in_the_gauge() -> None:
+    stored, loss = np.array([10, 20, 40]), np.array([5.0, 1.0, 0.0])
+    values = Curve("v", stored, np.array([5.0, 1.0, np.inf]))
+    assert np.isinf(Curve("o", stored, loss).beside(values, 4).loss).all()
 
 
 @pytest.fixture

@@ -35,17 +35,19 @@ class Curve:
     loss: NDArray[np.float64]
     """Infinite where a limit forbids the entry."""
     known: int = 0
-    """Numbers of the original that need not be stored even if it is dense."""
+    """Numbers of the original that need not be stored even if all of it is dense."""
 
     @property
     def original(self) -> int:
         """How many numbers there were."""
         return int(self.stored[-1]) + self.known
 
-    def without(self, known: int) -> Curve:
-        """With so many numbers of the dense entry that need not be stored."""
-        stored = np.append(self.stored[:-1], self.stored[-1] - known)
-        return replace(self, stored=stored, known=self.known + known)
+    def beside(self, other: Curve, known: int) -> Curve:
+        """Together with another group that is dense, of which so many numbers are not stored."""
+        stored = self.stored + other.stored[-1] - known
+        return replace(
+            self, stored=stored, loss=self.loss + other.loss[-1], known=self.known + known
+        )
 
     def rank(self, entry: int) -> int:
         return DENSE if entry == len(self.stored) - 1 else entry + 1

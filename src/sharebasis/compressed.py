@@ -117,6 +117,9 @@ def _fill(
     if linear.state is State.COMPRESSED:  # in a module of several names
         return
     coefficient = found[part.coefficient]
+    if part.mask:
+        linear.leave_out(coefficient, found[part.mask])
+        return
     if group.basis is None:
         if part.pivots:
             coefficient = _parameter(whole_values(found[part.pivots], coefficient.detach()))

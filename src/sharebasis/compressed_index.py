@@ -37,6 +37,9 @@ class CompressedPart:
     values without a basis: the columns of every head that are the identity."""
     first: int = 0
     """The row of the basis that is the first of them."""
+    mask: str | None = None
+    """Of a weight that lacks entries: a bit for each of them that says whether it is there. The
+    coefficient holds those alone, row by row."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class CompressedGroup:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The names of all its tensors, that of the basis first."""
-        own = (name for part in self.parts for name in (part.coefficient, part.pivots))
+        own = (name for part in self.parts for name in (part.coefficient, part.pivots, part.mask))
         return tuple(dict.fromkeys(name for name in (self.basis, *own) if name))
 
 
@@ -106,7 +109,7 @@ class CompressedIndex:
     """Those that are narrower than the model's config says."""
     values: tuple[TurnedOutput, ...] = ()
     """In another gauge than the original's."""
-    format: int = 4
+    format: int = 5
 
     def part(self, coefficient: str) -> CompressedPart:
         """The (first) part of a tensor."""

@@ -20,7 +20,9 @@ from sharebasis.compressed_index import (
 )
 from sharebasis.hub import MANIFEST
 from sharebasis.interpolative import Interpolative, interpolate
-from sharebasis.value_gauge import FixedValues, fix_values, turned_output, turned_values
+from sharebasis.mask import pack, unpack
+from sharebasis.sparsity import Sparse
+from sharebasis.value_gauge import FixedValues, fix_values, turned_bias, turned_output
 
 
 class CompressedWriter:
@@ -68,6 +70,20 @@ class CompressedWriter:
         assert part.pivots is not None
         self._writer.add(part.pivots, values.pivots.to("cpu", torch.int32))
         self._writer.add(part.coefficient, values.coefficient.to("cpu", dtype))
+        self._groups.append(group)
+
+    def add_sparse(self, group: CompressedGroup, left: Sparse, dtype: torch.dtype) -> None:
+        """A weight that lacks entries.
+
+        Args:
+            group: without a basis, whose part has a tensor for the mask.
+            left: what to store.
+            dtype: of the entries.
+        """
+        (part, *_) = group.parts
+        assert part.mask is not None
+        self._writer.add(part.mask, pack(left.kept))
+        self._writer.add(part.coefficient, left.weight[left.kept].to("cpu", dtype))
         self._groups.append(group)
 
     def add_factors(
@@ -143,14 +159,15 @@ def rewrite(
         source: artifacts/compressed.
         index: of `source`.
         replaced: by name, the factors of a group in plain form (all of them or none), or the rows
-            of one that has no basis (all columns of values), or any other tensor.
+            of one that has no basis (all columns of values; of a weight that lacks entries, zeros
+            in their place), or any other tensor.
         shard_bytes: size at which a shard is closed.
 
     Raises:
         StoreError: the disk is full.
     """
     reader = tensor_store.TensorReader(source, index.files)
-    replaced = _fixed_again(index, reader, replaced)
+    replaced = _without_zeros(index, reader, _fixed_again(index, reader, replaced))
     of_groups = {name for group in index.groups for name in group.tensors}
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
@@ -197,8 +214,21 @@ def _fixed_again(
         name = f"{part.sublayer}.bias"
         if name in index.files:
             bias = found[name] if name in found else reader.read(name)
-            rows = part.rows.numbers
-            found[name] = bias.index_copy(0, rows, turned_values(bias[rows], values.turn).to(bias))
+            found[name] = turned_bias(bias, part.rows.numbers, values.turn)
+    return found
+
+
+def _without_zeros(
+    index: CompressedIndex, reader: tensor_store.TensorReader, replaced: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """What is to be stored of weights that lack entries."""
+    found = dict(replaced)
+    parts = {part.coefficient: part for group in index.groups for part in group.parts}
+    for name, part in parts.items():
+        if part.mask and name in replaced:
+            weight = replaced[name].detach().cpu()
+            d_out, d_in = weight.shape
+            found[name] = weight[unpack(reader.read(part.mask), (d_out, d_in))]
     return found
 
 

@@ -13,7 +13,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from sharebasis import settings as knobs
 from sharebasis.errors import SettingsError
-from sharebasis.settings import FIXED, METHODS, NARROWED, PRIVATE, STRUCTURE, FitSettings, Settings
+from sharebasis.settings import (
+    FIXED,
+    METHODS,
+    NARROWED,
+    PRIVATE,
+    SPARSE,
+    STRUCTURE,
+    FitSettings,
+    Settings,
+)
 
 PARAMS = Path("params.yaml")
 CONF = Path("conf")
@@ -166,16 +175,17 @@ def _check_structures(fit: FitSettings, where: str) -> None:
         if not re.fullmatch(STRUCTURE, one):
             raise SettingsError(
                 f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, "
-                "narrowed, joint, experts, shared:N (N from 2), shared:all and by_distance:N, "
-                "the last three with :inner behind them or without."
+                "narrowed, sparse, joint, experts, shared:N (N from 2), shared:all and "
+                "by_distance:N, the last three with :inner behind them or without."
             )
     if fit.structures == (FIXED,):
         return
-    if NARROWED in fit.structures and METHODS[fit.method].inputs != "full":
-        raise SettingsError(
-            f"{where} is not valid: fit.structures offers narrowed MLPs, but {fit.method} does not "
-            "look at how neurons are correlated."
-        )
+    for one, what in {NARROWED: "narrowed MLPs", SPARSE: "sparse weights"}.items():
+        if one in fit.structures and METHODS[fit.method].inputs != "full":
+            raise SettingsError(
+                f"{where} is not valid: fit.structures offers {what}, but {fit.method} does not "
+                "look at how what is read is correlated."
+            )
     if PRIVATE not in fit.structures or FIXED in fit.structures:
         raise SettingsError(
             f"{where} is not valid: fit.structures={list(fit.structures)} has to be [fixed], or to "

@@ -13,17 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharebasis import store, tensor_store
+from sharebasis import sparsity, store, tensor_store
 from sharebasis.grouping import Group, LayerDistances
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
+from sharebasis.moments import Moment
 from sharebasis.narrowing import Mlp, Widths, find_mlps, measure
 from sharebasis.neurons_apart import neurons_are_apart
 from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.resources import workers_for
-from sharebasis.settings import NARROWED, FitSettings
+from sharebasis.settings import NARROWED, SPARSE, FitSettings
 from sharebasis.shared_basis import Member, energies, pooled_basis
+from sharebasis.sparsity import Sparsities
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
 from sharebasis.value_gauge import ValueOutput, fix_values
@@ -58,6 +60,9 @@ class SpectraIndex:
     and `mlpj.WIDTH.i` for the energies of its part i."""
     values: tuple[ValueOutput, ...] = ()
     """That may be stored without some of their columns."""
+    sparse: tuple[Part, ...] = ()
+    """Offered without some of their entries, too: of part j there is `sparsej`, by price how many
+    are removed, what is lost and that price."""
 
 
 class Spectra:
@@ -72,7 +77,7 @@ class Spectra:
         self._reader = tensor_store.TensorReader(directory, self._index.files)
         self.groups, self.twins = self._index.groups, self._index.twins
         self.n_given, self.mlps = self._index.n_given, self._index.mlps
-        self.values = self._index.values
+        self.values, self.sparse = self._index.values, self._index.sparse
 
     def energies(self) -> Sequence[NDArray[np.float64]]:
         """What each direction of every group saves of the loss, the largest first.
@@ -108,6 +113,10 @@ class Spectra:
     def kept(self, j: int, width: int) -> Tensor:
         """The neurons of MLP `j` that stay at a width, ascending."""
         return self.neurons(j)[:width].sort().values
+
+    def sparsities(self, j: int) -> Sparsities:
+        """What the part `sparse[j]` loses as its entries go."""
+        return Sparsities(*self._reader.read(f"sparse{j}").tolist())
 
     def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """(basis, coefficient) of a given group `i` and a rank, in float64."""
@@ -153,7 +162,8 @@ def decompose(
     dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
     mlps = _find_mlps(given, twins, dense) if NARROWED in settings.structures else ()
     fixed = _fixable(values, [*given, *offered], twins, dense)
-    n_groups = len(given) + len(offered) + len(mlps)
+    offered_sparse = own if SPARSE in settings.structures else []
+    n_groups = len(given) + len(offered) + len(mlps) + len(offered_sparse)
     workers = workers_of(given, device)
     originals = partial(_originals, dense, device)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
@@ -180,9 +190,24 @@ def decompose(
                 _write_widths(writer, f"mlp{len(narrowed)}", mlp, found)
                 narrowed.append(mlp)
             advance()
+        sparse: list[Part] = []
+        prices = (partial(_sparsities, metric, part, originals([part])) for part in offered_sparse)
+        for part, points in zip(offered_sparse, in_parallel(prices, workers), strict=True):
+            if points is not None:
+                rows = points.removed, points.losses, points.prices
+                writer.add(f"sparse{len(sparse)}", torch.tensor(rows, dtype=torch.float64))
+                sparse.append(part)
+            advance()
         writer.flush()
         index = SpectraIndex(
-            tuple(groups), len(given), twins, tuple(unseen), writer.files, tuple(narrowed), fixed
+            groups=tuple(groups),
+            n_given=len(given),
+            twins=twins,
+            unseen=tuple(unseen),
+            files=writer.files,
+            mlps=tuple(narrowed),
+            values=fixed,
+            sparse=tuple(sparse),
         )
         store.save_record(out / INDEX, index)
 
@@ -250,6 +275,19 @@ def members_of(mlp: Mlp, originals: Sequence[Tensor], metric: Metric) -> Sequenc
     return found
 
 
+def member_of(
+    part: Part, original: Tensor, metric: Metric
+) -> tuple[Tensor, Moment, Moment | None] | None:
+    """A weight, the moment of what it reads and that of its gradients; None where calibration has
+    not seen what it reads."""
+    members = metric.members(Group((part,)), [original])
+    if members is None:
+        return None
+    (member,) = members
+    assert member.shared is not None  # sparse weights are offered to methods that look at inputs
+    return member.weight, member.shared, member.own
+
+
 def _originals(
     dense: DenseWeights, device: torch.device, parts: Sequence[Part]
 ) -> Sequence[Tensor]:
@@ -265,6 +303,14 @@ def _saved(metric: Metric, group: Group, originals: Sequence[Tensor]) -> Tensor 
 def _measured(metric: Metric, mlp: Mlp, originals: Sequence[Tensor]) -> Widths | None:
     members = members_of(mlp, originals, metric)
     return measure(mlp, members) if members else None
+
+
+def _sparsities(metric: Metric, part: Part, originals: Sequence[Tensor]) -> Sparsities | None:
+    member = member_of(part, originals[0], metric)
+    if member is None:
+        return None
+    weight, inputs, gradient = member
+    return sparsity.measure(weight, inputs, gradient)
 
 
 def _write_widths(writer: tensor_store.TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:

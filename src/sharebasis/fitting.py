@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharebasis import store
-from sharebasis.allocation import DENSE, allocate_structures, curve_of, uniform_ranks
+from sharebasis import mask, sparsity, store
+from sharebasis.allocation import DENSE
+from sharebasis.choosing import choose
 from sharebasis.compressed_index import (
     CompressedGroup,
     CompressedPart,
@@ -23,22 +24,21 @@ from sharebasis.compressed_index import (
     TurnedOutput,
 )
 from sharebasis.compressed_writer import CompressedWriter
-from sharebasis.cover import Choice, Cover
-from sharebasis.decomposition import Spectra, members_of, read_part, workers_of
+from sharebasis.decomposition import Spectra, member_of, members_of, read_part, workers_of
 from sharebasis.errors import CalibrationError
 from sharebasis.factorize import decompose_reads
-from sharebasis.gauge_fixing import GaugeFixing, fixable
+from sharebasis.gauge_fixing import GaugeFixing
 from sharebasis.grouping import Group
-from sharebasis.limits import limits_of
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
-from sharebasis.narrowing import Mlp, Plan, curve_of_plans, narrowed_members, plans_of
+from sharebasis.narrowing import Mlp, Plan, narrowed_members
 from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
-from sharebasis.sensitivity.corrections import group_weight, weigh
+from sharebasis.sensitivity.corrections import group_weight
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.settings import FIXED, NARROWED, PRIVATE, FitSettings, Sensing
+from sharebasis.settings import FIXED, PRIVATE, SPARSE, FitSettings, Sensing
 from sharebasis.shared_basis import fit_shared_basis
+from sharebasis.sparsity import Sparse
 from sharebasis.splitting import Part
 from sharebasis.value_gauge import FixedValues
 from sharebasis.weights import DenseWeights
@@ -105,25 +105,31 @@ def fit(
     """
     source = Spectra(spectra)
     energies = source.energies()
-    ranks, plans = choose(source, energies, settings, sensitivity, offered=moments is not None)
+    chosen = choose(source, energies, settings, sensitivity, offered=moments is not None)
     metric, dense = Metric(moments, source.twins, settings, device), DenseWeights(weights)
     with store.writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
-        fixed = {i: own for i, own in fixable(source, settings).items() if ranks.get(i) == DENSE}
-        gauge = GaugeFixing(source, dense, fixed, device)
+        gauge = GaugeFixing(source, dense, chosen.fixed, device)
         one = _Fit(source, energies, dense, gauge, metric, settings, sensitivity, writer, device)
-        mlps = {j: _index_of(source, j, plan) for j, plan in plans.items()}
+        mlps = {j: _index_of(source, j, plan) for j, plan in chosen.plans.items()}
         n_others = one.add_others(mlps.values())
         n_stored = writer.n_numbers
-        fitted = []
-        with progress("fit", len(ranks) + len(plans), "groups") as advance:
-            for i, rank in ranks.items():
+        workers = workers_of(source.groups, device)
+        fitted: list[FittedGroup] = []
+        n_all = len(chosen.ranks) + len(chosen.plans) + len(chosen.sparse)
+        with progress("fit", n_all, "groups") as advance:
+            for i, rank in chosen.ranks.items():
                 fitted.append(one.add_group(i, rank))
                 advance()
-            workers = workers_of(source.groups, device)
-            made_of = in_parallel((one.narrowing(j, plan) for j, plan in plans.items()), workers)
-            for (j, plan), own in zip(plans.items(), made_of, strict=True):
+            plans = chosen.plans.items()
+            made_of = in_parallel((one.narrowing(j, plan) for j, plan in plans), workers)
+            for (j, plan), own in zip(plans, made_of, strict=True):
                 fitted += one.add_mlp(source.mlps[j], plan, own)
+                advance()
+            sparse = chosen.sparse.items()
+            left = in_parallel((one.sparsifying(j, stored) for j, stored in sparse), workers)
+            for (j, _), weight in zip(sparse, left, strict=True):
+                fitted.append(one.add_sparse(source.sparse[j], weight))
                 advance()
         turned = [TurnedOutput(_dense_tensor(v), o.sublayer.name) for v, o in gauge.pairs]
         writer.finish(weights, list(mlps.values()), turned)
@@ -132,6 +138,9 @@ def fit(
 
 MadeOf = Tensor | tuple[Tensor, Tensor]
 """A weight, or (basis, coefficient)."""
+
+Stored = list[Tensor] | tuple[Tensor, Tensor] | FixedValues | Sparse
+"""Weights of parts, (basis, coefficients stacked), or what else there is of a part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +175,10 @@ class _Fit:
         group, energy = self.source.groups[i], float(self.energies[i].sum())
         if rank == DENSE:
             if (values := self.gauge.values(i)) is not None:
-                return self._add(group, rank, group.n_weights, 0.0, energy, values=values)
+                return self._add(group, rank, group.n_weights, 0.0, energy, values)
             pairs = ((part, read_part(self.dense, part)) for part in group.parts)
             weights = [self.gauge.weight(part, own).to("cpu", own.dtype) for part, own in pairs]
-            return self._add(group, rank, group.n_weights, 0.0, energy, weights=weights)
+            return self._add(group, rank, group.n_weights, 0.0, energy, weights)
         loss = float(self.energies[i][rank:].sum())
         if i < self.source.n_given:
             basis, stacked = (own.to(self.device) for own in self.source.factors(i, rank))
@@ -177,7 +186,7 @@ class _Fit:
             basis, stacked, lost = _shared(group, rank, self.dense, self.metric, self.device)
             loss = lost * energy
         factors = self.gauge.factors(group, basis, stacked)
-        return self._add(group, rank, group.n_weights, loss, energy, factors=factors)
+        return self._add(group, rank, group.n_weights, loss, energy, factors)
 
     def narrowing(self, j: int, plan: Plan) -> Callable[[], Sequence[MadeOf]]:
         """What is to be done for an MLP that lacks neurons; its weights are read at once."""
@@ -187,19 +196,41 @@ class _Fit:
 
     def add_mlp(self, mlp: Mlp, plan: Plan, made_of: Sequence[MadeOf]) -> Iterator[FittedGroup]:
         """An MLP that lacks neurons, of what `narrowing` found."""
-        numbers = {group.parts[0].name: i for i, group in enumerate(self.source.groups)}
         groups = mlp.groups(plan.width)
         for part, group, own, rank, loss in zip(
             mlp.parts, groups, made_of, plan.ranks, plan.losses, strict=True
         ):
-            energy = float(self.energies[numbers[part.name]].sum())
+            energy = self._energy(part)
             n_original = part.shape[0] * part.shape[1]
             loss /= group_weight(self.sensitivity, group)  # plans are made of weighed ones
-            if isinstance(own, Tensor):
-                weights = [own.to("cpu", self._dtype(group))]
-                yield self._add(group, rank, n_original, loss, energy, weights=weights)
-            else:
-                yield self._add(group, rank, n_original, loss, energy, factors=own)
+            what = [own.to("cpu", self._dtype(group))] if isinstance(own, Tensor) else own
+            yield self._add(group, rank, n_original, loss, energy, what)
+
+    def sparsifying(self, j: int, stored: int) -> Callable[[], Sparse]:
+        """What is to be done for a part that lacks entries; its weight is read at once."""
+        part = self.source.sparse[j]
+        original = read_part(self.dense, part).to(self.device)
+        n = original.numel()
+        left = mask.n_kept(stored, n)
+        price = self.source.sparsities(j).price_at(1 - left / n)
+
+        def work() -> Sparse:
+            member = member_of(part, original, self.metric)
+            assert member is not None  # it was measured
+            return sparsity.sparsify(*member, left, price)
+
+        return work
+
+    def add_sparse(self, part: Part, left: Sparse) -> FittedGroup:
+        """A part that lacks entries, of what `sparsifying` found."""
+        group = Group((part,), structure=SPARSE)
+        return self._add(group, DENSE, group.n_weights, left.loss, self._energy(part), left)
+
+    def _energy(self, part: Part) -> float:
+        numbers = {
+            g.parts[0].name: i for i, g in enumerate(self.source.groups) if len(g.parts) == 1
+        }
+        return float(self.energies[numbers[part.name]].sum())
 
     def _add(
         self,
@@ -208,35 +239,31 @@ class _Fit:
         n_original: int,
         loss: float,
         energy: float,
-        weights: Sequence[Tensor] = (),
-        factors: tuple[Tensor, Tensor] | None = None,
-        values: FixedValues | None = None,
+        what: Stored,
     ) -> FittedGroup:
-        before = self.writer.n_numbers
+        before, dtype = self.writer.n_numbers, self._dtype(group)
         interpolative = rank != DENSE and self.settings.storage == "interpolative"
-        has_pivots = interpolative or values is not None
-        entry = _entry(group, rank, self.source.twins, has_pivots)
-        if values is not None:
-            self.writer.add_values(entry, values, self._dtype(group))
-        elif factors is None:
-            names = map(_dense_tensor, group.parts)
-            self.writer.add_dense(entry, dict(zip(names, weights, strict=True)))
-        else:
-            basis, stacked = factors
-            self.writer.add_factors(entry, basis, _by_part(group, stacked), self._dtype(group))
-        n_stored = self.writer.n_numbers - before
-        weight = group_weight(self.sensitivity, group)
-        is_dense = factors is None
+        entry = _entry(group, rank, self.source.twins, interpolative, what)
+        match what:
+            case Sparse():
+                self.writer.add_sparse(entry, what, dtype)
+            case FixedValues():
+                self.writer.add_values(entry, what, dtype)
+            case list():
+                names = map(_dense_tensor, group.parts)
+                self.writer.add_dense(entry, dict(zip(names, what, strict=True)))
+            case basis, stacked:
+                self.writer.add_factors(entry, basis, _by_part(group, stacked), dtype)
         return FittedGroup(
             group,
             n_original,
             entry.rank,
-            n_stored,
+            self.writer.n_numbers - before,
             loss,
             energy,
-            is_dense,
-            weight,
-            values is not None,
+            dense=isinstance(what, list | FixedValues),
+            weight=group_weight(self.sensitivity, group),
+            gauge_fixed=isinstance(what, FixedValues),
         )
 
     def _dtype(self, group: Group) -> torch.dtype:
@@ -267,76 +294,6 @@ def _narrowed(
     return found
 
 
-def choose(
-    source: Spectra,
-    energies: Sequence[NDArray[np.float64]],
-    settings: FitSettings,
-    sensitivity: Sensitivity,
-    offered: bool,
-) -> tuple[Mapping[int, int], Mapping[int, Plan]]:
-    """Pick the groups that there will be, and what each keeps, for the least loss in the budget.
-
-    Args:
-        source: the groups and MLPs to choose from.
-        energies: of `source.groups`: what each direction saves of the loss, the largest first.
-        settings: budget, storage, limits, and whether there is a choice at all.
-        sensitivity: what the losses of every part count.
-        offered: whether offered groups and MLPs that lack neurons may be picked, too.
-
-    Returns:
-        Number of every group that there will be -> its rank, or `DENSE`; number of every MLP that
-        lacks neurons -> its plan.
-
-    Raises:
-        BudgetError: a group is too small for the budget, or limits do not go with it.
-        SelectionError: a pattern of excluded or limited sublayers matches nothing.
-    """
-    n_given = source.n_given
-    given = source.groups[:n_given]
-    limits = limits_of(given, source.twins, settings)
-    if settings.allocation == "uniform":
-        ranks = uniform_ranks(given, settings.removed, settings.storage, limits)
-        return dict(enumerate(ranks)), {}
-    pairs = zip(given, limits, strict=True)
-    of_part = {part.name: limit for group, limit in pairs for part in group.parts}
-    groups = source.groups if offered else given
-    energies = weigh(sensitivity, groups, energies[: len(groups)])
-    curves = []
-    for i, group in enumerate(groups):
-        curve = curve_of(group, energies[i], settings.storage)
-        all_limits = {of_part[part.name] for part in group.parts}
-        curves.append(curve.within(limits[i]) if i < n_given else curve.offered(all_limits))
-    for i, values in fixable(source, settings).items():
-        curves[i] = curves[i].without(values.saved(groups[i].parts[0].shape[0]))
-    mlps = source.mlps if offered else ()
-    plans = []
-    for j, mlp in enumerate(mlps):
-        own = [of_part[part.name] for part in mlp.parts]
-        weights = [group_weight(sensitivity, Group((part,))) for part in mlp.parts]
-        plans.append(plans_of(mlp, source.widths(j).weighed(weights), own, settings.storage))
-        curves.append(curve_of_plans(mlp.down.name, mlp.n_weights, plans[j]))
-    cover = Cover(_choices(groups, n_given, mlps))
-    entries = allocate_structures(curves, cover, n_given, settings.removed)
-    n = len(groups)
-    return (
-        {i: curves[i].rank(entry) for i, entry in entries.items() if i < n},
-        {i - n: plans[i - n][entry] for i, entry in entries.items() if i >= n},
-    )
-
-
-def _choices(groups: Sequence[Group], n_given: int, mlps: Sequence[Mlp]) -> Sequence[Choice]:
-    names = (part.name for group in groups[:n_given] for part in group.parts)
-    numbers = {name: i for i, name in enumerate(names)}
-    structures = [group.structure if i >= n_given else "" for i, group in enumerate(groups)]
-    structures += [NARROWED] * len(mlps)
-    every: Sequence[Group | Mlp] = [*groups, *mlps]
-    choices = []
-    for number, (one, structure) in enumerate(zip(every, structures, strict=True)):
-        parts = frozenset(numbers[part.name] for part in one.parts)
-        choices.append(Choice(number, parts, structure))
-    return choices
-
-
 def _shared(
     group: Group, rank: int, dense: DenseWeights, metric: Metric, device: torch.device
 ) -> tuple[Tensor, Tensor, float]:
@@ -357,7 +314,11 @@ def _fitted_names(spectra: Spectra) -> set[str]:
 
 
 def _entry(
-    group: Group, rank: int, twins: Mapping[str, Sequence[str]], has_pivots: bool
+    group: Group,
+    rank: int,
+    twins: Mapping[str, Sequence[str]],
+    interpolative: bool,
+    what: Stored,
 ) -> CompressedGroup:
     """What a group's tensors are called, each part under all the names of its sublayer."""
     parts = []
@@ -365,9 +326,10 @@ def _entry(
         stem = _stem(part)
         tensor = _dense_tensor(part) if rank == DENSE else f"{stem}.coefficient"
         owner = group.name if group.side == "output" else stem
-        pivots = f"{owner}.pivots" if has_pivots else None
+        pivots = f"{owner}.pivots" if interpolative or isinstance(what, FixedValues) else None
+        mask = f"{stem}.mask" if isinstance(what, Sparse) else None
         for sublayer in (part.sublayer.name, *twins[part.sublayer.name]):
-            parts.append(CompressedPart(sublayer, part.rows, tensor, pivots))
+            parts.append(CompressedPart(sublayer, part.rows, tensor, pivots, mask=mask))
     basis = None if rank == DENSE else f"{group.name}.basis"
     rank = group.full_rank if rank == DENSE else rank
     return CompressedGroup(group.name, group.family, rank, basis, tuple(parts), group.side)

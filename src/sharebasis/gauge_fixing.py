@@ -10,35 +10,15 @@ from torch import Tensor
 
 from sharebasis.decomposition import Spectra, read_part
 from sharebasis.grouping import Group
-from sharebasis.limits import limits_of
-from sharebasis.settings import FitSettings
 from sharebasis.splitting import Part
 from sharebasis.value_gauge import (
     FixedValues,
     ValueOutput,
     fix_values,
+    turned_bias,
     turned_output,
-    turned_values,
 )
 from sharebasis.weights import DenseWeights
-
-
-def fixable(source: Spectra, settings: FitSettings) -> Mapping[int, ValueOutput]:
-    """Values that may be stored so if they stay dense, by the number of their given group.
-
-    Neither they nor their outputs are among those that have to stay as they are.
-
-    Args:
-        source: the groups.
-        settings: `value_gauge`, the allocation and what is excluded.
-    """
-    if not settings.value_gauge or settings.allocation == "uniform":
-        return {}
-    given = source.groups[: source.n_given]
-    pairs = zip(given, limits_of(given, source.twins, settings), strict=True)
-    stay = {part.name for group, limit in pairs if limit.dense for part in group.parts}
-    numbers = {group.parts[0].name: i for i, group in enumerate(given)}
-    return {numbers[own.value]: own for own in source.values if not stay & {own.value, own.output}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +49,7 @@ class GaugeFixing:
         for i in self.fixed:
             part = self._part(i)
             if part.sublayer.name == sublayer and (values := self.values(i)):
-                rows = part.rows.numbers
-                own = turned_values(bias[rows].to(self.device), values.turn)
-                bias = bias.index_copy(0, rows, own.to(bias))
+                bias = turned_bias(bias, part.rows.numbers, values.turn)
         return bias
 
     def weight(self, part: Part, weight: Tensor) -> Tensor:

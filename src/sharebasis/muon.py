@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ MOMENTUM = 0.95
 
 TURNS = 8
 """Matrices take turns: each is updated in one of so many steps, by what its gradients add up to. On
-two cores, updating all of them in every step would take a quarter of the time of a training."""
+two cores, updating all of them in every step would take longer than the rest of it."""
 
 
 class Muon:
@@ -35,21 +36,28 @@ class Muon:
     that of Liu et al. 2025 (arXiv 2502.16982).
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], turns: int = TURNS) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        kept: Mapping[nn.Parameter, Tensor] | None = None,
+        turns: int = TURNS,
+    ) -> None:
         """Args:
         matrices: of one device.
+        kept: of some of them, which entries may be other than zero.
         turns: in every one of so many steps, a matrix is updated; fewer if there are fewer
             matrices.
         """
         workers = torch.get_num_threads() if matrices[0].device.type == "cpu" else 1
         every = _dealt(matrices, turns)
         momentum = MOMENTUM ** len(every)
+        self._kept = kept or {}
         self._turns = [[_muon(share, momentum) for share in _dealt(own, workers)] for own in every]
         self._of = {
             matrix: optimizer
             for turn in self._turns
             for optimizer in turn
-            for matrix in optimizer.param_groups[0]["params"]
+            for matrix in _matrices(optimizer)
         }
 
     def step(self, number: int, learning_rate: float) -> None:
@@ -63,11 +71,22 @@ class Muon:
         turn = self._turns[number % len(self._turns)]
         for optimizer in turn:
             optimizer.param_groups[0]["lr"] = learning_rate * len(self._turns)
-        steps = [optimizer.step for optimizer in turn]
+        steps = [partial(self._update, optimizer) for optimizer in turn]
         for _ in in_parallel(steps, len(steps)):
             pass
-        for optimizer in turn:
-            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _update(self, optimizer: torch.optim.Muon) -> None:
+        masked = {
+            one: own for one in _matrices(optimizer) if (own := self._kept.get(one)) is not None
+        }
+        for matrix, own in masked.items():
+            if matrix.grad is not None:
+                matrix.grad.mul_(own)
+        optimizer.step()
+        for matrix, own in masked.items():
+            matrix.mul_(own)
+        optimizer.zero_grad(set_to_none=True)
 
     def momentum(self, matrix: nn.Parameter) -> Tensor:
         """What it has gathered for a matrix, in its shape; zeros before its first turn."""
@@ -83,6 +102,11 @@ def _muon(matrices: Sequence[nn.Parameter], momentum: float) -> torch.optim.Muon
     return torch.optim.Muon(
         matrices, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw"
     )
+
+
+def _matrices(optimizer: torch.optim.Muon) -> Sequence[nn.Parameter]:
+    own: Sequence[nn.Parameter] = optimizer.param_groups[0]["params"]
+    return own
 
 
 def _dealt(matrices: Sequence[nn.Parameter], n: int) -> list[list[nn.Parameter]]:

@@ -119,7 +119,7 @@ class Propagator:
         for site, own in groups.items():
             pair = self._gather(i, site, run, streams.compressed)
             for group in own:
-                tensors = self.refitter.tensors(group, pair)
+                tensors = self.refitter.tensors(group, pair, linears)
                 found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
                 install(group, found, linears)
                 if self.settings.mean and pair.drift is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,9 +32,12 @@ class TrainableGroup:
 
     group: CompressedGroup
     basis: nn.Parameter | None
-    """(rank, d_in), or (d_out, rank) on the output side; None: a weight that lacks neurons."""
+    """(rank, d_in), or (d_out, rank) on the output side; None: a weight that lacks neurons or
+    entries."""
     coefficients: Mapping[str, nn.Parameter]
     """(d_out, rank), or (rank, d_in), or that weight, by the names of their tensors."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Which entries a weight has that lacks others, likewise."""
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         if self.group.basis is not None and self.basis is not None:
@@ -45,7 +48,7 @@ class TrainableGroup:
 def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[TrainableGroup]:
     """Make parameters of the factors of a compressed model, balanced and in float32.
 
-    So are the weights of MLPs that lack neurons: they are no longer the original's.
+    So are weights that lack neurons or entries: they are no longer the original's.
 
     Args:
         model: from `load_compressed`; nothing else of it is trained.
@@ -59,8 +62,9 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
     groups = []
     for group, linears in linears_by_group(model, index):
         if group.basis is None:
-            if group.parts[0].sublayer in narrowed:
-                groups.append(TrainableGroup(group, None, _weights(linears)))
+            kept = _kept(linears)
+            if kept or group.parts[0].sublayer in narrowed:
+                groups.append(TrainableGroup(group, None, _weights(linears), kept))
             continue
         own = {name: linear.factors() for name, linear in linears.items()}
         if group.side == "output":  # the same problem, transposed
@@ -81,6 +85,12 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
             "Raise fit.removed, or set recover=none."
         )
     return groups
+
+
+def _kept(linears: Mapping[str, ShareLinear]) -> Mapping[str, Tensor]:
+    """Which entries there are of weights that lack others."""
+    every = {name: linear.kept for name, linear in linears.items()}
+    return {name: kept for name, kept in every.items() if kept is not None}
 
 
 def _weights(linears: Mapping[str, ShareLinear]) -> Mapping[str, nn.Parameter]:
@@ -157,7 +167,8 @@ def recover(
     groups = trainable(model, index)
     factors = {name: own for group in groups for name, own in group.named()}
     original = load_model(weights, settings.dtype, device)
-    found = distill(original, model, factors, windows, settings, seed, checkpoint)
+    kept = {name: own for group in groups for name, own in group.kept.items()}
+    found = distill(original, model, factors, windows, settings, seed, checkpoint, kept)
     write_recovered(target, compressed, index, groups, found, shard_bytes)
     checkpoint.remove()
     return found

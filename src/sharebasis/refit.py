@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from sharebasis import pruning
+from sharebasis import pruning, sparsity
 from sharebasis.compressed_index import CompressedGroup, CompressedPart, NarrowedMlp
 from sharebasis.factorize import decompose_reads
 from sharebasis.moment_store import MomentStore
@@ -41,20 +41,32 @@ class Refitter:
     mlps: Sequence[NarrowedMlp] = ()
     """Those that lack neurons."""
 
-    def tensors(self, group: CompressedGroup, pair: PairedMoment) -> Tensors:
-        """New factors of a group, or new weights of one that is stored dense.
+    def tensors(
+        self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
+    ) -> Tensors:
+        """New factors of a group, or new weights of one that is stored without a basis.
+
+        Weights that lack entries go on lacking them.
 
         Args:
             group: whose parts all read one input, each of them under one name.
             pair: of that input.
+            linears: what its parts are now, by the names of their coefficients.
 
         Raises:
             CalibrationError: a moment is not usable.
         """
         targets = [self._target(part, pair) for part in group.parts]
-        if group.basis is None:
-            return dict(zip((part.coefficient for part in group.parts), targets, strict=True))
         inputs = pair.compressed.damped(self.fit.damping_inputs)
+        if group.basis is None:
+            found = {}
+            for part, target in zip(group.parts, targets, strict=True):
+                now = linears[part.coefficient]
+                if (kept := now.kept) is not None:
+                    (gradient,) = self._gradients(group) or (None,)
+                    target = sparsity.refit(target, now.dense().detach(), kept, inputs, gradient)
+                found[part.coefficient] = target
+            return found
         every = decompose_reads(targets, inputs, self._gradients(group))
         lengths = [len(part.rows) for part in group.parts]
         coefficients = every.coefficient[:, : group.rank].split(lengths)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int16, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sharebasis import kernels
 from sharebasis.errors import StateError
+from sharebasis.mask import unpack, whole
 from sharebasis.settings import Side
 
 Tracker = Callable[[Tensor], None]
@@ -25,7 +26,8 @@ class State(StrEnum):
     CALIBRATING = "calibrating"
     """The original weight; every input goes to a tracker."""
     COMPRESSED = "compressed"
-    """A coefficient after a basis, or before it; the original weight is released."""
+    """A coefficient after a basis, or before it, or a weight that lacks entries; the original
+    weight is released."""
 
 
 class ShareLinear(nn.Module):
@@ -45,6 +47,8 @@ class ShareLinear(nn.Module):
     coefficient: nn.Parameter | None
     order: Tensor | None
     """Interpolative form: where each output lies, pivots before the others."""
+    mask: Tensor | None
+    """Of a weight that lacks entries: which ones it has, as of `mask.pack`."""
 
     def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         super().__init__()
@@ -53,6 +57,7 @@ class ShareLinear(nn.Module):
         self.register_parameter("basis", None)
         self.register_parameter("coefficient", None)
         self.register_buffer("order", None, persistent=False)
+        self.register_buffer("mask", None, persistent=False)
         self._own = slice(0, 0)
         self._side: Side = "input"
         self._state = State.ORIGINAL
@@ -127,6 +132,34 @@ class ShareLinear(nn.Module):
         if pivots is not None:
             self._own = slice(first, first + n_pivots)
             self.order = _order(pivots.long(), self.out_features)
+
+    def leave_out(self, values: Float[Tensor, " n_kept"], mask: Int16[Tensor, " _"]) -> None:
+        """Replace the weight by one that lacks entries, and release it.
+
+        In memory, and in products, there are zeros in their place.
+
+        Args:
+            values: of the entries that there are, row by row.
+            mask: which ones those are, as of `mask.pack`.
+
+        Raises:
+            StateError: already compressed, or there are not as many values.
+        """
+        kept = unpack(mask, (self.out_features, self.in_features))
+        if len(values) != kept.sum():
+            raise StateError(
+                f"A mask of {kept.sum()} entries does not go with {len(values)} values."
+            )
+        self._leave(State.ORIGINAL, State.CALIBRATING, to=State.COMPRESSED)
+        self._tracker = self._gradient_tracker = None
+        self.weight, self.mask = _frozen(whole(values.detach(), kept)), mask
+
+    @property
+    def kept(self) -> Bool[Tensor, "d_out d_in"] | None:
+        """Which entries a weight has that lacks others."""
+        if self.mask is None:
+            return None
+        return unpack(self.mask, (self.out_features, self.in_features))
 
     def factors(self) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
         """The two factors in plain form, that which sees the inputs first: basis and coefficient,

@@ -98,7 +98,7 @@ class TensorReader:
             return cls(directory, dict.fromkeys(file.keys(), single.name))
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Read one tensor, or some rows or columns of a matrix, into memory of its own.
+        """Read one tensor, or some rows of one, or columns of a matrix, into memory of its own.
 
         Raises:
             WeightsError: there is no such tensor, or its file is missing or truncated.
@@ -109,7 +109,8 @@ class TensorReader:
             if rows == columns == slice(None):
                 return _get(file, name)
             with _naming(name):
-                return file.get_slice(name)[rows, columns].clone()
+                own = (rows,) if columns == slice(None) else (rows, columns)
+                return file.get_slice(name)[own].clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, which is not read.

@@ -40,6 +40,7 @@ def distill(
     settings: RecoverSettings,
     seed: int,
     checkpoint: Checkpoint,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Recovery:
     """Train the factors to say what the original says; they hold the best ones afterwards.
 
@@ -57,11 +58,12 @@ def distill(
         settings: of the training.
         seed: of the order of the windows.
         checkpoint: where a run that was killed goes on from.
+        kept: of some factors, which entries they have; the others stay zero.
 
     Raises:
         RecoveryError: the loss is not finite.
     """
-    training = _Training(original, compressed, factors, windows, settings, seed)
+    training = _Training(original, compressed, factors, windows, settings, seed, kept or {})
     training.resume(checkpoint)
     with progress("recover", settings.steps, "steps", training.step) as advance:
         training.look_if_due()
@@ -86,6 +88,7 @@ class _Training:
         windows: Tensor,
         settings: RecoverSettings,
         seed: int,
+        kept: Mapping[str, Tensor],
     ) -> None:
         self._original, self._compressed = original, compressed
         self._settings, self._seed = settings, seed
@@ -97,7 +100,8 @@ class _Training:
         self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
         self._factors = factors
         self._best = {name: own.detach().clone() for name, own in self._factors.items()}
-        self._optimizer = Muon(list(factors.values()))
+        masks = {factors[name]: own for name, own in kept.items()}
+        self._optimizer = Muon(list(factors.values()), masks)
         self._looks: list[Look] = []
         self.step = 0
 

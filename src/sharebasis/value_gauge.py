@@ -94,6 +94,21 @@ def turned_values(
     return torch.linalg.solve(turn, by_head).flatten(0, 1)
 
 
+def turned_bias(
+    bias: Float[Tensor, " d_out"],
+    rows: Int64[Tensor, " n_rows"],
+    turn: Float64[Tensor, "n_kv_heads d_value d_value"],
+) -> Float[Tensor, " d_out"]:
+    """What a sublayer adds, with those of its rows that it adds to values in their gauge.
+
+    Args:
+        bias: of the sublayer.
+        rows: of the values, head by head.
+        turn: B.
+    """
+    return bias.index_copy(0, rows, turned_values(bias[rows].to(turn.device), turn).to(bias))
+
+
 def whole_values(
     pivots: Int[Tensor, "n_kv_heads d_value"], coefficient: Float[Tensor, "n_rows others"]
 ) -> Float[Tensor, "n_rows d_in"]:

@@ -17,6 +17,7 @@ from sharebasis.compressed_index import CompressedGroup, CompressedIndex, Compre
 from sharebasis.decomposition import Spectra
 from sharebasis.fitting import FittedGroup, fit
 from sharebasis.grouping import Group
+from sharebasis.mask import unpack, whole
 from sharebasis.moment_store import MomentStore
 from sharebasis.rows import Rows
 from sharebasis.settings import FitSettings
@@ -54,13 +55,14 @@ class Draft:
         each, or less where an MLP lacks neurons. None if they are as they were. The rows of the
         parts are those of the original."""
         entry = self._entries[i]
-        if entry.basis is None and not self._lacks_neurons(entry):
+        if entry.basis is None and not entry.parts[0].mask and not self._lacks_neurons(entry):
             return
         read = {name: self._reader.read(name) for name in entry.tensors}
+        d_in = self._fitted[i].group.parts[0].shape[1]
         for part in entry.parts:
             rows = (mlp.original(part.rows) for mlp in self._mlps if part.sublayer in mlp.reads)
             original = replace(part, rows=next(rows, None) or part.rows)
-            yield original, _dense(entry, part, read)
+            yield original, _dense(entry, part, d_in, read)
 
     def _lacks_neurons(self, entry: CompressedGroup) -> bool:
         names = {part.sublayer for part in entry.parts}
@@ -79,12 +81,17 @@ class Draft:
         return weight
 
 
-def _dense(entry: CompressedGroup, part: CompressedPart, read: Mapping[str, Tensor]) -> Tensor:
+def _dense(
+    entry: CompressedGroup, part: CompressedPart, d_in: int, read: Mapping[str, Tensor]
+) -> Tensor:
     coefficient = read[part.coefficient]
+    if part.mask:
+        return whole(coefficient, unpack(read[part.mask], (len(part.rows), d_in)))
     if entry.basis is None:
         return coefficient
     basis = read[entry.basis]
-    d_in = (basis if entry.side == "input" else coefficient).shape[1]
+    if entry.side == "output":  # where parts may be as wide as they like
+        d_in = coefficient.shape[1]
     linear = ShareLinear(torch.empty(len(part.rows), d_in, device="meta"))
     pivots = read[part.pivots] if part.pivots else None
     linear.compress(basis.float(), coefficient.float(), pivots, part.first, entry.side)

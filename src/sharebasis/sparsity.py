@@ -1,0 +1,299 @@
+"""Fewer entries of a weight: which ones stay, and what they become.
+
+A weight W without some of its entries is a weight Ŵ that is zero there, and loses
+
+    L = tr(G (W - Ŵ) C (W - Ŵ)ᵀ)
+
+with C = E[x xᵀ] of its inputs and G = E[g gᵀ] of the gradients of its outputs. Row by row, what an
+entry takes along can be made up for by the entries right of it: with C⁻¹ = Uᵀ U and U upper
+triangular, letting entry (i, j) go costs G_ii w_ij² / U_jj² once the columns left of j are settled.
+That is the price at which it goes. Which entries are there being settled, their values are the
+best ones of L as a whole: rows make up for each other, too, as far as G says they can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from sharebasis.errors import CalibrationError
+from sharebasis.moments import Moment
+
+PANEL = 64
+"""Columns that are settled one by one before the others hear of them, by one product."""
+
+RIDGE = 1e-10
+"""Of the mean diagonal of C, added to it: inputs that never vary must not break its inverse."""
+
+REMOVED = (0.04, 0.1, 0.2, 0.35, 0.55, 0.8)
+"""Fractions of the entries that `measure` lets go, about."""
+
+LEAST = 1e-12
+"""Of what all entries are worth: entries that are zero may go for so much, too."""
+
+STEPS = 16
+"""Of conjugate gradients for the values (measured: twice as many lower the loss by 3 % more)."""
+
+TRIES = 20
+"""Most sweeps that `sparsify` looks for a price with; of large weights it takes two or three."""
+
+SPARE = 0.002
+"""Fraction of the entries that a sweep may keep too many of; the least of them go, then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """What is left of a weight."""
+
+    weight: Float64[Tensor, "d_out d_in"]
+    """Ŵ, zero where there is nothing."""
+    kept: Bool[Tensor, "d_out d_in"]
+    loss: float
+    """L."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep makes of a weight at a price."""
+
+    weight: Float[Tensor, "d_out d_in"]
+    kept: Bool[Tensor, "d_out d_in"]
+    worth: Float[Tensor, "d_out d_in"]
+    """What it would have cost to let an entry go."""
+
+
+class Eliminator:
+    """Lets entries of one weight go at any price.
+
+    Args:
+        weight: W.
+        inputs: C.
+        gradient: G; None stands for the identity.
+
+    Raises:
+        CalibrationError: C has no inverse.
+
+    Source: the sweep over columns is that of SparseGPT (Frantar and Alistarh, arXiv:2301.00774),
+        after Optimal Brain Surgeon (Hassibi and Stork 1993), with a price of its own for every row.
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "d_out d_in"], inputs: Moment, gradient: Moment | None
+    ) -> None:
+        self._weight = weight.float()
+        self._metric = _Metric(inputs, gradient)
+        self._inverse = _inverse_factor(inputs).float()
+
+    @property
+    def typical(self) -> Float[Tensor, "d_out d_in"]:
+        """What it costs to let an entry go if it is the only one."""
+        return self._metric.rows * (self._weight / self._inverse.diagonal()).square()
+
+    def at(self, price: float) -> Sweep:
+        """Let go what costs less than a price, column by column, in float32."""
+        left, root, rows = self._weight.clone(), self._inverse, self._metric.rows[:, 0]
+        found = torch.empty_like(left)
+        kept = torch.empty_like(left, dtype=torch.bool)
+        worth = torch.empty_like(left)
+        for start in range(0, left.shape[1], PANEL):
+            own = slice(start, min(start + PANEL, left.shape[1]))
+            panel, factor = left[:, own].T.contiguous(), root[own, own]
+            errors = torch.empty_like(panel)
+            for j, column in enumerate(panel):
+                scaled = column / factor[j, j]
+                worth[:, start + j] = rows * scaled.square()
+                stays = worth[:, start + j] >= price
+                errors[j] = torch.where(stays, 0.0, scaled)
+                panel[j] = torch.where(stays, column, 0.0)
+                kept[:, start + j] = stays
+                panel[j + 1 :] -= torch.outer(factor[j, j + 1 :], errors[j])
+            found[:, own] = panel.T
+            left[:, own.stop :] -= errors.T @ root[own, own.stop :]
+        return Sweep(found, kept, worth)
+
+    def loss(self, weight: Float[Tensor, "d_out d_in"]) -> float:
+        """L of another weight, in float32."""
+        lacking = self._weight - weight
+        return (self._metric(lacking) * lacking).sum(dtype=torch.float64).item()
+
+
+class _Metric:
+    """G · C in float32, and the diagonal of G as a column."""
+
+    def __init__(self, inputs: Moment, gradient: Moment | None) -> None:
+        self.inputs = inputs.second.float()
+        self._outputs = None if gradient is None else gradient.second.float()
+        one = torch.ones_like(self.inputs[:1, :1])
+        self.rows = one if self._outputs is None else self._outputs.diagonal()[:, None]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        weighed = weight if self._outputs is None else self._outputs @ weight
+        return weighed @ self.inputs
+
+
+def loss_of(
+    weight: Float[Tensor, "d_out d_in"],
+    other: Float[Tensor, "d_out d_in"],
+    inputs: Moment,
+    gradient: Moment | None,
+) -> float:
+    """tr(G (W - Ŵ) C (W - Ŵ)ᵀ), in float64."""
+    lacking = weight.double() - other.double()
+    weighed = lacking if gradient is None else gradient.second @ lacking
+    return (weighed * (lacking @ inputs.second)).sum().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsities:
+    """What a weight loses as its entries go, at a few prices; the losses are those before values
+    are made the best ones."""
+
+    removed: Sequence[float]
+    """Fractions of the entries, ascending."""
+    losses: Sequence[float]
+    prices: Sequence[float]
+
+    def loss_at(self, removed: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
+        """Between the fractions that were measured; a loss is close to a power of what is removed.
+
+        Args:
+            removed: between the first and the last fraction.
+        """
+        return _between(removed, self.removed, self.losses)
+
+    def price_at(self, removed: float) -> float:
+        """The same of the price."""
+        wanted = torch.tensor([removed], dtype=torch.float64)
+        return _between(wanted, self.removed, self.prices).item()
+
+
+def measure(
+    weight: Float[Tensor, "d_out d_in"], inputs: Moment, gradient: Moment | None
+) -> Sparsities | None:
+    """Let entries of a weight go at several prices.
+
+    Args: as of `Eliminator`.
+
+    Returns:
+        None if there are not two prices at which it loses something, and not everything.
+    """
+    eliminator = Eliminator(weight, inputs, gradient)
+    typical = eliminator.typical.flatten().sort().values
+    least = LEAST * eliminator.loss(torch.zeros_like(eliminator.typical))
+    found: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)]
+    for fraction in REMOVED:
+        price = max(typical[int(fraction * len(typical))].item(), least / len(typical))
+        sweep = eliminator.at(price)
+        loss = max(eliminator.loss(sweep.weight), least)
+        point = 1 - sweep.kept.double().mean().item(), loss, price
+        if all(new > last for new, last in zip(point, found[-1], strict=True)):
+            found.append(point)
+    removed, losses, prices = zip(*found[1:], strict=True) if found[2:] else ((), (), ())
+    return Sparsities(removed, losses, prices) if removed else None
+
+
+def sparsify(
+    weight: Float[Tensor, "d_out d_in"],
+    inputs: Moment,
+    gradient: Moment | None,
+    n_kept: int,
+    price: float,
+) -> Sparse:
+    """Keep so many entries of a weight, those that cost most to lose, and refit their values.
+
+    Args:
+        weight, inputs, gradient: as of `Eliminator`.
+        n_kept: entries to keep.
+        price: about that at which so many stay.
+    """
+    eliminator = Eliminator(weight, inputs, gradient)
+    sweep = _sweep_for(eliminator, n_kept, price)
+    worth = torch.where(sweep.kept, sweep.worth, -1.0).flatten()
+    kept = torch.zeros_like(worth, dtype=torch.bool)
+    kept[worth.topk(n_kept).indices] = True
+    kept = kept.view_as(sweep.kept)
+    values = refit(weight, torch.where(kept, sweep.weight, 0.0), kept, inputs, gradient)
+    return Sparse(values, kept, loss_of(weight, values, inputs, gradient))
+
+
+def _sweep_for(eliminator: Eliminator, n_kept: int, price: float) -> Sweep:
+    """One that keeps so many entries at least, and hardly more."""
+    best = eliminator.at(0.0)
+    n, low, high = best.kept.numel(), 0.0, math.inf  # prices at which enough stay, and too few
+    most, least = n - n_kept, n - n_kept - SPARE * n  # entries to go
+    for _ in range(TRIES):
+        sweep = eliminator.at(price)
+        gone = n - int(sweep.kept.sum())
+        if gone > most:
+            high = price
+        else:
+            best, low = sweep, price
+            if gone >= least:
+                break
+        # What goes is close to the square root of the price.
+        price *= (((most + least) / 2) / max(gone, 1)) ** 2
+        if not low < price < high:
+            price = math.sqrt(low * high) if low else high / 2
+    return best
+
+
+def refit(
+    weight: Float[Tensor, "d_out d_in"],
+    start: Float[Tensor, "d_out d_in"],
+    kept: Bool[Tensor, "d_out d_in"],
+    inputs: Moment,
+    gradient: Moment | None,
+) -> Float64[Tensor, "d_out d_in"]:
+    """Values of the entries that are there, towards those of least loss.
+
+    L is quadratic in them; STEPS steps of conjugate gradients, scaled by the diagonals of both
+    moments, in float32.
+
+    Args:
+        weight: W.
+        start: Ŵ to go on from, zero where there is nothing.
+        kept: where there is something.
+        inputs: C.
+        gradient: G; None stands for the identity.
+    """
+    metric = _Metric(inputs, gradient)
+    diagonal = metric.rows * metric.inputs.diagonal()
+    scale = kept / diagonal.clamp_min(torch.finfo(torch.float32).tiny)
+    found = start.float()
+    lacking = metric(weight.float() - found)
+    direction, size = torch.zeros_like(found), torch.ones((), device=found.device)
+    for _ in range(STEPS):
+        steepest = scale * lacking
+        before, size = size, (steepest * lacking).sum()
+        if not size > 0:
+            break
+        direction = steepest + (size / before) * direction
+        answer = metric(direction)
+        step = size / (direction * answer).sum()
+        found = found + step * direction
+        lacking = lacking - step * answer
+    return found.double()
+
+
+def _inverse_factor(inputs: Moment) -> Float64[Tensor, "d_in d_in"]:
+    """U, upper triangular, with Uᵀ U the inverse of E[x xᵀ]: of its factor R Rᵀ, R⁻¹."""
+    second = inputs.damped(RIDGE).second
+    lower, failed = torch.linalg.cholesky_ex(second.flip(0, 1))
+    if failed:
+        raise CalibrationError(
+            f"The moment of {inputs.site} has no inverse; raise fit.damping_inputs."
+        )
+    unit = torch.eye(len(second), dtype=second.dtype, device=second.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+
+
+def _between(wanted: Tensor, at: Sequence[float], values: Sequence[float]) -> Tensor:
+    """Powers between points, as straight lines of logarithms."""
+    logs = (np.log(np.asarray(own)) for own in (wanted, at, values))
+    return torch.from_numpy(np.exp(np.interp(*logs)))

@@ -1,0 +1,477 @@
+"""Weights that lack entries, from the moments to a model that runs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibrated import Calibrate, Calibrated, maker, tokens
+from conftest import MakeDirectory, MakeSettings
+from hypothesis import given
+from hypothesis import strategies as st
+from propagating import AUTO as PROPAGATING
+from propagating import Case, MakeCase, n_stored
+from propagating import maker as case_maker
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sharebasis import compressed_index, store
+from sharebasis.checkpoint import Checkpoint
+from sharebasis.choosing import curve_of_sparse
+from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import CompressedIndex
+from sharebasis.config import compose_settings
+from sharebasis.decomposition import Spectra
+from sharebasis.errors import CalibrationError, SettingsError, StateError
+from sharebasis.fitting import FittedModel, fit_metrics
+from sharebasis.hub import load_model
+from sharebasis.mask import n_kept, pack, unpack, whole
+from sharebasis.mask import n_stored as n_with_mask
+from sharebasis.moments import Moment
+from sharebasis.muon import Muon
+from sharebasis.outcomes import Recovery
+from sharebasis.recovery import trainable, write_recovered
+from sharebasis.settings import FitSettings, SplitStrategy
+from sharebasis.share_linear import ShareLinear, State
+from sharebasis.sparsity import Eliminator, Sparsities, loss_of, measure, refit, sparsify
+from sharebasis.surgery import weight_of
+from sharebasis.training import distill
+
+CPU = torch.device("cpu")
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _moment(d: int, seed: int, n: int = 200) -> Moment:
+    """Of inputs that are correlated and of different sizes."""
+    scale = torch.logspace(0, -1, d, dtype=torch.float64)
+    x = _random(n, d, seed=seed) @ _random(d, d, seed=seed + 1) * scale
+    return Moment(x.T @ x, x.sum(0), n, "site")
+
+
+# Which entries go, and what the others become
+
+
+def test_what_it_costs_to_let_one_entry_go() -> None:
+    """G_ii w² over what is left of the inverse once the columns left of it are settled."""
+    weight, inputs, gradient = _random(6, 5), _moment(5, 1), _moment(6, 7)
+    eliminator = Eliminator(weight, inputs, gradient)
+    rows = gradient.second.diagonal()[:, None] * weight**2
+    for j in range(5):
+        precision = torch.linalg.inv(inputs.second[j:, j:])[0, 0]
+        found = eliminator.typical[:, j].double()
+        torch.testing.assert_close(found, rows[:, j] / precision, rtol=1e-4, atol=0)
+    least = eliminator.typical.min().item()
+    assert eliminator.at(0.99 * least).kept.all()
+    assert torch.equal(eliminator.at(0.0).weight, weight.float())
+
+
+def test_what_goes_at_a_price_costs_what_it_says() -> None:
+    """With a diagonal G, rows have nothing to do with each other: the sum is the loss."""
+    weight, inputs = _random(8, 12), _moment(12, 3)
+    gradient = _moment(8, 5).diagonal()
+    eliminator = Eliminator(weight, inputs, gradient)
+    price = eliminator.typical.median().item()
+    sweep = eliminator.at(price)
+    assert 0.2 < sweep.kept.double().mean() < 0.8
+    assert (sweep.worth[sweep.kept] >= price).all()
+    assert (sweep.worth[~sweep.kept] < price).all()
+    told = sweep.worth[~sweep.kept].double().sum().item()
+    assert told == pytest.approx(loss_of(weight, sweep.weight, inputs, gradient), rel=1e-4)
+    assert told == pytest.approx(eliminator.loss(sweep.weight), rel=1e-3)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_values_are_those_of_least_loss(two_sided: bool) -> None:
+    """By the normal equations of the entries that there are."""
+    weight, inputs = _random(4, 5), _moment(5, 2)
+    gradient = _moment(4, 9) if two_sided else None
+    kept = torch.zeros(4, 5, dtype=torch.bool)
+    kept.flatten()[torch.randperm(20, generator=torch.Generator().manual_seed(3))[:10]] = True
+    outer = torch.eye(4, dtype=torch.float64) if gradient is None else gradient.second
+    metric = torch.kron(outer, inputs.second)
+    own = kept.flatten()
+    values = torch.linalg.solve(metric[own][:, own], (metric @ weight.flatten())[own])
+    expected = torch.zeros(20, dtype=torch.float64).masked_scatter(own, values).view(4, 5)
+    found = refit(weight, torch.where(kept, weight, 0.0), kept, inputs, gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert (found[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_refitted_values_lose_less_and_the_loss_told_is_the_loss(two_sided: bool) -> None:
+    weight, inputs = _random(30, 40), _moment(40, 2)
+    gradient = _moment(30, 9) if two_sided else None
+    points = measure(weight, inputs, gradient)
+    assert points is not None
+    for n in range(1150, round(1200 * (1 - points.removed[-1])), -150):
+        found = sparsify(weight, inputs, gradient, n, points.price_at(1 - n / 1200))
+        assert found.kept.sum() == n
+        assert (found.weight[~found.kept] == 0).all()
+        error = weight - found.weight
+        weighed = error if gradient is None else gradient.second @ error
+        loss = (weighed @ inputs.second * error).sum().item()
+        assert found.loss == pytest.approx(loss, rel=1e-6)
+        assert found.loss < points.loss_at(torch.tensor([1 - n / 1200]).double()).item()
+
+
+def test_more_entries_lose_less() -> None:
+    weight, inputs, gradient = _random(20, 30), _moment(30, 2), _moment(20, 9)
+    points = measure(weight, inputs, gradient)
+    assert points is not None
+    for own in (points.removed, points.losses, points.prices):
+        assert list(own) == sorted(set(own))
+    losses = [
+        sparsify(weight, inputs, gradient, n, points.price_at(1 - n / 600)).loss
+        for n in range(150, 600, 50)
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_zeros_go_and_nothing_is_lost() -> None:
+    planted = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight = torch.where(planted, _random(20, 30), 0.0)
+    found = sparsify(weight, _moment(30, 2), _moment(20, 9), int(planted.sum()), 1e-12)
+    assert torch.equal(found.kept, planted)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-4)
+
+
+def test_of_an_input_that_is_there_twice_one_is_enough() -> None:
+    x = _random(200, 6, seed=4)
+    x = torch.cat([x, x], dim=1)
+    inputs, weight = Moment(x.T @ x, x.sum(0), 200, "site"), _random(8, 12)
+    found = sparsify(weight, inputs, None, 48, 1e-9)
+    scale = loss_of(weight, torch.zeros_like(weight), inputs, None)
+    assert loss_of(weight, found.weight, inputs, None) < 1e-5 * scale
+
+
+def test_rows_that_nobody_hears_go_first() -> None:
+    weight, gradient = _random(6, 10), _moment(6, 9)
+    deaf = torch.tensor([1, 4])
+    gradient.total[deaf] = gradient.total[:, deaf] = 0
+    found = sparsify(weight, _moment(10, 2), gradient, 40, 1e-9)
+    assert not found.kept[deaf].any()
+    assert found.loss < 1e-6
+
+
+def test_an_input_that_never_comes_takes_its_column_along() -> None:
+    inputs = _moment(10, 2)
+    inputs.total[3] = inputs.total[:, 3] = 0
+    found = sparsify(_random(6, 10), inputs, None, 54, 1e-9)
+    assert not found.kept[:, 3].any()
+
+
+def test_a_weight_of_zeros_has_nothing_to_offer() -> None:
+    assert measure(torch.zeros(6, 10), _moment(10, 2), None) is None
+
+
+def test_a_moment_that_is_none_says_which() -> None:
+    broken = Moment(-torch.eye(5, dtype=torch.float64), torch.zeros(5).double(), 3, "h.1.mlp")
+    with pytest.raises(CalibrationError, match=r"h\.1\.mlp has no inverse"):
+        Eliminator(_random(4, 5), broken, None)
+
+
+# How they are stored
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 100))
+def test_masks_are_what_was_packed(d_out: int, d_in: int, seed: int) -> None:
+    kept = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack(kept)
+    assert torch.equal(unpack(packed, (d_out, d_in)), kept)
+    n = int(kept.sum())
+    assert n_with_mask(n, kept.numel()) == n + len(packed) == n + math.ceil(d_out * d_in / 16)
+    assert n_kept(n + len(packed), kept.numel()) == n
+    weight = torch.where(kept, torch.arange(1.0, 1 + kept.numel()).view_as(kept), 0.0)
+    assert torch.equal(whole(weight[kept], kept), weight)
+
+
+def test_the_first_entries_are_in_the_lowest_bits() -> None:
+    kept = torch.zeros(2, 10, dtype=torch.bool)
+    kept[0, 0] = kept[0, 4] = kept[1, 9] = True
+    assert pack(kept).tolist() == [0b10001, 0b1000]
+
+
+def test_a_module_says_what_the_weight_says_and_knows_what_is_there() -> None:
+    kept = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight = torch.where(kept, _random(5, 7).float(), 0.0)
+    linear, x = ShareLinear(torch.empty(5, 7, device="meta")), _random(3, 7).float()
+    linear.leave_out(weight[kept], pack(kept))
+    assert linear.state is State.COMPRESSED
+    assert linear.kept is not None
+    assert torch.equal(linear.kept, kept)
+    torch.testing.assert_close(linear(x), x @ weight.T)
+    assert torch.equal(linear.dense(), weight)
+    with pytest.raises(StateError, match="cannot become compressed"):
+        linear.leave_out(weight[kept], pack(kept))
+
+
+def test_a_mask_of_other_values_is_told() -> None:
+    kept = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(StateError, match="6 entries does not go with 5 values"):
+        ShareLinear(torch.empty(2, 3)).leave_out(torch.ones(5), pack(kept))
+
+
+# From the moments to a model
+
+
+@pytest.fixture
+def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
+    return maker(make_directory, tmp_path)
+
+
+AUTO = {
+    "method": "auto",
+    "group_size": 1,
+    "shared": [],
+    "structures": ["private", "sparse"],
+    "two_sided": True,
+    "damping_gradients": 0.05,
+    "allocation": "global",
+    "storage": "interpolative",
+    "removed": 0.2,
+}
+
+
+def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
+    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+
+
+FAMILIES: Mapping[str, tuple[str, SplitStrategy]] = {
+    "llama": ("llama", "none"),
+    "transposed and fused": ("gpt2", "none"),
+    "cut": ("gpt2", "qkv"),
+    "interleaved": ("gpt_neox", "heads"),
+    "experts": ("mixtral", "none"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "split"), FAMILIES.values(), ids=FAMILIES)
+def test_reported_losses_are_those_of_the_stored_weights(
+    family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated(family)
+    settings = _settings(make_settings, damping_inputs=0.0, damping_gradients=0.0)
+    fitted = run.fit(settings, split=split)
+    _assert_sizes(run, fitted, settings)
+    dense = load_model(run.weights, "float32", CPU)
+    small = load_compressed(run.directory / "small")
+    sparse = [one for one in fitted.groups if one.group.structure == "sparse"]
+    assert len(sparse) > len(fitted.groups) / 2
+    for one in sparse:
+        (part,) = one.group.parts
+        if part.sublayer.expert is not None:  # whose names in a dense model are others
+            continue
+        name, rows = part.sublayer.name, part.rows.numbers
+        error = weight_of(dense.get_submodule(name))[rows].double()
+        error = error - weight_of(small.get_submodule(name))[rows].double()
+        inputs = run.moments.read(run.moments.site(name)).second
+        g = run.moments.gradient(name).total[rows][:, rows] / run.moments.n_tokens
+        loss = (g @ error @ inputs * error).sum().item()
+        assert one.loss == pytest.approx(loss, rel=1e-3, abs=1e-6 * one.energy)
+        assert not one.dense
+
+
+def _assert_sizes(run: Calibrated, fitted: FittedModel, settings: FitSettings) -> None:
+    """The budget is exact, by the files."""
+    metrics = fit_metrics(fitted, settings)
+    assert metrics["removed_fraction"] == pytest.approx(settings.removed, abs=2e-3)
+    assert metrics["removed_fraction"] >= settings.removed - 1e-9
+    told = sum(one.n_stored for one in fitted.groups) + fitted.n_others_stored
+    assert n_stored(run.directory / "small") == told
+
+
+@torch.no_grad()
+def test_entries_that_are_zero_go_and_nothing_is_lost(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    def thin(model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(5)
+        for name, own in model.named_parameters():
+            if "layers" in name and own.ndim == 2:
+                own[torch.rand(own.shape, generator=generator) < 0.4] = 0
+
+    run = calibrated("llama", thin)
+    fitted = run.fit(_settings(make_settings, removed=0.3))
+    assert Counter(one.group.structure for one in fitted.groups).most_common(1)[0][0] == "sparse"
+    dense, small = load_model(run.weights, "float32", CPU), load_compressed(run.directory / "small")
+    wanted = dense(input_ids=tokens(4, 1)).logits
+    torch.testing.assert_close(
+        small(input_ids=tokens(4, 1)).logits, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item()
+    )
+
+
+def test_more_to_choose_from_never_loses_more(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    for removed in (0.2, 0.4, 0.6):
+        losses = []
+        for structures in (["private"], ["private", "narrowed"], ["private", "narrowed", "sparse"]):
+            settings = _settings(make_settings, removed=removed, structures=structures)
+            fitted = run.fit(settings)
+            _assert_sizes(run, fitted, settings)
+            losses.append(sum(one.loss for one in fitted.groups))
+        assert losses == sorted(losses, reverse=True)
+
+
+def test_values_are_in_the_gauge_only_where_outputs_have_all_entries(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    outputs = {True: 0, False: 0}
+    for removed in (0.05, 0.3, 0.6, 0.8):
+        fitted = run.fit(_settings(make_settings, removed=removed, value_gauge=True))
+        of = {one.group.parts[0].sublayer.name: one for one in fitted.groups}
+        for name, own in of.items():
+            if own.gauge_fixed:
+                output = of[name.replace("v_proj", "o_proj")]
+                assert output.group.structure != "sparse"
+                outputs[True] += 1
+            elif name.endswith("v_proj"):
+                outputs[False] += 1
+        _assert_sizes(run, fitted, _settings(make_settings, removed=removed))
+    assert min(outputs.values()) > 0
+
+
+def test_limits_hold(calibrated: Calibrate, make_settings: MakeSettings) -> None:
+    run = calibrated("llama")
+    limits = [{"sublayers": "up", "floor": 0.9, "cap": 1.0}]
+    exclude = [r".*layers\.0\.mlp\.down_proj"]
+    settings = _settings(make_settings, limits=limits, exclude=exclude, rank_multiple=4)
+    found = {one.group.parts[0].sublayer.name: one for one in run.fit(settings).groups}
+    assert found["model.layers.0.mlp.down_proj"].dense
+    ups = [one for name, one in found.items() if name.endswith("up_proj")]
+    assert all(one.n_stored >= 0.9 * one.n_original for one in ups)
+    for one in found.values():
+        assert one.group.structure == "sparse" or one.dense or one.rank % 4 == 0
+
+
+def test_a_curve_says_what_is_stored_and_weighs_its_loss(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    run.fit(_settings(make_settings))
+    source = Spectra(run.directory / "spectra")
+    part, points = source.sparse[0], source.sparsities(0)
+    once, twice = (curve_of_sparse(part, points, weight) for weight in (1.0, 2.0))
+    n = part.shape[0] * part.shape[1]
+    assert (twice.loss[:-1] == 2 * once.loss[:-1]).all()
+    assert once.original == once.stored[-1] == n
+    removed = 1 - torch.tensor([n_kept(int(own), n) / n for own in once.stored[:-1]]).double()
+    told = points.loss_at(removed.clamp(points.removed[0], points.removed[-1]))
+    assert once.loss[:-1] == pytest.approx(told.numpy(), rel=0.15)
+    assert math.isinf(once.loss[-1])
+
+
+def test_between_measured_points_a_loss_is_a_power() -> None:
+    points = Sparsities((0.1, 0.2, 0.4), (1.0, 8.0, 16.0), (1.0, 4.0, 16.0))
+    removed = torch.tensor([0.1, 0.1 * math.sqrt(2), 0.2, 0.2 * math.sqrt(2)]).double()
+    assert points.loss_at(removed).tolist() == pytest.approx([1, 8**0.5, 8, 8 * 2**0.5])
+    assert points.price_at(0.1 * math.sqrt(2)) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("fit", ["svd", "asvd"])
+def test_a_method_that_does_not_look_at_correlations_does_not_offer_it(fit: str) -> None:
+    overrides = [f"fit={fit}", "fit.structures=[private,sparse]", "fit.allocation=global"]
+    with pytest.raises(SettingsError, match="offers sparse weights"):
+        compose_settings(overrides)
+
+
+# What comes after
+
+
+def _zeros(directory: Path) -> dict[str, Tensor]:
+    """Where the parts that lack entries have none, in a loaded model."""
+    model = load_compressed(directory)
+    return {
+        name: module.dense() == 0
+        for name, module in model.named_modules()
+        if isinstance(module, ShareLinear) and module.mask is not None
+    }
+
+
+def test_it_is_trained_and_written_again_without_the_entries(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    run.fit(_settings(make_settings, removed=0.4))
+    small, target = run.directory / "small", run.directory / "recovered"
+    index, model = run.index(), load_compressed(small, torch.float32)
+    groups = trainable(model, index)
+    kept = {name: own for group in groups for name, own in group.kept.items()}
+    masked = {p.coefficient for group in index.groups for p in group.parts if p.mask}
+    assert kept.keys() == masked
+    assert len(masked) > len(index.groups) / 2
+    settings = replace(make_settings().recover, steps=6, batch=2, windows=8, held_out=2, window=16)
+    factors = {name: own for group in groups for name, own in group.named()}
+    before = {name: own.detach().clone() for name, own in factors.items()}
+    dense, never = load_model(run.weights, "float32", CPU), Checkpoint(target / "c", {}, math.inf)
+    distill(dense, model, factors, tokens(10), settings, 0, never, kept)
+    for name, own in kept.items():
+        assert (factors[name][~own] == 0).all()
+    assert any((factors[name] - old).norm() > 1e-4 * old.norm() for name, old in before.items())
+    with torch.no_grad():
+        logits = model(input_ids=tokens(2)).logits
+    write_recovered(target, small, index, groups, Recovery(6, 6, 1, ()), 10_000)
+    assert n_stored(target) == n_stored(small)
+    with torch.no_grad():
+        again = load_compressed(target)(input_ids=tokens(2)).logits
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
+    zeros = _zeros(small)
+    assert zeros
+    assert all((own | ~zeros[name]).all() for name, own in _zeros(target).items())
+
+
+def test_an_update_leaves_zeros_where_they_are() -> None:
+    """And is Muon's of a gradient that has them, too."""
+    kept = torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) < 0.5
+    start, gradient = torch.where(kept, _random(4, 6).float(), 0.0), _random(4, 6, seed=1).float()
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    ours.grad, theirs.grad = gradient.clone(), torch.where(kept, gradient, 0.0)
+    for matrix, masks in ((ours, {ours: kept}), (theirs, None)):
+        Muon([matrix], masks).step(0, 0.1)
+    assert (theirs[~kept] != 0).any()
+    assert torch.equal(ours, torch.where(kept, theirs, 0.0))
+
+
+@pytest.fixture
+def make(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_directory: MakeDirectory,
+    make_settings: MakeSettings,
+) -> MakeCase:
+    always = {f"fit.{key}": value for key, value in AUTO.items()}
+    return case_maker(tmp_path_factory, make_directory, make_settings, {**PROPAGATING, **always})
+
+
+def _divergence(case: Case, directory: Path) -> float:
+    models = load_model(case.work / "weights", "float32", CPU), load_compressed(directory)
+    with torch.no_grad():
+        p, q = (own(input_ids=tokens(8, 3)).logits.double().log_softmax(-1) for own in models)
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_propagation_refits_the_entries_that_there_are(
+    family: str, make: MakeCase, tmp_path: Path
+) -> None:
+    case = make(family, {"fit.removed": 0.5})
+    found = case.propagate(tmp_path / "out")
+    assert found.left == 0
+    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
+    before, after = _zeros(case.work / "compressed"), _zeros(tmp_path / "out")
+    assert before
+    assert all((after[name] | ~own).all() for name, own in before.items())
+    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    assert index.groups == case.index.groups
+    assert _divergence(case, tmp_path / "out") < _divergence(case, case.work / "compressed")
