@@ -77,6 +77,7 @@ METHODS = {
     "auto-text": ["fit=auto", "calibrate.gradients=text"],
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
+    "auto-factors": ["fit=auto", "fit.structures=[private,narrowed]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-whole": ["fit=auto", "fit.value_gauge=false"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
@@ -90,6 +91,8 @@ DERIVED = {
     "auto-propagated": ("auto", "propagate=regression"),
     "auto-recovered": ("auto", "recover=distill"),
     "auto-propagated-recovered": ("auto-propagated", "recover=distill"),
+    "auto-factors-propagated": ("auto-factors", "propagate=regression"),
+    "auto-factors-recovered": ("auto-factors", "recover=distill"),
 }
 """Method -> the one whose models it goes on from, and the stage that does so."""
 

@@ -30,6 +30,7 @@ from sharebasis.recovery import recover
 from sharebasis.sensitivity.measurement import measure_sensitivity
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
 from sharebasis.settings import SensitivitySettings, Settings
+from sharebasis.share_linear import ShareLinear
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import rows_by_sublayer, split_selected
 from sharebasis.sublayer import Classification
@@ -180,6 +181,21 @@ def test_structures_that_share(make_pair: MakePair) -> None:
     cpu, gpu = make_pair(changes)
     losses = [sum(group.loss for group in one.fitted.groups) for one in (cpu, gpu)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_weights_that_lack_entries(make_pair: MakePair) -> None:
+    pair = make_pair({"fit.structures": ["private", "sparse"], "fit.removed": 0.3})
+    losses = [sum(group.loss for group in one.fitted.groups) for one in pair]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    _, gpu = pair
+    assert any(group.group.structure == "sparse" for group in gpu.fitted.groups)
+    assert gpu.recovery.looks[-1].divergence < gpu.recovery.looks[0].divergence
+    recovered = load_compressed(gpu.work / "recovered", device=gpu.device)
+    for name, module in gpu.load().named_modules():
+        if isinstance(module, ShareLinear) and module.kept is not None:
+            own = recovered.get_submodule(name)
+            assert isinstance(own, ShareLinear)
+            assert (own.dense()[~module.kept] == 0).all()
 
 
 def test_what_is_fitted(pair: Pair) -> None:
