@@ -14,6 +14,7 @@ from sharebasis import compressed_index, store, tensor_store
 from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
+from sharebasis.mask import BITS
 from sharebasis.resources import require_memory
 from sharebasis.share_linear import ShareLinear, SplitLinear, State
 from sharebasis.surgery import Modules, narrow, wrap
@@ -27,8 +28,9 @@ def load_compressed(
 ) -> PreTrainedModel:
     """Load a compressed model; `generate` and all else work as on the original's class.
 
-    Tensors are read one at a time and never exist in their dense form. The model is in
-    eval mode; bases and coefficients do not require gradients until they are told to.
+    Tensors are read one at a time and never exist in their dense form, but for weights that lack
+    entries, which have zeros there, and values without some columns. The model is in eval mode;
+    parameters do not require gradients until they are told to.
 
     Args:
         directory: written by the stage `fit`.
@@ -43,7 +45,8 @@ def load_compressed(
     directory, device = Path(directory), torch.device(device)
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
     reader = tensor_store.TensorReader(directory, index.files)
-    require_memory(reader.size(), f"The compressed model in {directory}", device)
+    size = reader.size() + sum(_zeros(index, reader))
+    require_memory(size, f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
     tied = repeated(model)
     parts = _parts_by_sublayer(index)
@@ -70,6 +73,16 @@ def load_compressed(
             _fill(linear, part, group_of[part.coefficient], found)
     _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
+
+
+def _zeros(index: CompressedIndex, reader: tensor_store.TensorReader) -> Iterator[int]:
+    """Bytes of the entries that weights lack, about, if a number has as many bits as an integer of
+    their masks."""
+    for group in index.groups:
+        part = group.parts[0]
+        if part.mask:
+            (integers,), (there,) = reader.shape(part.mask), reader.shape(part.coefficient)
+            yield (integers * BITS - there) * BITS // 8
 
 
 def linears_by_group(

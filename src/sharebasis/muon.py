@@ -22,7 +22,7 @@ MOMENTUM = 0.95
 
 TURNS = 8
 """Matrices take turns: each is updated in one of so many steps, by what its gradients add up to. On
-two cores, updating all of them in every step would take longer than the rest of it."""
+two cores, updating all of them in every step would take a quarter of the time of a training."""
 
 
 class Muon:
