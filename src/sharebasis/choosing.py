@@ -195,11 +195,12 @@ class _Market:
 
     def sparse(self) -> Iterator[_Option]:
         """Parts that lack entries."""
+        of_part = self._of_part
         for j, part in enumerate(self.source.sparse):
             weight = group_weight(self.sensitivity, Group((part,)))
             curve = curve_of_sparse(part, self.source.sparsities(j), weight)
             # The multiples are of ranks, of which there are none.
-            limit = replace(self._of_part[part.name], multiple=1)
+            limit = replace(of_part[part.name], multiple=1)
             yield _Option([part], SPARSE, curve.limited(limit), j)
 
 

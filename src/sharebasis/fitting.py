@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ Stored = list[Tensor] | tuple[Tensor, Tensor] | FixedValues | Sparse
 """Weights of parts, (basis, coefficients stacked), or what else there is of a part."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Fit:
     """What is read and written for one group after the other."""
 
@@ -227,10 +227,13 @@ class _Fit:
         return self._add(group, DENSE, group.n_weights, left.loss, self._energy(part), left)
 
     def _energy(self, part: Part) -> float:
-        numbers = {
-            g.parts[0].name: i for i, g in enumerate(self.source.groups) if len(g.parts) == 1
-        }
-        return float(self.energies[numbers[part.name]].sum())
+        return float(self.energies[self._alone[part.name]].sum())
+
+    @cached_property
+    def _alone(self) -> Mapping[str, int]:
+        """Part -> the number of its group, of those that are one by themselves."""
+        groups = enumerate(self.source.groups)
+        return {group.parts[0].name: i for i, group in groups if len(group.parts) == 1}
 
     def _add(
         self,

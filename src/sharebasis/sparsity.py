@@ -222,8 +222,9 @@ def sparsify(
 
 def _sweep_for(eliminator: Eliminator, n_kept: int, price: float) -> Sweep:
     """One that keeps so many entries at least, and hardly more."""
-    best = eliminator.at(0.0)
-    n, low, high = best.kept.numel(), 0.0, math.inf  # prices at which enough stay, and too few
+    best: Sweep | None = None
+    n = eliminator.typical.numel()
+    low, high = 0.0, math.inf  # prices at which enough stay, and too few
     most, least = n - n_kept, n - n_kept - SPARE * n  # entries to go
     for _ in range(TRIES):
         sweep = eliminator.at(price)
@@ -238,7 +239,7 @@ def _sweep_for(eliminator: Eliminator, n_kept: int, price: float) -> Sweep:
         price *= (((most + least) / 2) / max(gone, 1)) ** 2
         if not low < price < high:
             price = math.sqrt(low * high) if low else high / 2
-    return best
+    return best or eliminator.at(0.0)
 
 
 def refit(
