@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from conftest import MakeDirectory
+from conftest import MakeDirectory, MakeSettings
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +27,21 @@ from sharebasis.splitting import split_selected
 from sharebasis.value_outputs import value_outputs
 
 CPU = torch.device("cpu")
+AUTO = {
+    "method": "auto",
+    "group_size": 1,
+    "shared": [],
+    "structures": ["private"],
+    "two_sided": True,
+    "damping_gradients": 0.05,
+    "allocation": "global",
+    "storage": "interpolative",
+}
+
+
+def fit_settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
+    """Of `fit=auto`, where every part is by itself, with some changes."""
+    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
 
 
 def tokens(n: int, seed: int = 0) -> Tensor:

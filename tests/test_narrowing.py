@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import Calibrate, maker, tokens
+from calibrated import Calibrate, fit_settings, maker, tokens
 from conftest import MakeDirectory, MakeSettings, random_model, rows_left
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,20 +42,11 @@ def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
     return maker(make_directory, tmp_path)
 
 
-AUTO = {
-    "method": "auto",
-    "group_size": 1,
-    "shared": [],
-    "structures": ["private", "narrowed"],
-    "two_sided": True,
-    "damping_gradients": 0.05,
-    "allocation": "global",
-    "storage": "interpolative",
-}
+OWN = {"structures": ["private", "narrowed"]}
 
 
 def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
-    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+    return fit_settings(make_settings, **{**OWN, **changes})
 
 
 class Turns(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import Calibrate, Calibrated, maker, tokens
+from calibrated import AUTO, Calibrate, Calibrated, fit_settings, maker, tokens
 from conftest import MakeDirectory, MakeSettings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,21 +228,11 @@ def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
     return maker(make_directory, tmp_path)
 
 
-AUTO = {
-    "method": "auto",
-    "group_size": 1,
-    "shared": [],
-    "structures": ["private", "sparse"],
-    "two_sided": True,
-    "damping_gradients": 0.05,
-    "allocation": "global",
-    "storage": "interpolative",
-    "removed": 0.2,
-}
+OWN = {"structures": ["private", "sparse"], "removed": 0.2}
 
 
 def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
-    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+    return fit_settings(make_settings, **{**OWN, **changes})
 
 
 FAMILIES: Mapping[str, tuple[str, SplitStrategy]] = {
@@ -450,7 +440,7 @@ def make(
     make_directory: MakeDirectory,
     make_settings: MakeSettings,
 ) -> MakeCase:
-    always = {f"fit.{key}": value for key, value in AUTO.items()}
+    always = {f"fit.{key}": value for key, value in {**AUTO, **OWN}.items()}
     return case_maker(tmp_path_factory, make_directory, make_settings, {**PROPAGATING, **always})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrated import Calibrate, Calibrated, maker, tokens
+from calibrated import Calibrate, Calibrated, fit_settings, maker, tokens
 from conftest import SIZES, MakeDirectory, MakeSettings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,17 +109,7 @@ def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
     return partial(maker(make_directory, tmp_path), n_windows=8)
 
 
-AUTO = {
-    "method": "auto",
-    "group_size": 1,
-    "shared": [],
-    "structures": ["private"],
-    "two_sided": True,
-    "damping_gradients": 0.05,
-    "allocation": "global",
-    "storage": "interpolative",
-    "value_gauge": True,
-}
+OWN = {"value_gauge": True}
 
 
 def _logits(own: Calibrated, name: str | None = None) -> Tensor:
@@ -135,7 +125,7 @@ def _logits(own: Calibrated, name: str | None = None) -> Tensor:
 
 
 def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
-    return make_settings({f"fit.{key}": value for key, value in {**AUTO, **changes}.items()}).fit
+    return fit_settings(make_settings, **{**OWN, **changes})
 
 
 def _close(one: Tensor, other: Tensor) -> None:
