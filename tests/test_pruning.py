@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharebasis.factorize import decompose_reads
 from sharebasis.moments import Moment, MomentAccumulator
 from sharebasis.pruning import narrow, refit
 
@@ -46,10 +47,12 @@ def test_weights_are_the_regression_on_what_stays_and_losses_those_of_the_output
     assert tuple(len(one.kept) for one in found) == widths
     for one in found:
         wanted = torch.linalg.lstsq(neurons[:, one.kept], neurons @ weight.T).solution.T
-        torch.testing.assert_close(one.weight, wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(refit(weight, _moment(neurons), one.kept), one.weight)
-        measured = _loss(weight, one.weight, one.kept, neurons, g)
+        narrowed = refit(weight, _moment(neurons), one.kept)
+        torch.testing.assert_close(narrowed, wanted, rtol=1e-5, atol=1e-6)
+        measured = _loss(weight, narrowed, one.kept, neurons, g)
         assert one.loss == pytest.approx(measured, rel=1e-6, abs=1e-6)
+        every = decompose_reads([narrowed], _moment(neurons).at(one.kept), gradient and [gradient])
+        torch.testing.assert_close(one.energies, every.energies, rtol=1e-5, atol=1e-6)
     losses = [one.loss for one in found]
     assert losses == sorted(losses)
     for larger, smaller in pairwise(found):
@@ -87,4 +90,5 @@ def test_neurons_that_never_fire_go_first() -> None:
     neurons[:, [2, 7]] = 0
     (one,) = narrow(weight, _moment(neurons), [10])
     assert set(range(12)) - set(one.kept.tolist()) == {2, 7}
-    torch.testing.assert_close(one.weight, weight[:, one.kept], rtol=1e-6, atol=1e-6)
+    narrowed = refit(weight, _moment(neurons), one.kept)
+    torch.testing.assert_close(narrowed, weight[:, one.kept], rtol=1e-6, atol=1e-6)

@@ -121,25 +121,6 @@ def decompose_reads(
     )
 
 
-def spectrum(
-    weight: Float[Tensor, "d_out d_in"], moment: Moment | None, gradient: Moment | None = None
-) -> Float64[Tensor, " full"]:
-    """The energies of `decompose_reads` for one weight, without the factors.
-
-    Raises:
-        CalibrationError: a moment has no positive eigenvalue.
-    """
-    own = weight.to(torch.float64)
-    if own.shape[0] <= own.shape[1]:
-        _, metric = _output_gram(own, moment, gradient)
-    else:
-        gradients = None if gradient is None else [gradient]
-        gram = _gram([own], gradients)
-        root = None if moment is None else whitening(moment)[0]
-        metric = gram if root is None else root @ gram @ root
-    return torch.linalg.eigvalsh(metric).clamp_min(0).flip(0)
-
-
 def balance(
     coefficient: Float64[Tensor, "d_out rank"], basis: Float64[Tensor, "rank d_in"]
 ) -> tuple[Float64[Tensor, "d_out rank"], Float64[Tensor, "rank d_in"]]:
@@ -179,19 +160,12 @@ def _from_outputs(
     weight: Tensor, moment: Moment | None, gradient: Moment | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the second moment of the outputs; (coefficient, basis, eigenvalues ascending)."""
-    inverse = None if gradient is None else whitening(gradient)[1]
-    scaled, metric = _output_gram(weight, moment, gradient)
+    root, inverse = (None, None) if gradient is None else whitening(gradient)
+    scaled = weight if root is None else root @ weight
+    metric = (scaled if moment is None else scaled @ moment.second) @ scaled.T
     eigenvalues, vectors = torch.linalg.eigh(metric)
     coefficient = vectors if inverse is None else inverse @ vectors
     return coefficient, vectors.T @ scaled, eigenvalues
-
-
-def _output_gram(
-    weight: Tensor, moment: Moment | None, gradient: Moment | None
-) -> tuple[Tensor, Tensor]:
-    """L W and L W C Wᵀ L."""
-    scaled = weight if gradient is None else whitening(gradient)[0] @ weight
-    return scaled, (scaled if moment is None else scaled @ moment.second) @ scaled.T
 
 
 def _from_inputs(

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharebasis.allocation import Curve, curve_of
-from sharebasis.factorize import spectrum
+from sharebasis.gram import spectrum
 from sharebasis.grouping import Group
 from sharebasis.limits import Limit
+from sharebasis.moments import whitening
 from sharebasis.pruning import narrow, refit
 from sharebasis.rows import Rows, rows_at
 from sharebasis.settings import NARROWED, Storage
@@ -178,12 +179,29 @@ def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
     every = torch.arange(mlp.d_mlp, device=down.weight.device)
     order.append(_without(every, narrowed[0].kept))
     of_parts = [
-        [_energies(_rows(part, read, one.kept)) for one in narrowed]
+        _read_energies(part, read, [one.kept for one in narrowed])
         for part, read in zip(mlp.reads, reads, strict=True)
     ]
-    of_parts.append([_energies(_columns(down, one.kept, one.weight)) for one in narrowed])
-    losses = tuple(one.loss for one in narrowed)
-    return Widths(torch.cat(order), losses, tuple(zip(*of_parts, strict=True)))
+    of_parts.append([one.energies for one in narrowed])
+    energies = tuple(
+        tuple(own.cpu().numpy() for own in of_width) for of_width in zip(*of_parts, strict=True)
+    )
+    return Widths(torch.cat(order), tuple(one.loss for one in narrowed), energies)
+
+
+def _read_energies(part: Part, read: Member, every: Sequence[Tensor]) -> list[Tensor]:
+    """What the directions of a read save with its rows for some neurons, for each choice of them.
+
+    With S S = C they are the eigenvalues of S W_Sᵀ G[S, S] W_S S, which is as wide as the input.
+    """
+    whitened = read.weight if read.shared is None else read.weight @ whitening(read.shared)[0]
+    second, found = None if read.own is None else read.own.second, []
+    for kept in every:
+        rows = _rows_of(part, kept)
+        own = whitened[rows]
+        weighed = own if second is None else second[rows][:, rows] @ own
+        found.append(spectrum(own.T @ weighed, min(own.shape)))
+    return found
 
 
 def narrowed_members(
@@ -201,8 +219,13 @@ def _without(some: Tensor, others: Tensor) -> Tensor:
     return some[~torch.isin(some, others)]
 
 
+def _rows_of(part: Part, kept: Tensor) -> Tensor:
+    """Those of a read that some neurons have."""
+    return rows_at(kept, part.gate_up) if part.gate_up else kept
+
+
 def _rows(part: Part, read: Member, kept: Tensor) -> Member:
-    rows = rows_at(kept, part.gate_up) if part.gate_up else kept
+    rows = _rows_of(part, kept)
     own = None if read.own is None else read.own.at(rows)
     return Member(read.weight[rows], read.shared, own)
 
@@ -210,11 +233,6 @@ def _rows(part: Part, read: Member, kept: Tensor) -> Member:
 def _columns(down: Member, kept: Tensor, weight: Tensor) -> Member:
     assert down.shared is not None
     return Member(weight, down.shared.at(kept), down.own)
-
-
-def _energies(member: Member) -> NDArray[np.float64]:
-    own: NDArray[np.float64] = spectrum(member.weight, member.shared, member.own).cpu().numpy()
-    return own
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from sharebasis.gram import cholesky, spectrum
 from sharebasis.moments import Moment, whitening
 
 STEPS = 48
@@ -34,8 +35,8 @@ class Narrowed:
 
     kept: Int64[Tensor, " kept"]
     """The neurons that stay, ascending."""
-    weight: Float64[Tensor, "d_model kept"]
-    """Of down, for those."""
+    energies: Float64[Tensor, " full"]
+    """What each direction of Ŵ saves of the loss, the largest first."""
     loss: float
     """tr(G E[(y − Ŵ h_S)(y − Ŵ h_S)ᵀ]), with or without G."""
 
@@ -50,7 +51,7 @@ def narrow(
 
     Backward elimination in blocks. With P = C[S, S]⁻¹ and Ŵ = W C[:, S] P, letting the neurons J
     of S go costs tr(G Ŵ_J P[J, J]⁻¹ Ŵ_Jᵀ), exactly; a block is those that would cost the least one
-    by one. What stays at one width is part of what stays at a larger one.
+    by one. What stays at one width is part of what stays at a larger one. `refit` makes Ŵ.
 
     Args:
         weight: of down.
@@ -65,25 +66,31 @@ def narrow(
         arXiv:2108.00065) and of MoDeGPT's Nyström step (arXiv:2408.09632); elimination by the
         inverse is Optimal Brain Surgeon's (Hassibi and Stork 1993).
     """
-    root, inverse = whitening(gradient) if gradient is not None else (None, None)
     own, second = weight.to(torch.float64), neurons.damped(RIDGE).second
-    scaled = own if root is None else root @ own
+    scaled = own if gradient is None else whitening(gradient)[0] @ own
     target = scaled @ second
     energy = (target * scaled).sum().item()
     kept = torch.arange(len(second), device=own.device)
     most = max(1, len(kept) // STEPS)
+    factor = cholesky(second)
     for width in sorted(widths, reverse=True):
-        kept = _eliminate(target, second, kept, width, most)
-        scaled = torch.linalg.solve(second[kept][:, kept], target[:, kept].T).T
-        loss = max(0.0, energy - (scaled * target[:, kept]).sum().item())
-        yield Narrowed(kept, scaled if inverse is None else inverse @ scaled, loss)
+        kept = _eliminate(scaled, factor, kept, width, most)
+        # Anew for every width: in a nearly singular C, what updates leave of the inverse is noise.
+        factor = cholesky(second[kept][:, kept])
+        scaled = torch.cholesky_solve(target[:, kept].T, factor).T
+        saved = scaled @ target[:, kept].T
+        loss = max(0.0, energy - saved.trace().item())
+        yield Narrowed(kept, spectrum(saved, width), loss)
 
 
-def _eliminate(target: Tensor, second: Tensor, kept: Tensor, width: int, most: int) -> Tensor:
-    """`width` of the neurons `kept`; at most so many go at once."""
-    # Anew for every width: in a nearly singular C, what updates leave of the inverse is noise.
-    precision = torch.linalg.inv(second[kept][:, kept])
-    scaled = target[:, kept] @ precision
+def _eliminate(scaled: Tensor, factor: Tensor, kept: Tensor, width: int, most: int) -> Tensor:
+    """`width` of the neurons `kept`, at most so many at once gone.
+
+    Args:
+        scaled: the root of G times Ŵ, for `kept`.
+        factor: lower triangular, of C[S, S].
+    """
+    precision = torch.cholesky_inverse(factor)
     while len(kept) > width:
         n = min(most, len(kept) - width)
         gone = ((scaled**2).sum(0) / precision.diagonal()).argsort()[:n]

@@ -17,10 +17,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from sharebasis.gram import SHIFT, cholesky
 from sharebasis.moments import Moment, whitening
-
-SHIFT = 1e-10
-"""Added to the diagonal of a Gram matrix whose diagonal is one: inputs may not reach all of it."""
 
 SWEEPS = 20
 """Most sweeps of `refine`."""
@@ -92,7 +90,7 @@ def energies(
     for member in members:
         seen = _seen(member, basis)
         directions = torch.linalg.solve_triangular(
-            _cholesky(seen @ basis.T), seen @ member.weight.T, upper=False
+            cholesky(seen @ basis.T), seen @ member.weight.T, upper=False
         )
         weighed = directions if member.own is None else directions @ member.own.second
         saved += (weighed * directions).sum(1)
@@ -169,23 +167,12 @@ def _seen(member: Member, basis: Tensor) -> Tensor:
     return basis if member.shared is None else basis @ member.shared.second
 
 
-def _cholesky(gram: Tensor) -> Tensor:
-    """The Cholesky factor of a Gram matrix that may be singular, SHIFT off or what it takes."""
-    scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    unit, eye = gram / scale / scale[:, None], torch.eye(len(gram)).to(gram)
-    shift, info = SHIFT, 1
-    while info:
-        factor, info = torch.linalg.cholesky_ex(unit + shift * eye)
-        shift *= 100
-    return scale[:, None] * factor
-
-
 def _coefficients(members: Sequence[Member], basis: Tensor) -> tuple[Tensor, ...]:
     """The best ones for a basis."""
     found = []
     for member in members:
         seen = _seen(member, basis)
-        factor = _cholesky(seen @ basis.T)
+        factor = cholesky(seen @ basis.T)
         found.append(torch.cholesky_solve(seen @ member.weight.T, factor).T)
     return tuple(found)
 
@@ -218,7 +205,7 @@ def _better_basis(
     grams = [a.T @ g for a, g in zip(coefficients, weighed, strict=True)]
     shared = [None if member.shared is None else member.shared.second for member in members]
     mean = _mean(tuple(member.shared for member in members if member.shared is not None)).second
-    left, right = _cholesky(reduce(add, grams)), _cholesky(mean)
+    left, right = cholesky(reduce(add, grams)), cholesky(mean)
 
     def applied(x: Tensor) -> Tensor:
         pairs = zip(grams, shared, strict=True)
