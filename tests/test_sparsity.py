@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from sharebasis.compressed_index import CompressedIndex
 from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra
 from sharebasis.errors import CalibrationError, SettingsError, StateError
+from sharebasis.fit_tables import ranks_csv
 from sharebasis.fitting import FittedModel, fit_metrics
 from sharebasis.hub import load_model
 from sharebasis.mask import n_kept, pack, unpack, whole
@@ -278,6 +281,11 @@ def _assert_sizes(run: Calibrated, fitted: FittedModel, settings: FitSettings) -
     assert metrics["removed_fraction"] >= settings.removed - 1e-9
     told = sum(one.n_stored for one in fitted.groups) + fitted.n_others_stored
     assert n_stored(run.directory / "small") == told
+    rows = list(csv.DictReader(io.StringIO(ranks_csv(fitted))))
+    for family, own in metrics["families"].items():
+        n_sparse = sum(int(row["sparse"]) for row in rows if row["family"] == family)
+        assert n_sparse == own["n_sparse"] == own["structures"].get("sparse", 0)
+        assert (own["min_rank"] is None) == (n_sparse == own["n_groups"])
 
 
 @torch.no_grad()

@@ -23,31 +23,31 @@ Cell = tuple[str, int]
 def ranks_csv(fitted: FittedModel) -> str:
     """A row for each family of each layer: what its parts keep.
 
-    Columns: family, layer, parts, dense (how many of those are stored as they were), rank,
-    full_rank and width (their means), stored and original (numbers). A basis counts for each part
-    that uses it by the part's share of the group's weights. The width is the fraction of its
-    neurons that an MLP's matrix still has, 1 for all others; both ranks are of what is left.
+    Columns: family, layer, parts, dense and sparse (how many of those are stored as they were, and
+    how many lack entries), rank, full_rank and width (their means; the rank of what lacks entries
+    is the full one), stored and original (numbers). A basis counts for each part that uses it by
+    the part's share of the group's weights. The width is the fraction of its neurons that an MLP's
+    matrix still has, 1 for all others; both ranks are of what is left.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
     for one in fitted.groups:
         for cell, share in _parts(one.group):
             width = one.group.n_weights / one.n_original
-            row = [1, one.dense, one.rank, one.group.full_rank, width, share * one.n_stored]
-            own = np.array([*row, share * one.n_original], dtype=np.float64)
-            cells[cell] = cells.get(cell, 0) + own
+            row = [1, one.dense, one.sparse, one.rank, one.group.full_rank, width]
+            row += [share * one.n_stored, share * one.n_original]
+            cells[cell] = cells.get(cell, 0) + np.array(row, dtype=np.float64)
     rows = [
         [
             *cell,
-            int(n),
-            int(dense),
+            *map(int, (n, dense, sparse)),
             *(f"{mean / n:.6g}" for mean in means),
             round(own),
             round(whole),
         ]
-        for cell, (n, dense, *means, own, whole) in sorted(cells.items())
+        for cell, (n, dense, sparse, *means, own, whole) in sorted(cells.items())
     ]
-    counts, means = ("parts", "dense"), ("rank", "full_rank", "width")
-    return csv_text(("family", "layer", *counts, *means, "stored", "original"), rows)
+    counted, means = ("parts", "dense", "sparse"), ("rank", "full_rank", "width")
+    return csv_text(("family", "layer", *counted, *means, "stored", "original"), rows)
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:

@@ -62,6 +62,11 @@ class FittedGroup:
     gauge_fixed: bool = False
     """Whether it is values without the columns that their output has taken in."""
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it lacks entries; its rank is the full one, for want of another."""
+        return self.group.structure == SPARSE
+
 
 @dataclass(frozen=True, slots=True)
 class FittedModel:
@@ -358,7 +363,8 @@ def _stem(part: Part) -> str:
 def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     """What was stored, in all and by family; counts are of the tensors as written.
 
-    The top level is about the selected sublayers, `whole_model` about every tensor. A relative
+    The top level is about the selected sublayers, `whole_model` about every tensor. Ranks are of
+    all that does not lack entries, dense weights too; null where everything does. A relative
     loss is the quadratic one as predicted; that of `sensitivity`, which the allocation minimised,
     counts every group by its weight.
     """
@@ -399,14 +405,16 @@ def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
     original = sum(one.n_original for one in fitted)
     stored = sum(one.n_stored for one in fitted)
     energy = sum(one.energy for one in fitted)
+    ranks = [one.rank for one in fitted if not one.sparse]
     return {
         **_removed(original, stored),
         "n_groups": len(fitted),
         "n_dense": sum(one.dense for one in fitted),
+        "n_sparse": sum(one.sparse for one in fitted),
         "n_gauge_fixed": sum(one.gauge_fixed for one in fitted),
         "structures": dict(Counter(one.group.structure for one in fitted)),
-        "min_rank": min(one.rank for one in fitted),
-        "max_rank": max(one.rank for one in fitted),
+        "min_rank": min(ranks, default=None),
+        "max_rank": max(ranks, default=None),
         "relative_loss": sum(one.loss for one in fitted) / energy if energy else 0.0,
     }
 

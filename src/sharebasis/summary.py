@@ -27,6 +27,7 @@ def _storage(fit: dict[str, Any]) -> Table:
         "removed",
         "groups",
         "dense",
+        "sparse",
         "ranks",
         "relative loss",
     ):
@@ -40,7 +41,8 @@ def _storage(fit: dict[str, Any]) -> Table:
             f"{row['removed_fraction']:.4f}",
             str(row["n_groups"]),
             str(row["n_dense"]),
-            f"{row['min_rank']}-{row['max_rank']}",
+            str(row["n_sparse"]),
+            "" if row["min_rank"] is None else f"{row['min_rank']}-{row['max_rank']}",
             f"{row['relative_loss']:.4f}",
             end_section=name == rows[-2][0],
         )

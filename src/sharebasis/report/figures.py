@@ -74,6 +74,7 @@ def ranks(chosen: Mapping[str, Point], title: str) -> Figure:
     """The rank of every layer as a fraction of the full one, a panel for each family.
 
     Where neurons are gone, ranks alone would not tell: then what every MLP has left is shown, too.
+    What lacks entries has no rank to show.
     """
     cells = [cell for point in chosen.values() for cell in point.cells]
     narrowed = {cell.family for cell in cells if cell.width < 1}
@@ -81,10 +82,12 @@ def ranks(chosen: Mapping[str, Point], title: str) -> Figure:
     said = "Rank by layer, as a fraction of the full rank"
     if narrowed:
         said += "; last, neurons as a fraction of all.\nRanks of an MLP are of what is left of it"
+    if any(cell.sparse for cell in cells):
+        said += "\nNone where weights lack entries"
     figure.suptitle(f"{said}. {title}")
     for i, (label, point) in enumerate(chosen.items()):
         of_panels = {
-            **{family: _by_layer(point.cells, {family}, _rank) for family in panels},
+            **{family: _by_layer(_with_ranks(point), {family}, _rank) for family in panels},
             NEURONS: _by_layer(point.cells, narrowed, _width),
         }
         for panel, axes in panels.items():
@@ -219,6 +222,10 @@ def _by_layer(
         if cell.family in families:
             found[cell.layer] = min(value(cell), found.get(cell.layer, math.inf))
     return sorted(found.items())
+
+
+def _with_ranks(point: Point) -> Sequence[Cell]:
+    return [cell for cell in point.cells if cell.sparse < cell.parts]
 
 
 def _rank(cell: Cell) -> float:

@@ -59,6 +59,8 @@ class Cell:
     original: int
     width: float = 1.0
     """Of an MLP, the fraction of its neurons that it has; the ranks are those of what is left."""
+    sparse: int = 0
+    """Of the parts, those that lack entries; their rank is the full one."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,7 @@ def _cells(table: str) -> tuple[Cell, ...]:
             int(row["stored"]),
             int(row["original"]),
             float(row.get("width", 1.0)),
+            int(row.get("sparse", 0)),
         )
         for row in csv.DictReader(io.StringIO(table))
     )
