@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from sharebasis.errors import CalibrationError
+from sharebasis.kernels import linear
 from sharebasis.moments import Moment
 
 PANEL = 64
@@ -121,7 +122,7 @@ class Eliminator:
 
 
 class _Metric:
-    """G · C in float32, and the diagonal of G as a column."""
+    """G · C in float32, and the diagonal of G as a column; both are symmetric."""
 
     def __init__(self, inputs: Moment, gradient: Moment | None) -> None:
         self.inputs = inputs.second.float()
@@ -130,8 +131,8 @@ class _Metric:
         self.rows = one if self._outputs is None else self._outputs.diagonal()[:, None]
 
     def __call__(self, weight: Tensor) -> Tensor:
-        weighed = weight if self._outputs is None else self._outputs @ weight
-        return weighed @ self.inputs
+        weighed = weight if self._outputs is None else linear(self._outputs, weight.T)
+        return linear(weighed, self.inputs)
 
 
 def loss_of(
