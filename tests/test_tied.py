@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calibrated import fit_settings
 from conftest import MakeSettings
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sharebasis import compressed_index, store
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
+from sharebasis.compressed_index import CompressedIndex
 from sharebasis.decomposition import decompose
 from sharebasis.fitting import FittedModel, fit, fit_metrics
+from sharebasis.grouping import Group
 from sharebasis.hub import load_config, load_model, meta_model
+from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.settings import FitSettings
+from sharebasis.outcomes import Recovery
+from sharebasis.recovery import trainable, write_recovered
+from sharebasis.settings import FitSettings, Labels
 from sharebasis.source import extract, find_source
 from sharebasis.splitting import split_selected
 
@@ -98,11 +106,14 @@ def _settings(make_settings: MakeSettings) -> FitSettings:
     return make_settings({"fit.method": "svd_llm", "fit.group_size": 1, "fit.shared": []}).fit
 
 
-def _compress(weights: Path, target: Path, settings: FitSettings) -> FittedModel:
+def _compress(
+    weights: Path, target: Path, settings: FitSettings, gradients: Labels | None = None
+) -> FittedModel:
     model = load_model(weights, "float32", CPU)
     found = classify_model(model)
     checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    write_moments(target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint))
+    gathered = calibrate(model, found.selected, WINDOWS, 4, checkpoint, gradients)
+    write_moments(target / "moments", *gathered)
     parts = split_selected(found, "none")
     moments = MomentStore(target / "moments")
     decompose(weights, parts, moments, settings, target / "spectra", CPU)
@@ -135,6 +146,79 @@ def test_what_is_shared_counts_once_and_is_stored_once(
     q = [small.get_submodule(f"model.layers.{i}.self_attn.q_proj").parts[0] for i in range(3)]
     assert len({part.basis.data_ptr() for part in q}) == 1
     assert len({part.coefficient.data_ptr() for part in q}) == 1
+
+
+STRUCTURES = {"factors": ["private"], "entries": ["private", "sparse"]}
+
+
+@pytest.fixture(params=STRUCTURES)
+def two_sided(
+    request: pytest.FixtureRequest, weights: Path, make_settings: MakeSettings, tmp_path: Path
+) -> Path:
+    """A directory compressed by `fit=auto`."""
+    settings = fit_settings(make_settings, structures=STRUCTURES[request.param], removed=0.4)
+    fitted = _compress(weights, tmp_path, settings, "text")
+    if "sparse" in settings.structures:
+        assert any(one.sparse for one in fitted.groups)
+    return tmp_path / "small"
+
+
+def _parts(model: nn.Module, name: str) -> list[Any]:
+    return [model.get_submodule(f"model.layers.{i}.{name}").parts[0] for i in range(N_LAYERS)]
+
+
+def test_two_sided_factors_and_entries_are_in_memory_once(two_sided: Path) -> None:
+    small = load_compressed(two_sided)
+    for name in LINEARS:
+        assert len({id(part) for part in _parts(small, name)}) == 1
+    assert len({id(part) for part in _parts(small, "mlp.down_proj")}) == N_LAYERS
+
+
+@torch.no_grad()
+def test_what_is_trained_is_so_under_all_names(two_sided: Path, tmp_path: Path) -> None:
+    small = load_compressed(two_sided, torch.float32)
+    index = store.load_record(two_sided / compressed_index.FILE, CompressedIndex)
+    groups, before = trainable(small, index), small(input_ids=WINDOWS).logits
+    for group in groups:
+        for _, own in group.named():
+            own *= 1.2
+    logits = small(input_ids=WINDOWS).logits
+    assert (logits - before).abs().max() > 1e-2 * before.abs().max()
+    write_recovered(tmp_path / "again", two_sided, index, groups, Recovery(0, 0, 0, ()), 10_000)
+    again = load_compressed(tmp_path / "again")(input_ids=WINDOWS).logits
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
+
+
+def test_the_fit_weighs_the_gradients_of_all_that_use_it(
+    weights: Path, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    settings = fit_settings(make_settings, removed=0.4, damping_gradients=0.0)
+    _compress(weights, tmp_path, settings, "text")
+    moments = MomentStore(tmp_path / "moments")
+    part = split_selected(classify_model(load_model(weights, "float32", CPU)), "none")[0]
+    assert part.sublayer.name == "model.layers.0.self_attn.q_proj"
+    twins = {part.sublayer.name: tuple(f"model.layers.{i}.self_attn.q_proj" for i in (1, 2))}
+    metric = Metric(moments, twins, replace(settings, damping_inputs=0.0), CPU)
+    (member,) = metric.members(Group((part,)), [torch.zeros(part.shape)]) or ()
+    assert member.own is not None
+    ours = member.own.second
+    dense = load_model(weights, "float32", CPU)
+    found = torch.zeros_like(ours)
+
+    def gather(gradient: Tensor) -> None:
+        rows = gradient.flatten(0, 1).double()
+        found.add_(rows.T @ rows)
+
+    def watch(_: nn.Module, __: object, output: Tensor) -> None:
+        output.register_hook(gather)
+
+    for i in range(N_LAYERS):
+        dense.get_submodule(f"model.layers.{i}.self_attn.q_proj").register_forward_hook(watch)
+    dense.requires_grad_(True)
+    logits = dense(input_ids=WINDOWS).logits[:, :-1].flatten(0, 1)
+    nn.functional.cross_entropy(logits, WINDOWS[:, 1:].flatten(), reduction="sum").backward()
+    found /= moments.n_tokens
+    torch.testing.assert_close(ours, found, rtol=0, atol=1e-4 * found.abs().max().item())
 
 
 def test_the_fit_weighs_the_inputs_of_all_that_use_it(

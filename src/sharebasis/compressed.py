@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from sharebasis.errors import StoreError
 from sharebasis.hub import empty_model, load_config, repeated
 from sharebasis.mask import BITS
 from sharebasis.resources import require_memory
-from sharebasis.share_linear import ShareLinear, SplitLinear, State
+from sharebasis.share_linear import ShareLinear, SplitLinear
 from sharebasis.surgery import Modules, narrow, wrap
 from sharebasis.value_gauge import whole_values
 
@@ -45,7 +46,7 @@ def load_compressed(
     directory, device = Path(directory), torch.device(device)
     index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
     reader = tensor_store.TensorReader(directory, index.files)
-    size = reader.size() + sum(_zeros(index, reader))
+    size = sum(_sizes(index, reader, dtype))
     require_memory(size, f"The compressed model in {directory}", device)
     model = empty_model(load_config(directory))
     tied = repeated(model)
@@ -68,21 +69,29 @@ def load_compressed(
             f"{min(lacking)} among them; write it again (dvc repro fit)."
         )
     group_of = {part.coefficient: group for group in index.groups for part in group.parts}
+    filled: dict[str, ShareLinear] = {}
     for name, module in modules.items():
         for linear, part in zip(module.parts, parts[name], strict=True):
-            _fill(linear, part, group_of[part.coefficient], found)
+            if part.coefficient not in filled:
+                filled[part.coefficient] = linear
+                values = found.pop(part.coefficient)
+                _fill(linear, part, group_of[part.coefficient], found, values)
+        # Sublayers of one weight have one part: what becomes of it becomes of all.
+        module.use([filled[part.coefficient] for part in parts[name]])
     _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
     return _finish(model, directory, device)
 
 
-def _zeros(index: CompressedIndex, reader: tensor_store.TensorReader) -> Iterator[int]:
-    """Bytes of the entries that weights lack, about, if a number has as many bits as an integer of
-    their masks."""
-    for group in index.groups:
-        part = group.parts[0]
-        if part.mask:
-            (integers,), (there,) = reader.shape(part.mask), reader.shape(part.coefficient)
-            yield (integers * BITS - there) * BITS // 8
+def _sizes(
+    index: CompressedIndex, reader: tensor_store.TensorReader, dtype: torch.dtype | None
+) -> Iterator[int]:
+    """Bytes of every tensor in memory, where weights that lack entries are whole."""
+    masks = {part.coefficient: part.mask for group in index.groups for part in group.parts}
+    for name in reader.files:
+        if shape := reader.shape(name):
+            mask, stored = masks.get(name), reader.read(name, slice(0, 1)).dtype
+            n = reader.shape(mask)[0] * BITS if mask else prod(shape)
+            yield n * (dtype if dtype and stored.is_floating_point else stored).itemsize
 
 
 def linears_by_group(
@@ -124,12 +133,13 @@ def _parameter(tensor: Tensor) -> Tensor:
 
 
 def _fill(
-    linear: ShareLinear, part: CompressedPart, group: CompressedGroup, found: Mapping[str, Tensor]
+    linear: ShareLinear,
+    part: CompressedPart,
+    group: CompressedGroup,
+    found: Mapping[str, Tensor],
+    coefficient: Tensor,
 ) -> None:
     """Give a part what was stored for it."""
-    if linear.state is State.COMPRESSED:  # in a module of several names
-        return
-    coefficient = found[part.coefficient]
     if part.mask:
         linear.leave_out(coefficient, found[part.mask])
         return

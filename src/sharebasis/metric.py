@@ -96,14 +96,13 @@ class Metric:
         return damped.diagonal(self._own.alpha) if self._own.inputs == "diagonal" else damped
 
     def _gradient(self, part: Part) -> Moment:
-        """Of what a part puts out, weighed by how often it runs."""
+        """Of what a part puts out under all of its names, weighed by how often it runs."""
         assert self._moments is not None
-        moments = self._moments
-        users = tuple(self._users(part))
-        whole = reduce(add, map(moments.gradient, users))
+        moments, name = self._moments, part.sublayer.name
+        whole = moments.gradient(name)
         rows = torch.tensor(list(part.rows))
         own = replace(whole.at(rows), n_tokens=moments.n_tokens)
-        seen = sum(moments.n_seen(gradient_site(name)) for name in users)
+        seen = moments.n_seen(gradient_site(name))
         if seen > whole.n_tokens:  # what was left out counts as the rest does on average
             own = replace(own, total=own.total * (seen / whole.n_tokens))
         damped = own.to(self._device).damped(self._settings.damping_gradients)

@@ -255,11 +255,15 @@ class SplitLinear(nn.Module):
         order: where each output lies among the parts' outputs; None: just there.
         """
         super().__init__()
-        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+        self.use(parts)
         self.in_features = parts[0].in_features
         self.out_features = sum(part.out_features for part in parts)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
         self.register_buffer("order", order, persistent=False)
+
+    def use(self, parts: Sequence[ShareLinear]) -> None:
+        """Be made of these parts; another sublayer may be made of them, too."""
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:

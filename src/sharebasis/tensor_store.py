@@ -121,18 +121,6 @@ class TensorReader:
         with opened(self.directory / self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def size(self) -> int:
-        """Bytes of all files together.
-
-        Raises:
-            WeightsError: one is missing or truncated.
-        """
-        total = 0
-        for file_name in set(self.files.values()):
-            with opened(self.directory / file_name):
-                total += (self.directory / file_name).stat().st_size
-        return total
-
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, file by file."""
         by_file: dict[str, list[str]] = {}
