@@ -6,14 +6,28 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from sharebasis.errors import CalibrationError
+
 SHIFT = 1e-10
 """Added to the diagonal of a Gram matrix whose diagonal is one: inputs may not reach all of it."""
 
+NOISE = 1e-14
+"""Fraction of the largest entry of a diagonal that rounding leaves where there should be zero."""
+
 
 def cholesky(gram: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-    """The Cholesky factor of a Gram matrix that may be singular, SHIFT off or what it takes."""
-    scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    unit, eye = gram / scale / scale[:, None], torch.eye(len(gram)).to(gram)
+    """The Cholesky factor of a Gram matrix that may be singular, SHIFT off or what it takes.
+
+    Raises:
+        CalibrationError: it is not finite.
+    """
+    if not gram.isfinite().all():
+        raise CalibrationError("A Gram matrix holds NaN or infinite values.")
+    diagonal = gram.diagonal()
+    least = (NOISE * diagonal.max()).clamp_min(torch.finfo(gram.dtype).tiny)
+    scale = diagonal.clamp_min(least).sqrt()
+    unit = (gram / scale / scale[:, None]).fill_diagonal_(1)
+    eye = torch.eye(len(gram)).to(gram)
     shift, info = SHIFT, 1
     while info:
         factor, info = torch.linalg.cholesky_ex(unit + shift * eye)

@@ -110,4 +110,4 @@ def refit(
     """The weight of down that does best with some of the neurons: W C[:, S] C[S, S]⁻¹."""
     second = neurons.damped(RIDGE).second
     answers = second[kept] @ weight.to(torch.float64).T
-    return torch.linalg.solve(second[kept][:, kept], answers).T
+    return torch.cholesky_solve(answers, cholesky(second[kept][:, kept])).T
