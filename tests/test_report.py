@@ -225,6 +225,17 @@ def test_neurons_that_are_gone_are_shown_beside_the_ranks(points: Sequence[Point
     assert line.get_xydata().tolist() == [[0, 0.7], [1, 0.7], [2, 0.7]]
 
 
+def test_weights_that_lack_entries_have_no_rank_and_every_method_a_name(
+    points: Sequence[Point],
+) -> None:
+    cells = tuple(replace(own, sparse=own.parts * (own.family == "q")) for own in points[0].cells)
+    figure = figures([replace(points[0], cells=cells), *points[1:]])["ranks"]
+    q, up = figure.axes
+    assert len(q.lines) == len(up.lines) - 1
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names == {str(line.get_label()) for line in up.lines}
+
+
 def test_the_page_counts_its_points(points: Sequence[Point]) -> None:
     for n, said in ((1, "1 point."), (2, "2 points.")):
         assert f"<p>{said} A click" in page([section("one", points[:n], {})])

@@ -66,7 +66,7 @@ def quality(points: Sequence[Point]) -> Figure:
     dense = {point.metric("verify", "dense", "perplexity") for point in points} - {None}
     for value in sorted(dense):
         left.axhline(value, color="0.5", linestyle=":", label=f"dense, {value:.2f}")
-    _legend_below(figure, left)
+    _legend_below(figure, [left])
     return figure
 
 
@@ -98,7 +98,7 @@ def ranks(chosen: Mapping[str, Point], title: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
     figure.supylabel("fraction left", fontsize=10)
-    _legend_below(figure, next(iter(panels.values())))
+    _legend_below(figure, panels.values())
     return figure
 
 
@@ -162,7 +162,7 @@ def spectrum(chosen: Mapping[str, Point]) -> Figure:
         axes.set(title=family, xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75), xlabel="rank / full rank")
         axes.grid(alpha=0.3)
     figure.supylabel("relative loss", fontsize=10)
-    _legend_below(figure, next(iter(panels.values())))
+    _legend_below(figure, panels.values())
     return figure
 
 
@@ -225,7 +225,7 @@ def _by_layer(
 
 
 def _with_ranks(point: Point) -> Sequence[Cell]:
-    return [cell for cell in point.cells if cell.sparse < cell.parts]
+    return [cell for cell in point.cells if not cell.sparse]
 
 
 def _rank(cell: Cell) -> float:
@@ -265,8 +265,13 @@ def _panels(families: Iterable[str], others: Sequence[str] = ()) -> tuple[Figure
     return figure, dict(zip(names, axes, strict=False))
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    if handles:
-        n_columns = max(1, min(len(names), int(110 / (max(map(len, names)) + 8))))
+def _legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One of all lines, though no panel may have all of them."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    if found:
+        n_columns = max(1, min(len(found), int(110 / (max(map(len, found)) + 8))))
+        handles, names = [*found.values()], [*found]
         figure.legend(handles, names, loc="outside lower center", ncols=n_columns, fontsize=8)
