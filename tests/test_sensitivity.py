@@ -66,7 +66,11 @@ AUTO = {
     "fit.removed": 0.3,
 }
 
-NARROWED = {"fit.structures": ["private", "narrowed"], "fit.removed": 0.5}
+STRUCTURES = {
+    "private": {},
+    "narrowed": {"fit.structures": ["private", "narrowed"], "fit.removed": 0.5},
+    "sparse": {"fit.structures": ["private", "sparse"]},
+}
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,11 @@ def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
     return make_case(request.param)
 
 
-@pytest.fixture(scope="module", params=["private", "narrowed"])
+@pytest.fixture(scope="module", params=STRUCTURES)
 def any_case(request: pytest.FixtureRequest, case: Case, make_case: MakeCase) -> Case:
-    """Neurons may go in the second."""
-    return case if request.param == "private" else make_case(case.family, narrowed=True)
+    """Neurons may go in the second, entries in the third."""
+    plain = request.param == "private"
+    return case if plain else make_case(case.family, structure=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +129,16 @@ def make_case(
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> MakeCase:
-    def make(family: str, narrowed: bool = False, split: SplitStrategy = "qkv") -> Case:
+    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
         target = tmp_path_factory.mktemp("case")
-        return _case(family, narrowed, split, make_directory(family), target, make_settings)
+        return _case(family, structure, split, make_directory(family), target, make_settings)
 
     return make
 
 
 def _case(
     family: str,
-    narrowed: bool,
+    structure: str,
     split: SplitStrategy,
     weights: Path,
     target: Path,
@@ -145,10 +150,10 @@ def _case(
     write_moments(
         target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint, "text")
     )
-    own = make_settings({**AUTO, **(NARROWED if narrowed else {})}).fit
+    own = make_settings({**AUTO, **STRUCTURES[structure]}).fit
     parts, moments = split_selected(found, split), MomentStore(target / "moments")
     decompose(weights, parts, moments, own, target / "spectra", CPU)
-    return Case(family, weights, target / "spectra", own, moments if narrowed else None)
+    return Case(family, weights, target / "spectra", own, moments)
 
 
 @torch.no_grad()
@@ -205,7 +210,9 @@ def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_
     case, model = any_case, any_case.load()
     fit(case.weights, case.spectra, case.fit, tmp_path / "small", CPU, case.moments)
     index = store.load_record(tmp_path / "small" / compressed_index.FILE, CompressedIndex)
-    assert bool(index.mlps) == (case.moments is not None)
+    assert bool(index.mlps) == ("narrowed" in case.fit.structures)
+    masks = [part.mask for group in index.groups for part in group.parts if part.mask]
+    assert bool(masks) == ("sparse" in case.fit.structures)
     linears = wrap_parts(model, Spectra(case.spectra))
     with case.draft() as plan, compressed(linears, plan, range(len(plan.groups))):
         found = _logits(model)
@@ -218,7 +225,7 @@ def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_
 def test_so_it_is_where_gate_and_up_are_one_weight(
     split: SplitStrategy, make_case: MakeCase, tmp_path: Path
 ) -> None:
-    case = make_case("phi3", narrowed=True, split=split)
+    case = make_case("phi3", structure="narrowed", split=split)
     test_with_all_cells_in_place_it_is_the_compressed_model(case, tmp_path)
 
 

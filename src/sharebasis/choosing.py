@@ -213,7 +213,8 @@ def curve_of_sparse(part: Part, points: Sparsities, weight: float = 1.0) -> Curv
         weight: what its loss counts.
     """
     n = part.shape[0] * part.shape[1]
-    removed = torch.linspace(points.removed[-1], points.removed[0], SPARSITIES).double()
-    stored = [mask.n_stored(n_kept, n) for n_kept in (n * (1 - removed)).int().tolist()]
-    losses = weight * points.loss_at(removed)
+    removed = torch.linspace(points.removed[-1], points.removed[0], SPARSITIES)
+    kept = (n * (1 - removed)).int()
+    stored = [mask.n_stored(n_kept, n) for n_kept in kept.tolist()]
+    losses = weight * points.loss_at(1 - kept.double() / n)
     return Curve(part.name, np.array([*stored, n]), np.array([*losses.tolist(), np.inf]))

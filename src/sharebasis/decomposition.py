@@ -24,7 +24,7 @@ from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.resources import workers_for
 from sharebasis.settings import NARROWED, SPARSE, FitSettings
-from sharebasis.shared_basis import Member, energies, pooled_basis
+from sharebasis.shared_basis import energies, pooled_basis
 from sharebasis.sparsity import Sparsities
 from sharebasis.splitting import Part
 from sharebasis.structures import given_groups, offered_groups
@@ -264,17 +264,6 @@ def workers_of(groups: Sequence[Group], device: torch.device) -> int:
     return workers_for(MATRICES * 8 * widest**2, device)
 
 
-def members_of(mlp: Mlp, originals: Sequence[Tensor], metric: Metric) -> Sequence[Member] | None:
-    """The parts of an MLP; None where calibration has not seen what one of them reads."""
-    found: list[Member] = []
-    for part, original in zip(mlp.parts, originals, strict=True):
-        members = metric.members(Group((part,)), [original])
-        if members is None:
-            return None
-        found += members
-    return found
-
-
 def member_of(
     part: Part, original: Tensor, metric: Metric
 ) -> tuple[Tensor, Moment, Moment | None] | None:
@@ -301,7 +290,7 @@ def _saved(metric: Metric, group: Group, originals: Sequence[Tensor]) -> Tensor 
 
 
 def _measured(metric: Metric, mlp: Mlp, originals: Sequence[Tensor]) -> Widths | None:
-    members = members_of(mlp, originals, metric)
+    members = metric.members(Group(mlp.parts), originals)
     return measure(mlp, members) if members else None
 
 

@@ -24,7 +24,7 @@ from sharebasis.compressed_index import (
     TurnedOutput,
 )
 from sharebasis.compressed_writer import CompressedWriter
-from sharebasis.decomposition import Spectra, member_of, members_of, read_part, workers_of
+from sharebasis.decomposition import Spectra, member_of, read_part, workers_of
 from sharebasis.errors import CalibrationError
 from sharebasis.factorize import decompose_reads
 from sharebasis.gauge_fixing import GaugeFixing
@@ -289,7 +289,7 @@ def _narrowed(
     mlp: Mlp, originals: Sequence[Tensor], metric: Metric, plan: Plan, kept: Tensor
 ) -> Sequence[MadeOf]:
     """What each part of an MLP becomes without some neurons."""
-    members = members_of(mlp, originals, metric)
+    members = metric.members(Group(mlp.parts), originals)
     assert members is not None  # it was measured
     found: list[MadeOf] = []
     for member, rank in zip(narrowed_members(mlp, members, kept), plan.ranks, strict=True):
