@@ -124,6 +124,11 @@ def test_refitted_values_lose_less_and_the_loss_told_is_the_loss(two_sided: bool
         loss = (weighed @ inputs.second * error).sum().item()
         assert found.loss == pytest.approx(loss, rel=1e-6)
         assert found.loss < 1.5 * points.loss_at(torch.tensor([1 - n / 1200]).double()).item()
+    eliminator = Eliminator(weight, inputs, gradient)
+    for price in points.prices:
+        sweep = eliminator.at(price)
+        refitted = eliminator.refit(sweep, sweep.kept)
+        assert eliminator.loss(refitted) < 0.97 * eliminator.loss(sweep.weight)
     # Where they were measured refitted, if by fewer steps.
     removed, told, price = points.removed[1], points.losses[1], points.prices[1]
     found = sparsify(weight, inputs, gradient, round(1200 * (1 - removed)), price)
