@@ -87,11 +87,11 @@ def _sizes(
 ) -> Iterator[int]:
     """Bytes of every tensor in memory, where weights that lack entries are whole."""
     masks = {part.coefficient: part.mask for group in index.groups for part in group.parts}
-    for name in reader.files:
-        if shape := reader.shape(name):
-            mask, stored = masks.get(name), reader.read(name, slice(0, 1)).dtype
-            n = reader.shape(mask)[0] * BITS if mask else prod(shape)
-            yield n * (dtype if dtype and stored.is_floating_point else stored).itemsize
+    layout = {name: (shape, stored) for name, shape, stored in reader.layout()}
+    for name, (shape, stored) in layout.items():
+        mask = masks.get(name)
+        n = prod(layout[mask][0]) * BITS if mask else prod(shape)
+        yield n * (dtype if dtype and stored.is_floating_point else stored).itemsize
 
 
 def linears_by_group(

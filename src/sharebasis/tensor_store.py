@@ -121,12 +121,28 @@ class TensorReader:
         with opened(self.directory / self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file."""
+    def layout(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every tensor, file by file; of a tensor, a row is read at most.
+
+        Raises:
+            WeightsError: a file is missing or truncated.
+        """
+        for file_name, names in self._by_file():
+            with opened(self.directory / file_name) as file:
+                for name in names:
+                    shape = tuple(file.get_slice(name).get_shape())
+                    some = file.get_slice(name)[:1] if shape else file.get_tensor(name)
+                    yield name, shape, some.dtype
+
+    def _by_file(self) -> Iterator[tuple[str, list[str]]]:
         by_file: dict[str, list[str]] = {}
         for name, file_name in self.files.items():
             by_file.setdefault(file_name, []).append(name)
-        for file_name, names in sorted(by_file.items()):
+        yield from sorted(by_file.items())
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, file by file."""
+        for file_name, names in self._by_file():
             names.reverse()
             while names:
                 # What has been read of a mapped file counts as memory until it is closed.
