@@ -92,7 +92,7 @@ def fit(
     """Cut every group's factors to a rank and write the compressed model; whole or not at all.
 
     Memory holds one group, its moments where it shares by choice, and one shard of the output; of
-    MLPs that lack neurons one for each core.
+    MLPs that lack neurons, and of parts that lack entries, one for each core with its moments.
 
     Args:
         weights: artifacts/weights.

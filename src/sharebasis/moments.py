@@ -16,6 +16,9 @@ from sharebasis.settings import EVERY_TOKEN, Outliers
 # Eigenvalues below this fraction of the largest are rounding noise of the accumulation.
 NULL_SPACE = 1e-12
 
+RIDGE = 1e-10
+"""Damping that does no more than make a moment invertible, whose inputs may not all vary."""
+
 PANEL = 192
 """Columns of a moment that are updated by one product (measured: 128 to 288 differ little)."""
 

@@ -20,13 +20,10 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from sharebasis.gram import cholesky, spectrum
-from sharebasis.moments import Moment, whitening
+from sharebasis.moments import RIDGE, Moment, whitening
 
 STEPS = 48
 """Neurons go in about so many blocks, as products of blocks are what makes this fast."""
-
-RIDGE = 1e-10
-"""Of the mean diagonal of C, added to it: neurons that never fire must not break its inverse."""
 
 
 @dataclass(frozen=True, slots=True)

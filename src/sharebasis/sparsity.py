@@ -24,13 +24,10 @@ from torch import Tensor
 
 from sharebasis.errors import CalibrationError
 from sharebasis.kernels import linear
-from sharebasis.moments import Moment
+from sharebasis.moments import RIDGE, Moment
 
 PANEL = 64
 """Columns that are settled one by one before the others hear of them, by one product."""
-
-RIDGE = 1e-10
-"""Of the mean diagonal of C, added to it: inputs that never vary must not break its inverse."""
 
 REMOVED = (0.06, 0.2, 0.45, 0.8)
 """Fractions of the entries that `measure` lets go, about."""
