@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from sharebasis.outcomes import Propagation, write_unpropagated
 from sharebasis.propagation import propagation_identity, propagation_windows
 from sharebasis.refit import Refitter
 from sharebasis.regression import PairedMoment
-from sharebasis.settings import PropagateSettings
+from sharebasis.settings import FitSettings, PropagateSettings
 from sharebasis.texts import read_windows
 
 
@@ -143,6 +144,50 @@ def test_what_the_stream_lacks_before_a_write(
         (pair.drift is None) == (not name.endswith(("o_proj", "down_proj")))
         for name, pair in pairs.items()
     )
+
+
+LONG = torch.randint(0, 256, (64, 64), generator=torch.Generator().manual_seed(1))
+"""So much text that the squares of a batch's stream add up to more than float16 holds."""
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "text", "n_found"),
+    [
+        ("llama", "float16", LONG, 3 * 2),
+        ("opt", "float32", WINDOWS, 3 * 2),  # its down puts out batch and window flat
+        ("qwen2_moe", "float32", WINDOWS, 0),  # and so does a shared expert, which is weighed
+    ],
+)
+def test_at_which_writes_the_drift_is_found(
+    family: str,
+    dtype: str,
+    text: Tensor,
+    n_found: int,
+    make: MakeCase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, look = [], propagation.Propagator._drift_of
+
+    def note(self: propagation.Propagator, *others: Any) -> object:
+        found.append(look(self, *others))
+        return found[-1]
+
+    monkeypatch.setattr(propagation.Propagator, "_drift_of", note)
+    own = {"windows": len(text), "window": text.shape[1], "batch": len(text)}
+    make(family).propagate(tmp_path / "out", text=text, stream=0.5, dtype=dtype, **own)
+    assert sum(drift is not None for drift in found) == n_found
+
+
+def test_what_is_excluded_stays(make: MakeCase, tmp_path: Path) -> None:
+    case = make("llama", {"fit.exclude": [r".*layers\.1\..*"]})
+    for by, checkpoint in (("regression", "one"), ("update", "two")):
+        never = Checkpoint(tmp_path / checkpoint, {}, math.inf)
+        case.propagate(tmp_path / by, never, by=by, stream=0.5)
+        before, after = products(case.work / "compressed"), products(tmp_path / by)
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert same == {name for name in before if "layers.1." in name}
+        assert len(same) == 7
 
 
 def test_a_block_that_norms_what_it_writes_is_only_regressed(
@@ -300,11 +345,12 @@ def test_another_amount_is_another_run(case: Case) -> None:
     weights, compressed = case.work / "weights", case.work / "compressed"
     own = case.settings.propagate
 
-    def identity(settings: PropagateSettings) -> object:
-        return propagation_identity(weights, compressed, WINDOWS, settings, case.settings.fit)
+    def identity(settings: PropagateSettings, fit: FitSettings = case.settings.fit) -> object:
+        return propagation_identity(weights, compressed, WINDOWS, settings, fit)
 
     assert identity(own) != identity(replace(own, amount=0.5))
     assert identity(own) == identity(replace(own, checkpoint_seconds=9.0))
+    assert identity(own) != identity(own, replace(case.settings.fit, exclude=("lm_head",)))
 
 
 @pytest.mark.parametrize(

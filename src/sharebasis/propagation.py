@@ -8,6 +8,7 @@ and in the form that `fit` chose. Then both blocks' outputs are the inputs of th
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -203,22 +204,25 @@ class Propagator:
         block = self.compressed.get_submodule(self.blocks.names[i])
         device, outputs = self.compressed.device, self._cut(run.outputs)
 
-        def say(j: int, chunk: Tensor, extra: Tensor | float = 0.0) -> Tensor:
-            """The block's output in batch `j`."""
+        def say(j: int, chunk: Tensor, extra: Tensor | None = None) -> Tensor:
+            """The block's output in batch `j`, with something more written to the stream."""
             said = {
                 self.compressed.get_submodule(name): self.original.get_submodule(name)(
                     run.inputs[name][j].to(device)
                 )
                 for name in writers
             }
-            said[self.compressed.get_submodule(site.name)] += extra
+            if extra is not None:
+                own = said[self.compressed.get_submodule(site.name)]
+                own += extra.reshape(own.shape)  # some models flatten batch and window
             with forced(said):
                 return self._run(i, block, chunk)
 
         chunk = self._cut(hidden)[0]
         plain = say(0, chunk)
         extra = plain.flip(1)
-        answer = say(0, chunk, extra) - plain
+        # In float32, as the squares of float16 overflow.
+        answer, extra = (say(0, chunk, extra) - plain).float(), extra.float()
         scale = (answer * extra).sum() / extra.square().sum()
         if not (answer - scale * extra).norm() < 1e-2 * answer.norm():
             return None
@@ -262,12 +266,13 @@ def propagation_identity(
         compressed: artifacts/compressed, which stands for the moments, too.
         windows: token ids.
         settings: of the stage.
-        fit: metric and damping.
+        fit: metric, damping and exceptions.
         others: whatever else changes the numbers.
     """
     models = {"weights": weights / MANIFEST, "compressed": compressed}
     metric = [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients]
-    return {**identity_of(settings, windows, **models), "metric": metric, **others}
+    own = {"metric": metric, "exclude": fit.exclude}
+    return {**identity_of(settings, windows, **models), **own, **others}
 
 
 def propagation_windows(
@@ -280,6 +285,11 @@ def propagation_windows(
     """
     own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
     return read_windows(tokenizer, own, "calibration", seed, "propagate")
+
+
+def _may_change(sublayer: Sublayer, fit: FitSettings) -> bool:
+    excluded = any(re.fullmatch(pattern, sublayer.name) for pattern in fit.exclude)
+    return sublayer.expert is None and not excluded
 
 
 @torch.no_grad()
@@ -302,9 +312,9 @@ def propagate(
     text and what the original's sublayers of one block are given.
 
     Block by block, a group is refitted if all its parts read one input, and what layers share stays
-    as it is; so do, always, what is tied to another weight, and experts, to which the two models
-    may send different tokens. In an MLP that lacks neurons, those that are left learn anew to say
-    what all of them said.
+    as it is; so do, always, what `fit.exclude` names, what is tied to another weight, and experts,
+    to which the two models may send different tokens. In an MLP that lacks neurons, those that are
+    left learn anew to say what all of them said.
 
     Args:
         weights: artifacts/weights.
@@ -313,7 +323,7 @@ def propagate(
         moments: artifacts/moments, for those of the gradients.
         windows: from `propagation_windows`.
         settings: of the stage.
-        fit: metric and damping of the fit before, and the size of shards.
+        fit: metric, damping and exceptions of the fit before, and the size of shards.
         checkpoint: where a run that was killed goes on from.
         target: artifacts/propagated.
         device: for both models.
@@ -328,7 +338,7 @@ def propagate(
     model = load_compressed(compressed, DTYPES[settings.dtype], device)
     turn_original(original, index, TensorReader(compressed, index.files))
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
-    sublayers = [one for one in classification.selected if one.expert is None]
+    sublayers = [one for one in classification.selected if _may_change(one, fit)]
     refitter = Refitter(original, moments, settings, fit, index.mlps)
     distances: list[float] = []
     with kernels.FastestLinear():
