@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sharebasis import store, tensor_store
 from sharebasis.architecture import ARCHITECTURES, Dims
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed_index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError, WeightsError
 from sharebasis.moment_store import MomentIndex
 from sharebasis.moments import Site
@@ -64,6 +64,32 @@ def test_writing_replaces_a_directory_whole(artefact: Path) -> None:
         assert contents(artefact) == OLD
     assert contents(artefact) == NEW
     assert _is_alone(artefact)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(artefact: Path, tmp_path: Path) -> None:
+    link = tmp_path / "links" / "artefact"
+    link.parent.mkdir()
+    link.symlink_to(artefact)
+    for content in (NEW, OLD):
+        with store.writing(link) as out:
+            _fill(out, content)
+        assert link.is_symlink()
+        assert contents(artefact) == content
+        assert _is_alone(artefact)
+        assert _is_alone(link)
+
+
+def test_a_leftover_that_cannot_be_removed_is_told_before_anything_is_written(
+    artefact: Path, tmp_path: Path
+) -> None:
+    leftover = artefact.parent / ".artefact.old"
+    leftover.symlink_to(tmp_path)
+    with (
+        pytest.raises(StoreError, match=r"\.artefact\.old.*remove it and run again"),
+        store.writing(artefact),
+    ):
+        pytest.fail("it has begun")
+    assert contents(artefact) == OLD
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -435,6 +461,15 @@ def test_a_record_of_another_version_says_which_field_is_wrong(tmp_path: Path, n
     with pytest.raises(StoreError, match=rf"no {type(record).__name__} that .*\({field}") as raised:
         store.load_record(path, type(record))
     assert "dvc repro" in str(raised.value)
+
+
+def test_a_compressed_model_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    record, path = RECORDS["compressed"], tmp_path / "record.json"
+    store.save_record(path, record)
+    assert store.load_record(path, CompressedIndex) == record
+    path.write_text(json.dumps({**asdict(record), "format": FORMAT + 1, "unknown": 1}))
+    with pytest.raises(StoreError, match=f"format {FORMAT + 1} is of a later version"):
+        store.load_record(path, CompressedIndex)
 
 
 @pytest.mark.parametrize("name", RECORDS)

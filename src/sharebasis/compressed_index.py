@@ -14,6 +14,9 @@ from sharebasis.settings import Family, Side
 FILE = "sharebasis.json"
 """The index, as JSON."""
 
+FORMAT = 5
+"""Of the index and what it says of tensors; older ones lack fields, and can be read."""
+
 
 def present(models: Sequence[Path]) -> Sequence[Path]:
     """The first of some directories, and those others that hold a model.
@@ -109,7 +112,14 @@ class CompressedIndex:
     """Those that are narrower than the model's config says."""
     values: tuple[TurnedOutput, ...] = ()
     """In another gauge than the original's."""
-    format: int = 5
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format > FORMAT:
+            raise ValueError(
+                f"format {self.format} is of a later version of sharebasis, this one reads up to "
+                f"{FORMAT}"
+            )
 
     def part(self, coefficient: str) -> CompressedPart:
         """The (first) part of a tensor."""

@@ -31,12 +31,13 @@ def writing(directory: Path) -> Iterator[Path]:
     """Yield a directory to write into that takes the place of `directory` at the end.
 
     A failure or a kill before the end leaves what `directory` held as it was; what the
-    next run finds half-written, it removes.
+    next run finds half-written, it removes. A link stays, and what it leads to is replaced.
 
     Raises:
-        StoreError: the disk is full.
+        StoreError: the disk is full, or what a kill has left cannot be removed.
     """
     recover(directory)
+    directory = _behind_link(directory)
     partial, old = _partial(directory), _old(directory)
     with disk_errors(directory):
         partial.mkdir(parents=True)
@@ -56,11 +57,21 @@ def writing(directory: Path) -> Iterator[Path]:
 
 
 def recover(directory: Path) -> None:
-    """Undo what a kill in the middle of `writing(directory)` has left behind."""
+    """Undo what a kill in the middle of `writing(directory)` has left behind.
+
+    Raises:
+        StoreError: it cannot be removed.
+    """
+    directory = _behind_link(directory)
     if _old(directory).exists() and not directory.exists():
         _old(directory).rename(directory)  # killed between the two renames
     for leftover in (_old(directory), _partial(directory)):
         shutil.rmtree(leftover, ignore_errors=True)
+        if os.path.lexists(leftover):
+            raise StoreError(
+                f"{leftover}, which an earlier run has left, is in the way and cannot be removed; "
+                "remove it and run again."
+            )
 
 
 @contextmanager
@@ -158,6 +169,10 @@ def _disk_full(path: Path, error: Exception) -> StoreError:
         f"The disk is full: {path} could not be written ({error}). Free some space and run "
         "again; earlier artefacts are as they were."
     )
+
+
+def _behind_link(directory: Path) -> Path:
+    return directory.resolve() if directory.is_symlink() else directory
 
 
 def _partial(directory: Path) -> Path:
