@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import MakeSettings, fit_at_once, n_numbers
+from conftest import MakeDirectory, MakeSettings, fit_at_once, n_numbers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,11 +86,13 @@ MakeCase = Callable[..., Case]
 def make_case(
     tmp_path_factory: pytest.TempPathFactory, llama_directory: Path, make_settings: MakeSettings
 ) -> MakeCase:
-    """`make_case(storage, {"fit.removed": ...})`: small Llama, compressed as told."""
+    """`make_case(storage, {"fit.removed": ...})`: small Llama, or another, compressed as told."""
 
-    def make(storage: Storage, changes: Mapping[str, object] = {}) -> Case:
+    def make(
+        storage: Storage, changes: Mapping[str, object] = {}, source: Path = llama_directory
+    ) -> Case:
         work = tmp_path_factory.mktemp("case")
-        extract(find_source(str(llama_directory)), work / "weights")
+        extract(find_source(str(source)), work / "weights")
         model = classify_model(meta_model(load_config(work / "weights")))
         dense = load_model(work / "weights", "float32", CPU)
         never = Checkpoint(work / "checkpoint", {}, math.inf)
@@ -108,10 +111,13 @@ def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
 
 
 def _train(
-    case: Case, checkpoint: Checkpoint, settings: RecoverSettings = SETTINGS
+    case: Case,
+    checkpoint: Checkpoint,
+    settings: RecoverSettings = SETTINGS,
+    windows: Tensor = WINDOWS,
 ) -> tuple[Recovery, PreTrainedModel, Sequence[TrainableGroup]]:
     original, model, groups = case.load()
-    found = distill(original, model, _factors(groups), WINDOWS, settings, 0, checkpoint)
+    found = distill(original, model, _factors(groups), windows, settings, 0, checkpoint)
     return found, model, groups
 
 
@@ -170,22 +176,27 @@ def test_directories_go_in_and_a_directory_comes_out(case: Case, tmp_path: Path)
     )
 
 
-def test_a_killed_training_ends_where_one_at_a_stretch_does(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _train_and_kill(
+    case: Case, directory: Path, step: int, patch: pytest.MonkeyPatch, *settings: Any
 ) -> None:
-    whole = _train(case, _never(tmp_path))[2]
-    often = Checkpoint(tmp_path / "often", {}, 1e-9)
     save = Checkpoint.save
 
     def die(self: Checkpoint, record: Mapping[str, object], tensors: object) -> None:
         save(self, record, tensors)  # type: ignore[arg-type]
-        if record["step"] == 6:
+        if record["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoint, "save", die)
-    with pytest.raises(KeyboardInterrupt):
-        _train(case, often)
-    monkeypatch.undo()
+    with patch.context() as own:
+        own.setattr(Checkpoint, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            _train(case, Checkpoint(directory, {}, 1e-9), *settings)
+
+
+def test_a_killed_training_ends_where_one_at_a_stretch_does(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _train(case, _never(tmp_path))[2]
+    _train_and_kill(case, tmp_path / "often", 6, monkeypatch)
     steps: list[int] = []
     take = training._Training.take_step
     monkeypatch.setattr(
@@ -197,6 +208,24 @@ def test_a_killed_training_ends_where_one_at_a_stretch_does(
     for ours, theirs in zip(resumed, whole, strict=True):
         for (_, a), (_, b) in zip(ours.named(), theirs.named(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_kill_moves_no_expert_that_has_seen_nothing(
+    make_case: MakeCase,
+    make_directory: MakeDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An expert without a token since its last turn has no gradient, and that is not zero."""
+    source = make_directory("mixtral", num_local_experts=24, num_hidden_layers=1)
+    case = make_case("plain", source=source)
+    settings = replace(SETTINGS, steps=32, batch=1, look_every=32, learning_rate=0.3)
+    own = settings, WINDOWS[:, :2]
+    whole = _train(case, _never(tmp_path), *own)[0]
+    _train_and_kill(case, tmp_path / "often", 9, monkeypatch, *own)
+    resumed = _train(case, Checkpoint(tmp_path / "often", {}, math.inf), *own)[0]
+    assert [look.step for look in whole.looks] == [0, 32]
+    assert resumed == whole  # to the last bit of what held-out text says of the last step
 
 
 def test_a_training_that_gains_nothing_stops_and_keeps_what_was_best(
@@ -245,7 +274,7 @@ def test_nothing_to_train_is_one_error(
 ) -> None:
     case = make_case("plain")
     monkeypatch.setattr(recovery, "linears_by_group", lambda *_: iter(()))
-    with pytest.raises(RecoveryError, match="no factors to train"):
+    with pytest.raises(RecoveryError, match="nothing to train"):
         trainable(load_compressed(case.compressed), case.index)
 
 

@@ -81,7 +81,8 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
         groups.append(TrainableGroup(group, shared, coefficients))
     if not groups:
         raise RecoveryError(
-            "The compressed model has no factors to train: every sublayer is stored as it was. "
+            "The compressed model has nothing to train: no sublayer lacks directions, entries or "
+            "neurons. "
             "Raise fit.removed, or set recover=none."
         )
     return groups

@@ -196,7 +196,8 @@ class _Training:
             yield f"{name}.factor", own.detach()
             yield f"{name}.best", self._best[name]
             yield f"{name}.momentum", self._optimizer.momentum(own)
-            yield f"{name}.gradient", torch.zeros_like(own) if own.grad is None else own.grad
+            if own.grad is not None:  # none is not zero: without one, Muon leaves a matrix alone
+                yield f"{name}.gradient", own.grad
 
     def resume(self, checkpoint: Checkpoint) -> None:
         if (found := checkpoint.resume()) is None:
@@ -208,7 +209,8 @@ class _Training:
             own.data.copy_(reader.read(f"{name}.factor"))
             self._best[name].copy_(reader.read(f"{name}.best"))
             self._optimizer.restore(own, reader.read(f"{name}.momentum"))
-            own.grad = reader.read(f"{name}.gradient").to(own.device)
+            if f"{name}.gradient" in reader.files:
+                own.grad = reader.read(f"{name}.gradient").to(own.device)
         log.info("Going on from step %d, the last checkpoint.", self.step)
 
 
