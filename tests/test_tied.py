@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sharebasis import compressed_index, store
+from sharebasis.attribution.cache import run_with_cache
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
 from sharebasis.decomposition import decompose
+from sharebasis.errors import StreamError
 from sharebasis.fitting import FittedModel, fit, fit_metrics
 from sharebasis.grouping import Group
 from sharebasis.hub import load_config, load_model, meta_model
@@ -267,3 +269,5 @@ def test_a_block_that_runs_several_times_is_one(
     moment = moments.read(moments.site("model.layers.0.mlp.down_proj"))
     assert moment.n_tokens == N_LAYERS * WINDOWS.numel()
     assert torch.isfinite(small(input_ids=WINDOWS).logits).all()
+    with pytest.raises(StreamError, match="3 layers are 1 blocks"):
+        run_with_cache(small, WINDOWS)

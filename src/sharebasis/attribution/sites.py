@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sharebasis import experts
 from sharebasis.attribution.capture import Branch, LayerSites, Output, Sites
-from sharebasis.errors import SelectionError
+from sharebasis.errors import SelectionError, StreamError
 from sharebasis.head_views import by_head
 from sharebasis.rows import Rows
 from sharebasis.splitting import Block, blocks_of
@@ -35,6 +35,7 @@ def find_sites(model: PreTrainedModel, found: Classification) -> Sites:
 
     Raises:
         SelectionError: it has no embeddings, or a writer is of neither attention nor MLP.
+        StreamError: it runs a block several times.
     """
     embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
     if embed is None or unembed is None:
@@ -46,6 +47,12 @@ def find_sites(model: PreTrainedModel, found: Classification) -> Sites:
     layers: dict[int, list[Sublayer]] = {}
     for sublayer in found.sublayers:
         layers.setdefault(sublayer.layer, []).append(sublayer)
+    blocks = {id(model.get_submodule(own[0].block)) for own in layers.values()}
+    if len(blocks) < len(layers):
+        raise StreamError(
+            f"{len(layers)} layers are {len(blocks)} blocks, some of which run several times; "
+            "what each layer adds to the residual stream cannot be told."
+        )
     where = dict(experts.slices(model).items())
     return Sites(
         names[id(embed)],
