@@ -90,6 +90,7 @@ def measure_curve(
             )
             model = load_compressed(scratch, DTYPES[dtype], device)
             fidelity = compare(original, {"compressed": model}, windows, batch)["compressed"]
+            del model  # before there is another one
             points.append(
                 CurvePoint(
                     budget,

@@ -67,7 +67,7 @@ class PairAccumulator:
         like: Any = {"dtype": torch.float64, "device": device}
         self._sums = torch.zeros(d, **like), torch.zeros(d_left, **like)
         self._cross, self._own = torch.zeros(d, d_left, **like), torch.zeros(d_left, d_left, **like)
-        self._same = torch.zeros_like(self._cross)
+        self._same = None if kept is None else torch.zeros_like(self._cross)
 
     def update(
         self,
@@ -102,7 +102,7 @@ class PairAccumulator:
         rows, columns = ((one * own.sqrt()).T.contiguous() for one in (x, y))
         self._own += kernels.linear(columns, columns)
         self._cross += kernels.linear(rows, columns)
-        if self._kept is not None:
+        if self._same is not None:
             self._same += kernels.linear(rows, rows[self._kept])
         if drift is not None:
             product = kernels.linear((drift.flatten(0, -2).float() * own.sqrt()).T, columns)
@@ -128,7 +128,7 @@ class PairAccumulator:
         compressed = Moment(total, self._sums[1] * scale, self.n_tokens, self.site)
         drift = None if self._drift is None else self._drift * scale
         mean = self._sums[0] / self._weight
-        same = None if self._kept is None else self._same * scale
+        same = None if self._same is None else self._same * scale
         return PairedMoment(mean, compressed, self._cross * scale, drift, same, self._kept)
 
 
