@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -298,9 +299,24 @@ def _truncate_shard(directory: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 8)
 
 
-def _rename_family(directory: Path) -> None:
+def _put_into_last_shard(directory: Path) -> None:
+    """In the index alone."""
+    index = json.loads((directory / INDEX).read_text())
+    assert index["weight_map"]["model.embed_tokens.weight"] != _last_shard(directory).name
+    index["weight_map"]["model.embed_tokens.weight"] = _last_shard(directory).name
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def _configure(directory: Path, **changes: Any) -> None:
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _partial_pytorch(directory: Path) -> None:
+    weights = _weights(directory)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    _no_weights(directory)
+    torch.save(weights, directory / "pytorch_model.bin")
 
 
 def _only_damaged_pytorch(directory: Path) -> None:
@@ -323,7 +339,31 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[ShareBasisError], str]] 
     "infinity": (_poison(float("-inf")), WeightsError, r"layers\.1\.mlp\.up_proj.* has 1 NaN or"),
     "truncated shard": (_truncate_shard, WeightsError, r"safetensors \(\d+ bytes\) is truncated"),
     "missing shard": (lambda d: _last_shard(d).unlink(), WeightsError, r"safetensors is missing"),
-    "unknown family": (_rename_family, SourceError, "no usable config.json: .*nonsense"),
+    "index of other shards": (
+        _put_into_last_shard,
+        WeightsError,
+        r"lacks 1 tensors that its index puts there, model\.embed_tokens\.weight among them",
+    ),
+    "quantized": (
+        lambda d: _configure(d, quantization_config={"quant_method": "fp8"}),
+        SourceError,
+        r"is quantized \(fp8\), .* Give one that is not",
+    ),
+    "pytorch file without a tensor": (
+        _partial_pytorch,
+        WeightsError,
+        r"lacks 1 tensors of the model, model\.layers\.1\.mlp\.up_proj\.weight among them",
+    ),
+    "width that is no integer": (
+        lambda d: _configure(d, hidden_size="32"),
+        SourceError,
+        "no usable config.json: .*hidden_size",
+    ),
+    "unknown family": (
+        lambda d: _configure(d, model_type="nonsense"),
+        SourceError,
+        "no usable config.json: .*nonsense",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), SourceError, "no usable config.json"),
     "damaged config": (
         lambda d: (d / "config.json").write_text("{"),

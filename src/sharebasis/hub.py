@@ -41,7 +41,7 @@ def load_config(directory: Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks configs by several libraries
         raise SourceError(f"{directory} has no usable config.json: {first_line(error)}") from error
 
 
@@ -70,7 +70,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config).eval()
-    except ValueError as error:
+    except Exception as error:  # a KeyError, say, where it does not know a kind of positions
         raise SourceError(
             f"transformers builds no causal language model from a {config.model_type!r} config: "
             f"{first_line(error)}"

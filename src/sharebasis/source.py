@@ -71,7 +71,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     """
     if name.startswith("package:"):
         return _packaged(name)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SourceError(f"model.source={name} is a file, but not a GGUF file (.gguf).")
@@ -102,16 +102,20 @@ def _packaged(name: str) -> Source:
 
 
 def _downloaded(name: str, revision: str | None) -> Source:
+    def fetch(weights: str) -> Path:
+        patterns = [weights, *_COMPANIONS]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
     try:
-        path = snapshot_download(
-            name, revision=revision, allow_patterns=["*.safetensors", *_COMPANIONS]
-        )
+        path = fetch("*.safetensors")
+        if not any(path.glob("*.safetensors")):
+            path = fetch("*.bin")
     except Exception as error:  # the client raises errors of many kinds
         raise SourceError(
             f"model.source={name} is no directory or file here, and cannot be fetched from the "
             f"hub: {first_line(error)}"
         ) from error
-    return Source(name, Path(path).name, Path(path))  # a snapshot's directory is its commit
+    return Source(name, path.name, path)  # a snapshot's directory is its commit
 
 
 def extract(source: Source, target: Path) -> Manifest:
@@ -141,11 +145,22 @@ def extract(source: Source, target: Path) -> Manifest:
 
 def _copy(source: Path, out: Path) -> None:
     """Copy a directory in hub format, shards byte for byte."""
-    load_config(source)
-    files = sorted(set(tensor_store.TensorReader.of_checkpoint(source).files.values()))
-    for name in files:
-        with tensor_store.opened(source / name):
-            pass  # a missing or truncated shard is found before anything is copied
+    quantization = getattr(load_config(source), "quantization_config", None)
+    if quantization is not None:
+        raise SourceError(
+            f"The model in {source} is quantized ({_method_of(quantization)}), and what its files "
+            "hold are not its weights. Give one that is not, or save it dequantized."
+        )
+    where = tensor_store.TensorReader.of_checkpoint(source).files
+    files = sorted(set(where.values()))
+    for file in files:  # what is missing or truncated is found before anything is copied
+        with tensor_store.opened(source / file) as tensors:
+            held = set(tensors.keys())
+        if lacking := {name for name, own in where.items() if own == file} - held:
+            raise WeightsError(
+                f"{file} in {source} lacks {len(lacking)} tensors that its index puts there, "
+                f"{min(lacking)} among them: fetch both again."
+            )
     store.require_disk(out, sum((source / name).stat().st_size for name in files))
     companions = (path.name for pattern in _COMPANIONS for path in source.glob(pattern))
     for name in [*files, *companions]:
@@ -153,12 +168,22 @@ def _copy(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
+def _method_of(quantization: Any) -> str:
+    """Of a config's entry, which is a record, or JSON as it stands there."""
+    own = quantization if isinstance(quantization, dict) else vars(quantization)
+    return str(own.get("quant_method", "by an unknown method")).rpartition(".")[2].lower()
+
+
 def _convert(directory: Path, out: Path, **options: Any) -> None:
     """Load a model in another format and save it in float32 safetensors."""
     quiet_in_logs()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
     except Exception as error:  # transformers lets errors of many kinds through
@@ -166,8 +191,14 @@ def _convert(directory: Path, out: Path, **options: Any) -> None:
         raise SourceError(
             f"{what} in {directory} cannot be read by transformers: {first_line(error)}"
         ) from error
+    model, report = loaded
+    if missing := report["missing_keys"]:  # which transformers has drawn at random
+        raise WeightsError(
+            f"{options.get('gguf_file', directory)} lacks {len(missing)} tensors of the model, "
+            f"{min(missing)} among them."
+        )
     # The weights are dequantized; what is left of the quantization forbids saving them.
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     store.require_disk(out, model.get_memory_footprint())
