@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeDirectory
+from calibrated import fit_settings, maker
+from conftest import MakeDirectory, MakeSettings
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from sharebasis.calibration import calibrate
 from sharebasis.checkpoint import Checkpoint
@@ -182,3 +184,37 @@ def test_labels_of_the_model_are_drawn_by_the_seed_and_are_not_those_of_the_text
     for other in (others, text):
         assert not torch.allclose(one.gradient(name).total, other.gradient(name).total, rtol=1e-2)
         torch.testing.assert_close(one.read(name).total, other.read(name).total)
+
+
+def test_logits_that_are_no_numbers_are_one_error(llama_directory: Path, tmp_path: Path) -> None:
+    model = load_model(llama_directory, "float32", CPU)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = math.inf
+    selected = classify_model(model).selected
+    checkpoint = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
+    with pytest.raises(CalibrationError, match=r"logits are NaN .* model\.dtype=float32"):
+        calibrate(model, selected, WINDOWS, 3, checkpoint, "model")
+
+
+def test_what_no_loss_depends_on_costs_next_to_nothing(
+    make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    """Behind what puts out zeros alone, as in blocks that were added to a trained model."""
+
+    def silence(model: PreTrainedModel) -> None:
+        model.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()
+
+    case = maker(make_directory, tmp_path)("llama", silence)
+    for structures in (["private"], ["private", "narrowed", "sparse", "joint"]):
+        fitted = case.fit(fit_settings(make_settings, structures=structures, removed=0.3))
+        silent = [
+            own
+            for own in fitted.groups
+            if all(
+                part.sublayer.name.startswith("model.layers.1.self_attn")
+                for part in own.group.parts
+            )
+        ]
+        assert sum(len(own.group.parts) for own in silent) == 4
+        assert sum(own.loss for own in silent) < 1e-12 * sum(own.loss for own in fitted.groups)
+        assert sum(own.n_stored for own in silent) < 0.5 * sum(own.n_original for own in silent)

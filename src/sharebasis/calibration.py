@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sharebasis.capture import find_sites
 from sharebasis.checkpoint import Checkpoint, digest_of
+from sharebasis.errors import CalibrationError
 from sharebasis.experts import unstack
 from sharebasis.hub import MANIFEST
 from sharebasis.moment_store import (
@@ -232,6 +233,9 @@ def run_backward(
         labels: text takes the next token of the window, model one drawn from what the model
             says (the true Fisher information in place of the empirical one).
         seed: of the draw.
+
+    Raises:
+        CalibrationError: there is nothing to draw from, as the logits are not finite.
     """
     model.requires_grad_(False)
     handle = model.get_input_embeddings().register_forward_hook(
@@ -250,7 +254,13 @@ def run_backward(
 
 def _draw(logits: Tensor, seed: int) -> Tensor:
     generator = torch.Generator(logits.device).manual_seed(seed)
-    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator).flatten()
+    probabilities = logits.float().softmax(-1)
+    if not probabilities.sum().isfinite():
+        raise CalibrationError(
+            "The model's logits are NaN or infinite. It overflows in this dtype, try "
+            "model.dtype=float32; or its weights are damaged."
+        )
+    return torch.multinomial(probabilities, 1, generator=generator).flatten()
 
 
 def _already_counted(_: Tensor) -> None:

@@ -18,6 +18,10 @@ from sharebasis.settings import METHODS, FitSettings
 from sharebasis.shared_basis import Member
 from sharebasis.splitting import Part
 
+NOTHING = 1e-20
+"""Second moment of the gradients of outputs that no loss depends on, as if they counted a little:
+those of an expert, say, which the last token of a window alone went to."""
+
 
 class Metric:
     """The moments in which a group's loss is measured."""
@@ -102,6 +106,9 @@ class Metric:
         whole = moments.gradient(name)
         rows = torch.tensor(list(part.rows))
         own = replace(whole.at(rows), n_tokens=moments.n_tokens)
+        if not own.total.any():  # nothing that follows depends on it
+            nothing = NOTHING * own.n_tokens * torch.eye(len(rows), dtype=torch.float64)
+            own = replace(own, total=nothing)
         seen = moments.n_seen(gradient_site(name))
         if seen > whole.n_tokens:  # what was left out counts as the rest does on average
             own = replace(own, total=own.total * (seen / whole.n_tokens))

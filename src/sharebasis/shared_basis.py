@@ -69,7 +69,8 @@ def pooled_basis(members: Sequence[Member]) -> Float64[Tensor, "full shared"]:
         scaled = torch.cat([_rooted(member) for member in members])
         metric = scaled if not pooled else scaled @ _mean(pooled).second
         values, vectors = torch.linalg.eigh(metric @ scaled.T)
-        lengths = values.clamp_min(SHIFT * values[-1]).sqrt()
+        least = (SHIFT * values[-1]).clamp_min(torch.finfo(values.dtype).tiny)  # of zero weights
+        lengths = values.clamp_min(least).sqrt()
         return ((vectors / lengths).T @ scaled).flip(0)
     gram = reduce(add, (_weighed(member).T @ member.weight for member in members))
     if not pooled:
