@@ -284,6 +284,10 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         {"data.source": "hub", "data.calibration.path": "a", "data.evaluation.path": "b"},
         r"data\.hub_id is missing",
     ),
+    (
+        {"data.source": "files", "data.calibration.path": "a", "data.evaluation.path": "a"},
+        r"data\.calibration\.path and data\.evaluation\.path are the same text, a",
+    ),
 ]
 
 

@@ -617,14 +617,15 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "text.txt").write_text(CORPUS)
+    for name in ("text.txt", "other.txt"):
+        (tmp_path / name).write_text(CORPUS)
     changes = {
         "model.source": str(llama_directory),
         "data.source": "files",
         "data.window": 16,
         "data.calibration.path": "text.txt",
         "data.calibration.windows": 8,
-        "data.evaluation.path": "text.txt",
+        "data.evaluation.path": "other.txt",
         "data.evaluation.windows": 3,
         "device": "cpu",
         "split.strategy": "heads",

@@ -390,7 +390,7 @@ def test_the_windows_are_the_first_of_the_calibration_text(
         {
             "data.source": "files",
             "data.calibration.path": str(tmp_path / "text"),
-            "data.evaluation.path": str(tmp_path / "text"),
+            "data.evaluation.path": "nowhere.txt",  # never read
             "data.calibration.windows": 4,
             "data.window": 16,
             "propagate.windows": 2,
