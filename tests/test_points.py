@@ -128,6 +128,17 @@ def test_only_names_that_match_are_collected_and_none_is_an_error(repository: Pa
         collect(["wide-*", "narrow*"], repository)
 
 
+def test_of_experiments_with_one_name_it_is_the_newest(repository: Path) -> None:
+    """A sweep that is run again after another commit makes its experiments anew."""
+    (before,) = collect(["wide-9"], repository)
+    run_command(repository, "git", "commit", "--quiet", "--allow-empty", "--message=two")
+    told = ["-S", "fit.method=svd", "-S", "fit.removed=0.3"]
+    run_command(repository, "dvc", "exp", "run", "--quiet", "--name", "wide-9", *told)
+    (after,) = collect(["wide-9"], repository)
+    assert before.metric("fit", "removed_fraction") == 0.2
+    assert after.metric("fit", "removed_fraction") == 0.3
+
+
 def test_without_a_repository_there_are_no_experiments(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is no git repository"):
         collect(["*"], tmp_path)

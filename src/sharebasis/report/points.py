@@ -112,6 +112,8 @@ _POINT = TypeAdapter(Point)
 def collect(patterns: Sequence[str], repository: Path = Path()) -> list[Point]:
     """The experiments whose names match, in the order of their names.
 
+    Of several with one name, which were run from different commits, it is the newest.
+
     Args:
         patterns: as in a shell.
         repository: where dvc.yaml is.
@@ -119,15 +121,15 @@ def collect(patterns: Sequence[str], repository: Path = Path()) -> list[Point]:
     Raises:
         StoreError: this is no git repository, or a pattern matches nothing.
     """
-    experiments = sorted(set(_experiments(repository)), key=lambda own: (_natural(own[0]), own))
+    experiments = {name: (commit, baseline) for name, commit, baseline in _experiments(repository)}
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name, _, _ in experiments):
+        if not any(fnmatch(name, pattern) for name in experiments):
             raise StoreError(
                 f"No experiment is called {pattern}. Those that there are: dvc exp list --all"
             )
     return [
-        experiment_point(name, commit, baseline, repository)
-        for name, commit, baseline in experiments
+        experiment_point(name, *experiments[name], repository)
+        for name in sorted(experiments, key=_natural)
         if any(fnmatch(name, pattern) for pattern in patterns)
     ]
 
@@ -226,9 +228,9 @@ def _hydra(value: Any) -> str:
 
 
 def _experiments(repository: Path) -> Iterator[tuple[str, str, str]]:
-    """(name, commit, baseline) of every experiment that has ended."""
-    shape = "--format=%(refname) %(objectname)"
-    if (refs := known_to_git(repository, "for-each-ref", shape, EXPERIMENTS)) is None:
+    """(name, commit, baseline) of every experiment that has ended, the newest last."""
+    listing = "for-each-ref", "--sort=creatordate", "--format=%(refname) %(objectname)"
+    if (refs := known_to_git(repository, *listing, EXPERIMENTS)) is None:
         raise StoreError(f"{repository.absolute()} is no git repository, so it has no experiments.")
     for line in refs.splitlines():
         reference, _, commit = line.partition(" ")
