@@ -22,7 +22,6 @@ from operator import itemgetter
 from pathlib import Path
 
 from gathering import gather, make_once
-from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
@@ -31,6 +30,7 @@ from sharebasis.checkpoint import Checkpoint
 from sharebasis.classification import classify_model
 from sharebasis.compressed import load_compressed
 from sharebasis.config import compose_settings
+from sharebasis.console import print_tables
 from sharebasis.decomposition import decompose
 from sharebasis.fidelity import Fidelity
 from sharebasis.fitting import fit, fit_metrics
@@ -95,6 +95,9 @@ DERIVED = {
     "auto-factors-recovered": ("auto-factors", "recover=distill"),
 }
 """Method -> the one whose models it goes on from, and the stage that does so."""
+
+LARGE = 1e5
+"""A perplexity above the size of the vocabulary: worse than no model, its digits say nothing."""
 
 Point = tuple[str, float]
 """Method and the removed fraction asked for."""
@@ -243,21 +246,17 @@ def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> N
     for method, points in groupby(points_of(arguments), key=itemgetter(0)):
         own = list(points)
         found = ((fidelity[name_of(one)], removed_fraction(arguments.work, one)) for one in own)
-        table.add_row(
-            method, *(f"{one.compressed_perplexity:.2f} ({part:.4f})" for one, part in found)
-        )
+        table.add_row(method, *(cell(one.compressed_perplexity, part) for one, part in found))
         if any(point in PUBLISHED for point in own):
             theirs = (PUBLISHED.get(point, (None, None)) for point in own)
-            table.add_row("  official code", *(published(*one) for one in theirs))
-    console = Console()
-    console.print(table)
-    console.print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
+            table.add_row("  official code", *(cell(b, a) if b else "" for a, b in theirs))
+    print_tables(table)
+    print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
 
 
-def published(removed: float | None, perplexity: float | None) -> str:
-    if perplexity is None:
-        return ""
-    return f"{perplexity:.2f} ({'?' if removed is None else f'{removed:.4f}'})"
+def cell(perplexity: float, removed: float | None) -> str:
+    shown = f"{perplexity:.2f}" if perplexity < LARGE else f"{perplexity:.1e}"
+    return f"{shown} ({'?' if removed is None else f'{removed:.4f}'})"
 
 
 @report_errors
