@@ -82,8 +82,7 @@ def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[Traina
     if not groups:
         raise RecoveryError(
             "The compressed model has nothing to train: no sublayer lacks directions, entries or "
-            "neurons. "
-            "Raise fit.removed, or set recover=none."
+            "neurons. Raise fit.removed, or set recover=none."
         )
     return groups
 
