@@ -285,7 +285,7 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         r"data\.hub_id is missing",
     ),
     (
-        {"data.source": "files", "data.calibration.path": "a", "data.evaluation.path": "a"},
+        {"data.source": "files", "data.calibration.path": "./a", "data.evaluation.path": "a"},
         r"data\.calibration\.path and data\.evaluation\.path are the same text, a",
     ),
 ]

@@ -301,14 +301,15 @@ def swept(make_checkout: MakeCheckout) -> Swept:
     checkout.git("add", "--all")
     checkout.git("commit", "--quiet", "--message", "Run")
     # What is not committed is part of every point, and what git does not know can be read.
-    (checkout.root / "own.txt").write_text("a text")
+    for name in ("own.txt", "other.txt"):
+        (checkout.root / name).write_text("a text")
     with (checkout.root / "stages/verify.py").open("a") as file:
         file.write("# an edit\n")
     given = (
         "model.revision=other",
         "data=files",
         "data.calibration.path=own.txt",
-        "data.evaluation.path=own.txt",
+        "data.evaluation.path=other.txt",
     )
     first = checkout.sweep(*GRID, *given)
     began, found = checkout.ran("began"), checkout.experiments()
@@ -387,8 +388,9 @@ def test_every_experiment_has_its_own_parameters_and_results(swept: Swept) -> No
 
 
 def test_the_workspace_is_as_it_was_and_none_is_left_behind(swept: Swept) -> None:
+    new = ("other.txt", "own.txt", "results/sweep/")
     status = swept.checkout.git("status", "--porcelain")
-    assert status.splitlines() == ["M stages/verify.py", "?? own.txt", "?? results/sweep/"]
+    assert status.splitlines() == ["M stages/verify.py", *(f"?? {name}" for name in new)]
     assert list((swept.checkout.root / ".dvc/tmp/sweep/workspaces").iterdir()) == []
 
 

