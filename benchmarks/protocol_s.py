@@ -249,7 +249,9 @@ def report(arguments: argparse.Namespace, fidelity: Mapping[str, Fidelity]) -> N
         table.add_row(method, *(cell(one.compressed_perplexity, part) for one, part in found))
         if any(point in PUBLISHED for point in own):
             theirs = (PUBLISHED.get(point, (None, None)) for point in own)
-            table.add_row("  official code", *(cell(b, a) if b else "" for a, b in theirs))
+            table.add_row(
+                "  official code", *(cell(value, part) if value else "" for part, value in theirs)
+            )
     print_tables(table)
     print(f"dense perplexity {next(iter(fidelity.values())).dense_perplexity:.2f}")
 

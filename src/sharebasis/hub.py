@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,24 @@ def load_model(directory: Path, dtype: DType, device: torch.device) -> PreTraine
     except Exception as error:  # transformers lets safetensors' and torch's errors through
         raise WeightsError(f"{directory} cannot be loaded: {first_line(error)}") from error
     model, report = loaded
+    require_all(report, directory)
+    return model.eval().to(device)
+
+
+def require_all(report: Mapping[str, Any], where: object) -> None:
+    """Refuse a model of which transformers has drawn some tensors at random.
+
+    Args:
+        report: of `from_pretrained`, on what it has loaded.
+        where: the model comes from, for the message.
+
+    Raises:
+        WeightsError: there are such tensors.
+    """
     if missing := report["missing_keys"]:
         raise WeightsError(
-            f"{directory} lacks {len(missing)} tensors of the model, {min(missing)} among them."
+            f"{where} lacks {len(missing)} tensors of the model, {min(missing)} among them."
         )
-    return model.eval().to(device)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

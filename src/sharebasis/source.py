@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sharebasis import store, tensor_store
 from sharebasis.errors import SourceError, WeightsError
-from sharebasis.hub import MANIFEST, first_line, load_config, quiet_in_logs
+from sharebasis.hub import MANIFEST, first_line, load_config, quiet_in_logs, require_all
 from sharebasis.progress import progress
 
 BLOCK_BYTES = 64 * 2**20
@@ -192,11 +192,7 @@ def _convert(directory: Path, out: Path, **options: Any) -> None:
             f"{what} in {directory} cannot be read by transformers: {first_line(error)}"
         ) from error
     model, report = loaded
-    if missing := report["missing_keys"]:  # which transformers has drawn at random
-        raise WeightsError(
-            f"{options.get('gguf_file', directory)} lacks {len(missing)} tensors of the model, "
-            f"{min(missing)} among them."
-        )
+    require_all(report, options.get("gguf_file", directory))
     # The weights are dequantized; what is left of the quantization forbids saving them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
