@@ -14,6 +14,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import present
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.kernels import use_onednn
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.stage import ATTRIBUTION, MODELS, SUBLAYERS, WEIGHTS, report_errors
@@ -24,6 +25,7 @@ from sharebasis.texts import cut, read_windows, require_positions
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     attribution, dtype = settings.attribute, settings.model.dtype
     device, model = pick_device(settings.device), present(MODELS)[-1]
     data = cut(settings.data, "evaluation", attribution.windows, attribution.window)

@@ -7,6 +7,7 @@ from sharebasis.calibration import calibrate, run_identity
 from sharebasis.checkpoint import Checkpoint
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config, load_model, load_tokenizer
+from sharebasis.kernels import use_onednn
 from sharebasis.moment_store import tokens_of, trimmed_of, write_moments
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
@@ -18,6 +19,7 @@ from sharebasis.texts import read_windows, require_positions
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     sublayers = store.load_record(SUBLAYERS, Classification).selected
     require_positions(load_config(WEIGHTS), settings.data.window)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
@@ -30,6 +32,7 @@ def main() -> None:
         dtype=dtype,
         batch=batch,
         device=str(device),
+        onednn=settings.onednn,
         gradients=gradients,
         outliers=asdict(outliers),
         seed=settings.seed,

@@ -4,6 +4,7 @@ from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
 from sharebasis.hub import load_config, load_tokenizer
+from sharebasis.kernels import use_onednn
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
@@ -15,6 +16,7 @@ from sharebasis.texts import cut, read_windows, require_positions
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     own, data = settings.curve, settings.data
     require_positions(load_config(WEIGHTS), data.window)
     text = cut(data, "evaluation", own.windows, data.window)

@@ -5,6 +5,7 @@ from pathlib import Path
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.decomposition import decompose
+from sharebasis.kernels import use_onednn
 from sharebasis.moment_store import MomentStore
 from sharebasis.resources import pick_device
 from sharebasis.splitting import split_selected
@@ -17,6 +18,7 @@ from sharebasis.variation.table import read_table
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     classification = store.load_record(SUBLAYERS, Classification)
     parts = split_selected(classification, settings.split.strategy)
     device = pick_device(settings.device)

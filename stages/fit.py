@@ -7,6 +7,7 @@ from sharebasis.config import load_settings
 from sharebasis.decomposition import Spectra
 from sharebasis.fit_tables import RANKS, SPECTRUM, ranks_csv, spectrum_csv
 from sharebasis.fitting import fit, fit_metrics
+from sharebasis.kernels import use_onednn
 from sharebasis.moment_store import MomentStore
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
@@ -25,6 +26,7 @@ from sharebasis.stage import (
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     device, moments = pick_device(settings.device), MomentStore(MOMENTS)
     sensitivity = store.load_record(SENSITIVITY, Sensitivity)
     fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments, sensitivity)

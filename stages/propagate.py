@@ -28,18 +28,19 @@ def refit(settings: Settings) -> None:
     # Here, as a run that leaves the stage out need not load torch.
     from sharebasis.checkpoint import Checkpoint
     from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.kernels import use_onednn
     from sharebasis.moment_store import MomentStore
     from sharebasis.propagation import propagate, propagation_identity, propagation_windows
     from sharebasis.resources import pick_device
     from sharebasis.sublayer import Classification
     from sharebasis.texts import require_positions
 
+    use_onednn(settings.onednn)
     own, device = settings.propagate, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), own.window, "propagate.window")
     windows = propagation_windows(load_tokenizer(COMPRESSED), settings.data, own, settings.seed)
-    identity = propagation_identity(
-        WEIGHTS, COMPRESSED, windows, own, settings.fit, device=str(device)
-    )
+    how = {"device": str(device), "onednn": settings.onednn}
+    identity = propagation_identity(WEIGHTS, COMPRESSED, windows, own, settings.fit, **how)
     checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
     classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments

@@ -25,12 +25,14 @@ def main() -> None:
 def measure(settings: Settings) -> Sensitivity:
     # Here, as a run that leaves the stage out need not load torch.
     from sharebasis.hub import load_config, load_tokenizer
+    from sharebasis.kernels import use_onednn
     from sharebasis.moment_store import MomentStore
     from sharebasis.resources import pick_device
     from sharebasis.sensitivity.measurement import measure_sensitivity
     from sharebasis.sublayer import Classification
     from sharebasis.texts import cut, read_windows, require_positions
 
+    use_onednn(settings.onednn)
     own, dtype, device = settings.sensitivity, settings.model.dtype, pick_device(settings.device)
     sublayers = store.load_record(SUBLAYERS, Classification)
     require_positions(load_config(WEIGHTS), own.window, "sensitivity.window")

@@ -5,6 +5,7 @@ from functools import partial
 from sharebasis import store
 from sharebasis.config import load_settings
 from sharebasis.hub import load_config
+from sharebasis.kernels import use_onednn
 from sharebasis.provenance import write_metrics
 from sharebasis.stage import PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
 from sharebasis.sublayer import Classification
@@ -22,6 +23,7 @@ from sharebasis.weights import DenseWeights
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     found = store.load_record(SUBLAYERS, Classification)
     layers_of = partial(Layers, found=found, config=load_config(WEIGHTS))
     tensors = DenseWeights(WEIGHTS)

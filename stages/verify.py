@@ -5,6 +5,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import present
 from sharebasis.config import load_settings
 from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.kernels import use_onednn
 from sharebasis.provenance import write_metrics
 from sharebasis.resources import pick_device
 from sharebasis.splitting import rows_by_sublayer, split_selected
@@ -23,6 +24,7 @@ from sharebasis.verification import (
 @report_errors
 def main() -> None:
     settings = load_settings()
+    use_onednn(settings.onednn)
     verify, dtype, device = settings.verify, settings.model.dtype, pick_device(settings.device)
     require_positions(load_config(COMPRESSED), settings.data.window)
     tokenizer = load_tokenizer(COMPRESSED)

@@ -60,6 +60,20 @@ def test_without_onednn_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.skipif(kernels._ONEDNN is None, reason="torch has no oneDNN here")
+def test_who_does_not_want_onednn_goes_without() -> None:
+    x, weight = _random(3, 24), _random(40, 24)
+    fastest = kernels._ONEDNN
+    try:
+        kernels.use_onednn(False)
+        with torch.no_grad():
+            assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert kernels._ONEDNN is None
+    finally:
+        kernels.use_onednn(True)
+    assert kernels._ONEDNN is fastest
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_linear_is_the_fastest_in_its_context(
     bias: bool, monkeypatch: pytest.MonkeyPatch

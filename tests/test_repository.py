@@ -163,6 +163,16 @@ def test_every_parameter_makes_some_stage_run_again_or_cannot_change_a_result(
 # Imports
 
 
+def test_every_stage_that_multiplies_asks_by_what(pipeline: Mapping[str, Any]) -> None:
+    kernels = "src/sharebasis/kernels.py"
+    multiply = {name for name, stage in pipeline.items() if kernels in stage["deps"]}
+    multiply -= {"classify"}  # on the meta device, where there are no numbers
+    asked = {name for name, stage in pipeline.items() if "onednn" in stage.get("params", ())}
+    scripts = {name: (REPOSITORY / "stages" / f"{name}.py").read_text() for name in STAGES}
+    told = {name for name, text in scripts.items() if "use_onednn(settings.onednn)" in text}
+    assert multiply == asked == told
+
+
 @pytest.mark.parametrize("module", ["sharebasis", "sharebasis.errors", "sharebasis.settings"])
 def test_a_light_module_imports_no_framework(run_python: RunPython, module: str) -> None:
     run = run_python(

@@ -18,8 +18,8 @@ def linear(
     """x Wᵀ, by oneDNN where that can be had: float32 on a CPU, without gradients.
 
     The library that `functional.linear` calls there chooses its kernels by vendor; oneDNN
-    asks what the processor can do, and is twice as fast on some (benchmarks/costs.py).
-    Equal to `functional.linear` up to float32 rounding.
+    asks what the processor can do, and is twice as fast on some (benchmarks/arithmetic.py).
+    Equal to `functional.linear` up to float32 rounding; `use_onednn` does without.
     """
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradients or torch.is_autocast_enabled(x.device.type):
@@ -98,3 +98,9 @@ def _find_onednn() -> torch._ops.OpOverloadPacket | None:
 
 
 _ONEDNN = _find_onednn()
+
+
+def use_onednn(wanted: bool) -> None:
+    """Let products of this process go to oneDNN, or to what torch calls by itself."""
+    global _ONEDNN  # as a setting of torch is: modules that multiply are told of none
+    _ONEDNN = _find_onednn() if wanted else None

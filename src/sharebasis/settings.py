@@ -434,6 +434,9 @@ class Settings:
     attribute: AttributeSettings
     device: str
     """torch device, or auto: a GPU where there is one."""
+    onednn: bool
+    """Multiply float32 matrices by oneDNN on a CPU, without gradients: the same up to rounding, and
+    faster than what torch calls by itself on some (`benchmarks/arithmetic.py`)."""
     seed: int
     """Of everything random: the order of the speeches of the default corpus, the tokens that the
     model draws in calibrate, the order of windows in recover, vary's random weights."""
