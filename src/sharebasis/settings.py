@@ -147,7 +147,7 @@ class DataSettings:
     window: Annotated[int, Gt(1)]
     """Tokens a window; a window is one sequence."""
     batch: PositiveInt
-    """Windows a forward pass."""
+    """Windows a pass; memory goes with it, and which tokens the model draws in calibrate."""
     calibration: TextSettings
     evaluation: TextSettings
 
