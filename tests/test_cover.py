@@ -5,33 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharebasis import cover
-from sharebasis.cover import Choice, Cover
+from sharebasis.cover import Cover
 
 N_PARTS = 6
+Parts = frozenset[int]
 
 
-def _every(choices: Sequence[Choice], left: frozenset[int]) -> Iterator[list[Choice]]:
+@pytest.fixture(params=["states", "program"])
+def solver(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to solve it, whatever the size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cover, "MOST_STATES", 10**6 if request.param == "states" else 0)
+        yield
+
+
+def _every(groups: Sequence[Parts], left: Parts) -> Iterator[list[int]]:
     """All exact covers, by trying every group on the first part that is left."""
     if not left:
         yield []
         return
-    for choice in choices:
-        if min(left) in choice.parts and choice.parts <= left:
-            for rest in _every(choices, left - choice.parts):
-                yield [choice, *rest]
+    for i, parts in enumerate(groups):
+        if min(left) in parts and parts <= left:
+            for rest in _every(groups, left - parts):
+                yield [i, *rest]
 
 
-def _choices(offered: Sequence[frozenset[int]], n_parts: int = N_PARTS) -> list[Choice]:
-    alone = [Choice(i, frozenset({i}), "") for i in range(n_parts)]
-    kinds = ("a", "b", "c")
-    return alone + [
-        Choice(n_parts + i, own, kinds[i % 3]) for i, own in enumerate(dict.fromkeys(offered))
-    ]
+def _alone(n_parts: int) -> list[Parts]:
+    return [frozenset({i}) for i in range(n_parts)]
+
+
+def _groups(offered: Sequence[Parts]) -> list[Parts]:
+    return [*_alone(N_PARTS), *dict.fromkeys(offered)]
 
 
 def _cost(chosen: Sequence[int], costs: Sequence[float]) -> float:
@@ -40,73 +50,95 @@ def _cost(chosen: Sequence[int], costs: Sequence[float]) -> float:
 
 OFFERED = st.lists(st.frozensets(st.integers(0, N_PARTS - 1), min_size=2, max_size=4), max_size=10)
 COSTS = st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.25, math.inf]), min_size=16, max_size=16)
+SAME_FIXTURE = [HealthCheck.function_scoped_fixture]
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.usefixtures("solver")
+@settings(max_examples=200, deadline=None, suppress_health_check=SAME_FIXTURE)
 @given(offered=OFFERED, costs=COSTS)
-def test_it_is_the_cheapest_of_all_covers(
-    offered: list[frozenset[int]], costs: list[float]
-) -> None:
-    choices = _choices(offered)
-    chosen = Cover(choices).best(costs)
-    parts = [part for i in chosen for part in choices[i].parts]
-    assert sorted(parts) == list(range(N_PARTS))
+def test_it_is_the_cheapest_of_all_covers(offered: list[Parts], costs: list[float]) -> None:
+    groups = _groups(offered)
+    chosen = Cover(groups).best(costs)
+    assert sorted(part for i in chosen for part in groups[i]) == list(range(N_PARTS))
     assert chosen == sorted(chosen)
-    every = list(_every(choices, frozenset(range(N_PARTS))))
-    least = min(_cost([choice.number for choice in one], costs) for one in every)
+    least = min(_cost(one, costs) for one in _every(groups, frozenset(range(N_PARTS))))
     assert _cost(chosen, costs) == pytest.approx(least)
 
 
-@settings(max_examples=50, deadline=None)
+@pytest.mark.usefixtures("solver")
+@settings(max_examples=50, deadline=None, suppress_health_check=SAME_FIXTURE)
 @given(offered=OFFERED, costs=COSTS)
-def test_more_to_choose_from_never_costs_more(
-    offered: list[frozenset[int]], costs: list[float]
-) -> None:
-    choices = _choices(offered)
-    least = [_cost(Cover(choices[:n]).best(costs), costs) for n in range(N_PARTS, len(choices) + 1)]
+def test_more_to_choose_from_never_costs_more(offered: list[Parts], costs: list[float]) -> None:
+    groups = _groups(offered)
+    least = [_cost(Cover(groups[:n]).best(costs), costs) for n in range(N_PARTS, len(groups) + 1)]
     assert least == sorted(least, reverse=True)
 
 
+@pytest.mark.usefixtures("solver")
 def test_where_nothing_is_gained_parts_stay_alone() -> None:
-    choices = _choices([frozenset({0, 1})], 2)
-    assert Cover(choices).best([1.0, 1.0, 2.1]) == [0, 1]
-    assert Cover(choices).best([1.0, 1.0, 1.9]) == [2]
+    groups = [*_alone(2), frozenset({0, 1})]
+    assert Cover(groups).best([1.0, 1.0, 2.1]) == [0, 1]
+    assert Cover(groups).best([1.0, 1.0, 1.9]) == [2]
+    assert Cover(groups).best([-1.0, -1.0, -1.9]) == [0, 1]
 
 
-def _grid(n: int) -> list[Choice]:
-    """n × n parts: rows and columns share; mixtures of both are many."""
-    rows = [frozenset(range(n * i, n * i + n)) for i in range(n)]
-    columns = [frozenset(range(i, n * n, n)) for i in range(n)]
-    alone = [Choice(i, frozenset({i}), "") for i in range(n * n)]
-    both = [(own, "row") for own in rows] + [(own, "column") for own in columns]
-    return alone + [Choice(n * n + i, own, kind) for i, (own, kind) in enumerate(both)]
+@pytest.mark.usefixtures("solver")
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_costs_may_be_of_any_size(size: float) -> None:
+    groups = [*_alone(4), frozenset({0, 1}), frozenset({1, 2}), frozenset({2, 3})]
+    costs = [size * own for own in (1.0, 1.0, 1.0, 1.0, 1.999, 1.5, 1.998)]
+    assert Cover(groups).best(costs) == [0, 3, 5]
 
 
-def test_too_many_mixtures_are_left_out_and_each_structure_alone_is_searched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    choices, n = _grid(4), 16
-    rows, columns = list(range(n, n + 4)), list(range(n + 4, n + 8))
-    costs = [1.0] * n + [3.5, 9.0, 9.0, 9.0, 9.0, 3.0, 3.0, 9.0]
-    assert Cover(choices).best(costs) == [0, 3, 4, 7, 8, 11, 12, 15, columns[1], columns[2]]
-    monkeypatch.setattr(cover, "MOST_STATES", 8)
-    few = Cover(choices)
-    assert few.best(costs) == [0, 3, 4, 7, 8, 11, 12, 15, columns[1], columns[2]]
-    assert few.best([2.0] * n + [1.0] * 4 + [9.0] * 4) == rows
+LAYERS = 30
+
+
+def _model(far_apart: bool) -> list[Parts]:
+    """gate, up and down of some layers: runs of two and three and MLPs as a whole, and pairs of
+    layers that are far apart, each family its own ones."""
+    parts = {(layer, i): 3 * layer + i for layer in range(LAYERS) for i in range(3)}
+    groups = _alone(len(parts))
+    groups += [frozenset(parts[layer, i] for i in range(3)) for layer in range(LAYERS)]
+    for size in (2, 3):
+        for layer in range(LAYERS - size + 1):
+            groups += [frozenset(parts[layer + j, i] for j in range(size)) for i in range(3)]
+    if far_apart:
+        for i, step in enumerate((7, 11, 13)):  # none divides 30: a walk through all layers
+            walk = [step * j % LAYERS for j in range(LAYERS)]
+            pairs = zip(walk[::2], walk[1::2], strict=True)
+            groups += [frozenset({parts[a, i], parts[b, i]}) for a, b in pairs]
+    return groups
+
+
+def test_mixtures_of_which_there_are_too_many_states_are_found_all_the_same() -> None:
+    few, many = _model(far_apart=False), _model(far_apart=True)
+    generator = np.random.default_rng(0)
+    costs = [len(own) * generator.uniform(0.8, 1.2) for own in few]
+    assert isinstance(cover._solver(dict(enumerate(few))), cover._Search)
+    assert isinstance(cover._solver(dict(enumerate(many))), cover._Program)
+    best = Cover(few).best(costs)
+    dear, cheap = (
+        costs + [price * generator.uniform(0.9, 1.1) for _ in many[len(few) :]]
+        for price in (4.0, 1.8)
+    )
+    assert Cover(many).best(dear) == best
+    chosen = Cover(many).best(cheap)
+    assert sorted(part for i in chosen for part in many[i]) == list(range(3 * LAYERS))
+    assert _cost(chosen, cheap) < _cost(best, costs)
+    assert {len(many[i]) for i in chosen} == {1, 2, 3}
+    assert max(chosen) >= len(few)
 
 
 def test_many_layers_and_structures_are_a_matter_of_milliseconds_each() -> None:
     """q, k and v of 60 layers: runs of two, three and four, and joint groups."""
-    n_layers, choices = 60, []
+    n_layers, groups = 60, []
     for layer in range(n_layers):
-        choices += [Choice(0, frozenset({3 * layer + i}), "") for i in range(3)]
-        choices.append(Choice(0, frozenset({3 * layer + i for i in range(3)}), "joint"))
+        groups += [frozenset({3 * layer + i}) for i in range(3)]
+        groups.append(frozenset({3 * layer + i for i in range(3)}))
         for size in (2, 3, 4):
             if layer + size <= n_layers:
                 for i in range(3):
-                    own = frozenset(3 * (layer + j) + i for j in range(size))
-                    choices.append(Choice(0, own, f"shared:{size}"))
-    choices = [Choice(i, one.parts, one.structure) for i, one in enumerate(choices)]
-    costs = [float(1 + sum(one.parts) % 7) for one in choices]
-    chosen = Cover(choices).best(costs)
-    assert sorted(part for i in chosen for part in choices[i].parts) == list(range(3 * n_layers))
+                    groups.append(frozenset(3 * (layer + j) + i for j in range(size)))
+    costs = [float(1 + sum(own) % 7) for own in groups]
+    chosen = Cover(groups).best(costs)
+    assert sorted(part for i in chosen for part in groups[i]) == list(range(3 * n_layers))

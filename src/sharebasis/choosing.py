@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sharebasis import mask
 from sharebasis.allocation import DENSE, Curve, allocate_structures, curve_of, uniform_ranks
-from sharebasis.cover import Choice, Cover
+from sharebasis.cover import Cover
 from sharebasis.decomposition import Spectra
 from sharebasis.grouping import Group
 from sharebasis.limits import Limit, limits_of
@@ -91,12 +91,9 @@ def choose(
     if offered:
         options += [*market.narrowed(), *market.sparse()]
     numbers = {part.name: i for i, part in enumerate(p for group in given for p in group.parts)}
-    choices = [
-        Choice(i, frozenset(numbers[part.name] for part in option.parts), option.structure)
-        for i, option in enumerate(options)
-    ]
+    cover = Cover([frozenset(numbers[part.name] for part in one.parts) for one in options])
     curves = [option.curve for option in options]
-    entries = allocate_structures(curves, Cover(choices), n_given, settings.removed)
+    entries = allocate_structures(curves, cover, n_given, settings.removed)
     return _chosen([(options[i], entry) for i, entry in entries.items()], market.values)
 
 
