@@ -264,6 +264,16 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         ({"fit.method": method, **ALONE, "fit.two_sided": False}, f"false, but {method} .*svd_llm")
         for method in ("fwsvd", "kfac")
     ),
+    (
+        {
+            "fit.method": "kfac",
+            **ALONE,
+            "fit.two_sided": True,
+            "calibrate.gradients": None,
+            "fit.allocation": "uniform",
+        },
+        r"fit=kfac weighs by the gradients .* calibrate\.gradients=null does not gather",
+    ),
     ({"sensitivity.by": "probes"}, r"sensitivity\.by=probes needs fit\.allocation=global"),
     ({"fit.limits": [{"sublayers": "v"}]}, r"fit\.limits needs fit\.allocation=global"),
     (
@@ -385,6 +395,7 @@ def test_params_says_what_changed_and_writes_it(
     _run_params(monkeypatch, "fit.removed=0.3", "split=heads")
     assert capsys.readouterr().out.splitlines() == [
         "fit.removed: 0.2 -> 0.3",
+        "sensitivity.removed: 0.2 -> 0.3",
         "split.strategy: 'none' -> 'heads'",
     ]
     settings = load_settings(checkout / "params.yaml")

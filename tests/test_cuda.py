@@ -40,7 +40,7 @@ from sharebasis.verification import compare, lossless_difference
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
-SENSITIVITY = SensitivitySettings("probes", None, 2, 4, 16, 2, 10.0)
+SENSITIVITY = SensitivitySettings("probes", 0.2, 2, 4, 16, 2, 10.0)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from sharebasis.sublayer import Classification
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))
-PROBES = SensitivitySettings("probes", None, 3, 3, 24, 2, 1e6)
+PROBES = SensitivitySettings("probes", 0.3, 3, 3, 24, 2, 1e6)
 AUTO = {
     "fit.method": "auto",
     "fit.group_size": 1,
@@ -91,8 +91,13 @@ class Case:
     def found(self) -> Classification:
         return classify_model(self.load())
 
-    def measure(self, own: SensitivitySettings = PROBES, **changes: Any) -> Sensitivity:
-        budget = replace(self.fit, **changes)
+    def measure(
+        self, own: SensitivitySettings = PROBES, removed: float | None = None, **changes: Any
+    ) -> Sensitivity:
+        own, budget = (
+            replace(own, removed=removed or self.fit.removed),
+            replace(self.fit, **changes),
+        )
         models = self.weights, self.spectra, self.moments, self.found
         windows = WINDOWS[: own.windows]
         return measure_sensitivity(*models, windows, own, budget, "float32", self.scratch, CPU)
@@ -246,7 +251,7 @@ def test_where_the_loss_is_small_half_of_it_is_the_divergence(
     own = replace(make_settings(AUTO).fit, removed=0.02, damping_gradients=0.0)
     parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "m")
     decompose(weights, parts, moments, own, tmp_path / "spectra", CPU)
-    sensing = replace(PROBES, runs=1, windows=16, batch=16)
+    sensing = replace(PROBES, removed=0.02, runs=1, windows=16, batch=16)
     models = weights, tmp_path / "spectra", moments, found
     scratch = tmp_path / "draft"
     one = measure_sensitivity(*models, windows[:16], sensing, own, "float32", scratch, CPU)
@@ -273,7 +278,7 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
     case: Case, by: Any, tmp_path: Path
 ) -> None:
     # Uniform ranks are the same whatever was predicted, and so is what is measured.
-    own, uniform = replace(PROBES, by=by, removed=0.4), {"allocation": "uniform"}
+    own, uniform = replace(PROBES, by=by), {"allocation": "uniform", "removed": 0.4}
     right = case.measure(own, **uniform)
     groups = Spectra(case.spectra).groups
     wrong_cell = max((one for one in right.cells if one.weight > 1e-6), key=lambda x: x.measured)

@@ -129,6 +129,12 @@ def _check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
     _check_sides(fit, where)
+    if fit.two_sided and settings.calibrate.gradients is None:
+        raise SettingsError(
+            f"{where} is not valid: fit={fit.method} weighs by the gradients of outputs, which "
+            "calibrate.gradients=null does not gather. Set calibrate.gradients=model (or text), or "
+            "a fit without them (fit=auto fit.two_sided=false, say)."
+        )
     _check_limits(fit, where)
     _check_structures(fit, where)
     offered = [one for one in fit.structures if one.startswith("by_distance:")]

@@ -283,8 +283,8 @@ class SensitivitySettings:
     by: Sensing
     """none: not measured; probes: the divergence of the model when one cell alone is compressed;
     attribution: what heads and MLPs of the whole draft make of it."""
-    removed: Annotated[float, Gt(0), Lt(1)] | None
-    """Of the draft; None: as much as `fit.removed`."""
+    removed: Annotated[float, Gt(0), Lt(1)]
+    """Of the draft; as much as `fit.removed`, unless it is set."""
     runs: PositiveInt
     """Runs of layers that the depth is cut into. A cell is a family in one of them; by attribution,
     attention or the MLPs."""

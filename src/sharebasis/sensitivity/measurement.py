@@ -55,8 +55,8 @@ def measure_sensitivity(
         StreamError: (by attribution) the residual stream of the model is not a plain sum.
         WeightsError, StoreError: what is read is not usable.
     """
-    removed = fit.removed if settings.removed is None else settings.removed
-    with draft(weights, spectra, moments, replace(fit, removed=removed), scratch, device) as plan:
+    budget = replace(fit, removed=settings.removed)
+    with draft(weights, spectra, moments, budget, scratch, device) as plan:
         if settings.by == "probes":
             cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
             model = load_model(weights, dtype, device)
@@ -78,6 +78,5 @@ def measure_sensitivity(
         for part in plan.groups[i].parts
     }
     n_predictions = windows[:, 1:].numel()
-    return Sensitivity(
-        settings.by, removed, settings.clip, n_predictions, ratio, tuple(losses), parts
-    )
+    how = settings.by, settings.removed, settings.clip
+    return Sensitivity(*how, n_predictions, ratio, tuple(losses), parts)
