@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sharebasis import curve
 from sharebasis.curve import measure_curve
+from sharebasis.errors import BudgetError
 from sharebasis.sensitivity.outcome import UNWEIGHED
 
 
@@ -48,4 +49,23 @@ def test_one_compressed_model_is_in_memory_at_a_time(
     assert len(loaded) == 2
     assert [point.removed for point in found.points] == [0.3, 0.6]
     assert 0 < found.points[0].kl_mean < found.points[1].kl_mean
+    assert not (tmp_path / "curve").exists()
+
+
+def test_budgets_that_limits_do_not_allow_are_left_out(
+    make_directory: MakeDirectory,
+    make_settings: MakeSettings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own = maker(make_directory, tmp_path)("llama")
+    settings = fit_settings(make_settings, exclude=[".*mlp.*"], removed=0.1)
+    own.fit(settings)
+    artefacts = own.weights, own.directory / "spectra", own.moments, UNWEIGHED, settings
+    last = tokens(4), 2, "float32", tmp_path / "curve", CPU
+    found = measure_curve(*artefacts, [0.1, 0.9], *last)
+    assert [point.removed for point in found.points] == [0.1]
+    assert "The curve goes without 0.9: Removing 0.9 leaves" in caplog.text
+    with pytest.raises(BudgetError, match="the least that limits allow"):
+        measure_curve(*artefacts, [0.8, 0.9], *last)
     assert not (tmp_path / "curve").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,12 +17,15 @@ from torch import Tensor
 from sharebasis import store
 from sharebasis.compressed import load_compressed
 from sharebasis.console import print_tables
+from sharebasis.errors import BudgetError
 from sharebasis.fitting import fit, fit_metrics
 from sharebasis.hub import DTYPES, load_model
 from sharebasis.moment_store import MomentStore
 from sharebasis.sensitivity.outcome import Sensitivity
 from sharebasis.settings import DType, FitSettings
 from sharebasis.verification import compare
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,8 @@ def measure_curve(
         moments: that they were made by.
         sensitivity: what the losses of every part count in the allocation.
         settings: everything but the budget.
-        removed: the budgets, as fractions in (0, 1); at least one.
+        removed: the budgets, as fractions in (0, 1); at least one. Those that cannot be met are
+            left out, with a warning.
         windows: token ids, one sequence a row.
         batch: windows a forward pass.
         dtype: arithmetic of the passes.
@@ -78,23 +83,26 @@ def measure_curve(
         device: for fits and passes.
 
     Raises:
-        BudgetError: one of the budgets cannot be met.
+        BudgetError: none of the budgets can be met.
         WeightsError, StoreError: what is read is not usable.
     """
     original, points = load_model(weights, dtype, device), []
     try:
         for budget in sorted(removed):
             own = replace(settings, removed=budget)
-            stored = fit_metrics(
-                fit(weights, spectra, own, scratch, device, moments, sensitivity), own
-            )
+            try:
+                fitted = fit(weights, spectra, own, scratch, device, moments, sensitivity)
+            except BudgetError as error:  # limits that suit fit.removed need not suit all of these
+                log.warning("The curve goes without %g: %s", budget, error)
+                refused = error
+                continue
             model = load_compressed(scratch, DTYPES[dtype], device)
             fidelity = compare(original, {"compressed": model}, windows, batch)["compressed"]
             del model  # before there is another one
             points.append(
                 CurvePoint(
                     budget,
-                    stored["removed_fraction"],
+                    fit_metrics(fitted, own)["removed_fraction"],
                     fidelity.compressed_perplexity,
                     fidelity.kl_mean,
                     fidelity.top1_agreement,
@@ -102,6 +110,8 @@ def measure_curve(
             )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if not points:
+        raise refused
     return LossCurve(fidelity.dense_perplexity, fidelity.n_predictions, tuple(points))
 
 
