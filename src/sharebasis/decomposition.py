@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 INDEX = "spectra.json"
 SHARD_BYTES = 500 * 2**20
 
-MATRICES = 16
-"""As large as the largest moment, that are in memory for one group, about."""
+MATRICES, OF_A_PART = 18, 3
+"""As large as the largest moment, that are in memory for one group, and more for each of its
+parts, about (measured with 1 to 64 parts)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Spectra:
                 for j, own in enumerate(found[: self.n_given])
                 if j not in self._index.unseen and self.groups[j].family == self.groups[i].family
             ]
-            if peers:
+            if peers and found[i].any():
                 found[i] = found[i] * (np.mean(peers) / found[i].sum())
         return found
 
@@ -167,6 +168,7 @@ def decompose(
     workers = workers_of(given, device)
     originals = partial(_originals, dense, device)
     with store.writing(target) as out, progress("decompose", n_groups, "groups") as advance:
+        store.require_disk(out, sum(map(_factor_bytes, given)))
         writer, unseen = tensor_store.TensorWriter(out, "spectra", SHARD_BYTES), []
         tasks = (partial(metric.decompose, group, originals(group.parts)) for group in given)
         for i, (every, seen) in enumerate(in_parallel(tasks, workers)):
@@ -178,7 +180,8 @@ def decompose(
             advance()
         groups = [*given]
         offers = (partial(_saved, metric, group, originals(group.parts)) for group in offered)
-        for group, saved in zip(offered, in_parallel(offers, workers), strict=True):
+        n_at_once = workers_of(offered, device)
+        for group, saved in zip(offered, in_parallel(offers, n_at_once), strict=True):
             if saved is not None:
                 writer.add(f"{len(groups)}.energies", saved.cpu())
                 groups.append(group)
@@ -260,8 +263,18 @@ def _fixable(
 
 def workers_of(groups: Sequence[Group], device: torch.device) -> int:
     """How many of some groups may be worked on at once."""
-    widest = max((max(part.shape) for group in groups for part in group.parts), default=1)
-    return workers_for(MATRICES * 8 * widest**2, device)
+    sizes = (
+        8
+        * max(max(part.shape) for part in group.parts) ** 2
+        * (MATRICES + OF_A_PART * len(group.parts))
+        for group in groups
+    )
+    return workers_for(max(sizes, default=0), device)
+
+
+def _factor_bytes(group: Group) -> int:
+    """Of the factors of full rank, as files hold them."""
+    return 4 * group.full_rank * (group.d_out + group.d_in)
 
 
 def member_of(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import psutil
 import torch
 
 from sharebasis.errors import ResourceError, SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,10 +45,19 @@ def require_memory(n_bytes: int, what: str, device: torch.device) -> None:
 
 def workers_for(n_bytes: int, device: torch.device) -> int:
     """How many pieces of work may run at once: one for each core that torch may use, as long as
-    each has `n_bytes` of what is free; on a GPU one."""
+    each has `n_bytes` of what is free; on a GPU one. One is tried even where it may not fit."""
+    free = _free(device)
+    if n_bytes > free:
+        log.warning(
+            "A piece of the work takes about %.2f GB, but only %.2f GB of memory are free on %s: "
+            "it may be killed.",
+            n_bytes / 1e9,
+            free / 1e9,
+            device,
+        )
     if device.type != "cpu":
         return 1
-    return max(1, min(torch.get_num_threads(), _free(device) // n_bytes))
+    return max(1, min(torch.get_num_threads(), free // max(n_bytes, 1)))
 
 
 def _free(device: torch.device) -> int:
