@@ -84,5 +84,5 @@ def test_what_matters_most_stays_dense_and_rank_says_so() -> None:
 
 
 def test_a_budget_below_rank_1_everywhere_is_refused() -> None:
-    with pytest.raises(BudgetError, match="rank 1 everywhere already stores"):
+    with pytest.raises(BudgetError, match="the least that there can be already stores"):
         allocate([_curve(4, 4, 0.1, 1.0)], 0.95)

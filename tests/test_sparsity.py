@@ -30,7 +30,7 @@ from sharebasis.compressed import load_compressed
 from sharebasis.compressed_index import CompressedIndex
 from sharebasis.config import compose_settings
 from sharebasis.decomposition import Spectra
-from sharebasis.errors import CalibrationError, SettingsError, StateError
+from sharebasis.errors import BudgetError, CalibrationError, SettingsError, StateError
 from sharebasis.fit_tables import ranks_csv
 from sharebasis.fitting import FittedModel, fit_metrics
 from sharebasis.hub import load_model
@@ -133,6 +133,41 @@ def test_refitted_values_lose_less_and_the_loss_told_is_the_loss(two_sided: bool
     removed, told, price = points.removed[1], points.losses[1], points.prices[1]
     found = sparsify(weight, inputs, gradient, round(1200 * (1 - removed)), price)
     assert 0.5 * told < found.loss <= told
+
+
+@pytest.mark.parametrize(("steps", "zeros"), [(1000, 0), (8, 0.05), (3.3, 0.13), (0.75, 0.5)])
+def test_what_is_told_is_near_what_is_lost_however_many_entries_are_zero(
+    steps: float, zeros: float
+) -> None:
+    """Between the prices that are looked at, too. Zeros are those of quantized weights."""
+    weight = (steps * _random(64, 96)).round() / steps
+    assert (weight == 0).double().mean().item() == pytest.approx(zeros, abs=0.01)
+    moments = []
+    for seed, d in ((4, 96), (6, 64)):
+        mixed = torch.eye(d, dtype=torch.float64) + 0.1 * _random(d, d, seed=seed + 1)
+        x = _random(400, d, seed=seed) @ mixed
+        moments.append(Moment(x.T @ x, x.sum(0), 400, "site"))
+    points = measure(weight, *moments)
+    assert points is not None
+    first, last = max(points.removed[0], zeros + 0.01), points.removed[-1]
+    assert first < zeros + 0.07
+    assert last > 0.7
+    for removed in torch.linspace(first, last, 14, dtype=torch.float64).tolist():
+        n = round((1 - removed) * weight.numel())
+        lost = sparsify(weight, *moments, n, points.price_at(removed)).loss
+        told = points.loss_at(torch.tensor([removed], dtype=torch.float64)).item()
+        assert 0.5 < told / lost < 6
+
+
+def test_losses_are_told_where_inputs_are_fewer_than_their_width() -> None:
+    """C has no inverse but by the ridge, and float32 sees losses below zero."""
+    for seed in range(20):
+        points = measure(_random(30, 40, seed=seed), _moment(40, seed, n=12), _moment(30, 9))
+        if points is not None:
+            every = torch.linspace(points.removed[0], points.removed[-1], 9, dtype=torch.float64)
+            losses = points.loss_at(every)
+            assert losses.isfinite().all()
+            assert (losses > 0).all()
 
 
 def test_more_entries_lose_less() -> None:
@@ -315,6 +350,42 @@ def test_entries_that_are_zero_go_and_nothing_is_lost(
     torch.testing.assert_close(
         small(input_ids=tokens(4, 1)).logits, wanted, rtol=0, atol=1e-3 * wanted.abs().max().item()
     )
+
+
+def test_matrices_that_are_zero_lose_nothing_and_stop_nothing(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    """Their outputs, and so the inputs of others, are zero, too."""
+
+    def silent(model: nn.Module) -> None:
+        for name in ("layers.0.self_attn.v_proj", "layers.1.self_attn.o_proj"):
+            model.get_submodule(f"model.{name}").weight.zero_()
+        model.get_submodule("model.layers.2.self_attn.o_proj").weight.zero_()
+
+    run = calibrated("llama", silent)
+    structures = ["private", "narrowed", "sparse", "shared:2"]
+    settings = _settings(make_settings, removed=0.3, structures=structures, shared=["o"])
+    fitted = run.fit(settings)
+    assert all(math.isfinite(one.loss) for one in fitted.groups)
+    silent_group = [one for one in fitted.groups if len(one.group.parts) == 2]
+    assert [one.loss for one in silent_group] == [0.0] * len(silent_group)
+    lost = {one.group.parts[0].sublayer.name: one.loss for one in fitted.groups}
+    assert lost["model.layers.0.self_attn.v_proj"] == pytest.approx(0, abs=1e-12)
+    assert fit_metrics(fitted, settings)["removed_fraction"] == pytest.approx(0.3, abs=2e-3)
+    assert load_compressed(run.directory / "small")(input_ids=tokens(1)).logits.isfinite().all()
+
+
+def test_limits_that_no_rank_meets_are_met_by_entries(
+    calibrated: Calibrate, make_settings: MakeSettings
+) -> None:
+    run = calibrated("llama")
+    limits = [{"sublayers": "k", "floor": 0.75, "cap": 0.95}]
+    changes = {"removed": 0.2, "rank_multiple": 8, "limits": limits}
+    fitted = run.fit(_settings(make_settings, structures=["private", "sparse"], **changes))
+    kept = {one.n_stored / one.n_original for one in fitted.groups if one.group.family == "k"}
+    assert all(0.75 <= own <= 0.95 for own in kept)
+    with pytest.raises(BudgetError, match=r"k_proj can be stored in no way that its limits allow"):
+        run.fit(_settings(make_settings, structures=["private"], **changes))
 
 
 def test_more_to_choose_from_never_loses_more(

@@ -228,8 +228,10 @@ def allocate_structures(
     found = picks_within([Together(curves, cover)], removed)
     if all(pick.number < n_given for pick in found):
         return _entries(found)
+    alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_given])]
+    if not all(np.isfinite(one.curve.loss).any() for one in alone):  # limits allow others alone
+        return _entries(found)
     try:
-        alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_given])]
         given = picks_within(alone, removed)
     except BudgetError:  # only what shares stores so little
         return _entries(found)
@@ -332,7 +334,7 @@ def _budget(cells: Sequence[Cell], removed: float) -> int:
     budget = int((1 - Fraction(str(removed))) * dense)
     if least > budget:
         limited = any(np.isinf(pick.curve.loss[:-1]).any() for pick in smallest)
-        what = "the least that limits allow" if limited else "rank 1 everywhere"
+        what = "the least that limits allow" if limited else "the least that there can be"
         way = "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
         raise BudgetError(
             f"Removing {removed:.4g} leaves {budget} numbers, but {what} already stores {least}. "

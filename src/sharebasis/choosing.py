@@ -90,6 +90,7 @@ def choose(
     options = [*groups, *market.in_gauge(groups)]
     if offered:
         options += [*market.narrowed(), *market.sparse()]
+    market.require_some(options)
     numbers = {part.name: i for i, part in enumerate(p for group in given for p in group.parts)}
     cover = Cover([frozenset(numbers[part.name] for part in one.parts) for one in options])
     curves = [option.curve for option in options]
@@ -147,6 +148,18 @@ class _Market:
         own = self.source.values
         return {numbers[v.value]: v for v in own if not stay & {v.value, v.output}}
 
+    def require_some(self, options: Sequence[_Option]) -> None:
+        """Refuse limits that allow some part nothing, in whatever way it is stored.
+
+        Raises:
+            BudgetError: they do.
+        """
+        possible = [one for one in options if np.isfinite(one.curve.loss).any()]
+        stored = {part.name for option in possible for part in option.parts}
+        for i, group in enumerate(self._given):
+            if not {part.name for part in group.parts} <= stored:
+                options[i].curve.within(self.limits[i])
+
     def groups(self, offered: bool) -> Sequence[_Option]:
         """The given groups, and perhaps those that are offered in their place."""
         n_given, of_part = self.source.n_given, self._of_part
@@ -156,7 +169,7 @@ class _Market:
         for i, (group, own) in enumerate(zip(groups, energies, strict=True)):
             curve = curve_of(group, own, self.settings.storage)
             if i < n_given:
-                options.append(_Option(group.parts, "", curve.within(self.limits[i]), i))
+                options.append(_Option(group.parts, "", curve.limited(self.limits[i]), i))
             else:
                 curve = curve.offered({of_part[part.name] for part in group.parts})
                 options.append(_Option(group.parts, group.structure, curve, i))
@@ -209,7 +222,7 @@ def curve_of_sparse(part: Part, points: Sparsities, weight: float = 1.0) -> Curv
         points: what it loses.
         weight: what its loss counts.
     """
-    n = part.shape[0] * part.shape[1]
+    n = part.n_weights
     removed = torch.linspace(points.removed[-1], points.removed[0], SPARSITIES)
     kept = (n * (1 - removed)).int()
     stored = [mask.n_stored(n_kept, n) for n_kept in kept.tolist()]

@@ -82,5 +82,5 @@ def _left(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
 def _parts(group: Group) -> Iterator[tuple[Cell, float]]:
     """The cell of every part, and its share of the group's weights."""
     for part in group.parts:
-        share = part.shape[0] * part.shape[1] / group.n_weights
+        share = part.n_weights / group.n_weights
         yield (part.family, part.sublayer.layer), share

@@ -36,7 +36,7 @@ from sharebasis.parallel import in_parallel
 from sharebasis.progress import progress
 from sharebasis.sensitivity.corrections import group_weight
 from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.settings import FIXED, PRIVATE, SPARSE, FitSettings, Sensing
+from sharebasis.settings import SPARSE, FitSettings, Sensing
 from sharebasis.shared_basis import fit_shared_basis
 from sharebasis.sparsity import Sparse
 from sharebasis.splitting import Part
@@ -206,7 +206,7 @@ class _Fit:
             mlp.parts, groups, made_of, plan.ranks, plan.losses, strict=True
         ):
             energy = self._energy(part)
-            n_original = part.shape[0] * part.shape[1]
+            n_original = part.n_weights
             loss /= group_weight(self.sensitivity, group)  # plans are made of weighed ones
             what = [own.to("cpu", self._dtype(group))] if isinstance(own, Tensor) else own
             yield self._add(group, rank, n_original, loss, energy, what)
@@ -313,7 +313,8 @@ def _shared(
             f"There is no moment for all of {group.name}; run calibrate and decompose again."
         )
     found = fit_shared_basis(members, rank)
-    return found.basis, torch.cat(found.coefficients), found.loss / found.energy
+    lost = found.loss / found.energy if found.energy else 0.0  # weights that are zero lose nothing
+    return found.basis, torch.cat(found.coefficients), lost
 
 
 def _fitted_names(spectra: Spectra) -> set[str]:
@@ -379,7 +380,7 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
         "shared": [
             {"group": one.group.name, "structure": one.group.structure, "rank": one.rank}
             for one in fitted.groups
-            if one.group.structure not in (FIXED, PRIVATE)
+            if len(one.group.parts) > 1
         ],
         "families": {family: _counts(own) for family, own in sorted(by_family.items())},
         "whole_model": _removed(

@@ -19,8 +19,9 @@ from sharebasis.shared_basis import Member
 from sharebasis.splitting import Part
 
 NOTHING = 1e-20
-"""Second moment of the gradients of outputs that no loss depends on, as if they counted a little:
-those of an expert, say, which the last token of a window alone went to."""
+"""Second moment of what is always zero, as if it counted a little: inputs that are (those of an
+output matrix, say, whose values are zero), and gradients of outputs that no loss depends on (those
+of an expert, say, which the last token of a window alone went to)."""
 
 
 class Metric:
@@ -96,7 +97,7 @@ class Metric:
         moment = reduce(add, map(self._moments.read, sites)).to(self._device)
         if not moment.n_tokens:
             return moment
-        damped = moment.damped(self._settings.damping_inputs)
+        damped = _something(moment).damped(self._settings.damping_inputs)
         return damped.diagonal(self._own.alpha) if self._own.inputs == "diagonal" else damped
 
     def _gradient(self, part: Part) -> Moment:
@@ -104,11 +105,7 @@ class Metric:
         assert self._moments is not None
         moments, name = self._moments, part.sublayer.name
         whole = moments.gradient(name)
-        rows = torch.tensor(list(part.rows))
-        own = replace(whole.at(rows), n_tokens=moments.n_tokens)
-        if not own.total.any():  # nothing that follows depends on it
-            nothing = NOTHING * own.n_tokens * torch.eye(len(rows), dtype=torch.float64)
-            own = replace(own, total=nothing)
+        own = _something(replace(whole.at(part.rows.numbers), n_tokens=moments.n_tokens))
         seen = moments.n_seen(gradient_site(name))
         if seen > whole.n_tokens:  # what was left out counts as the rest does on average
             own = replace(own, total=own.total * (seen / whole.n_tokens))
@@ -117,3 +114,11 @@ class Metric:
 
     def _users(self, part: Part) -> Iterator[str]:
         return iter((part.sublayer.name, *self._twins[part.sublayer.name]))
+
+
+def _something(moment: Moment) -> Moment:
+    """A moment of what is not always zero."""
+    if moment.total.any():
+        return moment
+    unit = torch.eye(len(moment.sum), dtype=torch.float64, device=moment.total.device)
+    return replace(moment, total=NOTHING * moment.n_tokens * unit)

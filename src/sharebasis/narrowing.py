@@ -59,7 +59,7 @@ class Mlp:
 
     @property
     def n_weights(self) -> int:
-        return sum(map(_n_weights, self.parts))
+        return sum(part.n_weights for part in self.parts)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -289,7 +289,7 @@ def _options(
             width,
             loss,
             [
-                curve_of(group, own, storage).limited(limit, _n_weights(part))
+                curve_of(group, own, storage).limited(limit, part.n_weights)
                 for part, group, own, limit in triples
             ],
         )
@@ -304,10 +304,6 @@ def _cheapest(option: Option, price: float) -> tuple[float, Plan]:
     ranks = tuple(curve.rank(entry) for curve, entry in pairs)
     plan = Plan(width, ranks, tuple(losses), sum(int(c.stored[entry]) for c, entry in pairs))
     return sum(losses) + price * plan.stored, plan
-
-
-def _n_weights(part: Part) -> int:
-    return part.shape[0] * part.shape[1]
 
 
 def curve_of_plans(name: str, n_weights: int, plans: Sequence[Plan]) -> Curve:

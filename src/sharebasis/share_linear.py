@@ -181,9 +181,9 @@ class ShareLinear(nn.Module):
         """Take other factors on the same side, in plain form.
 
         Raises:
-            StateError: not in state COMPRESSED.
+            StateError: it has no factors.
         """
-        self._leave(State.COMPRESSED, to=State.COMPRESSED)
+        self.factors()
         self.basis, self.coefficient, self.order = _frozen(basis), _frozen(coefficient), None
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:

@@ -6,6 +6,7 @@ the parts of a sublayer cover each of them once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,6 +35,10 @@ class Part:
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in) of the part."""
         return len(self.rows), self.sublayer.shape[1]
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def name(self) -> str:
