@@ -204,6 +204,7 @@ class LimitSettings:
     """How much of some sublayers is stored, as fractions of the original numbers.
 
     Where sublayers share a basis, of all that do. Where several limits name a sublayer, all hold.
+    Values that are stored in their gauge (`FitSettings.value_gauge`) count as whole.
     """
 
     sublayers: str
