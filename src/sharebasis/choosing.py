@@ -49,7 +49,7 @@ class _Option:
 
     parts: Sequence[Part]
     structure: str
-    """As of `Choice`."""
+    """As of `Group`; that of the given ones is the empty string."""
     curve: Curve
     source: int
     """The number of the group, MLP or part that it is about."""

@@ -28,7 +28,7 @@ class Cover:
     than MOST_STATES, as with groups of layers that are far apart, as an integer program.
 
     Args:
-        groups: the parts of each; of every part, at least one has it alone.
+        groups: the parts of each; some of them cover every part once.
     """
 
     def __init__(self, groups: Sequence[frozenset[int]]) -> None:
@@ -111,7 +111,7 @@ class _Program:
         chosen = self._solve(np.where(finite, own, 0.0), finite)
         if chosen is None:  # some part has to have an infinite one: as few as there can be
             chosen = self._solve(np.where(finite, 0.0, 1.0), np.ones_like(finite))
-        assert chosen is not None  # every part may be alone
+        assert chosen is not None  # some of them do cover every part once
         return [int(number) for number in self._numbers[chosen]]
 
     def _solve(
