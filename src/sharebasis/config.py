@@ -143,7 +143,11 @@ def _check_together(settings: Settings, where: str) -> None:
             f"{where} is not valid: fit.structures offers {offered[0]}, which needs "
             "grouping=by_distance."
         )
-    by = settings.sensitivity.by
+    by, draft = settings.sensitivity.by, settings.sensitivity.removed
+    if not 0 < draft < 1:  # here, as it would be named for every wrong fit.removed, too
+        raise SettingsError(
+            f"{where} is not valid: sensitivity.removed: it has to be in (0, 1) (it is {draft:g})"
+        )
     if by != "none" and fit.allocation != "global":
         raise SettingsError(
             f"{where} is not valid: sensitivity.by={by} needs fit.allocation=global; uniform takes "

@@ -284,8 +284,8 @@ class SensitivitySettings:
     by: Sensing
     """none: not measured; probes: the divergence of the model when one cell alone is compressed;
     attribution: what heads and MLPs of the whole draft make of it."""
-    removed: Annotated[float, Gt(0), Lt(1)]
-    """Of the draft; as much as `fit.removed`, unless it is set."""
+    removed: float
+    """Of the draft, in (0, 1); as much as `fit.removed`, unless it is set."""
     runs: PositiveInt
     """Runs of layers that the depth is cut into. A cell is a family in one of them; by attribution,
     attention or the MLPs."""
