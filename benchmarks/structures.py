@@ -1,7 +1,7 @@
 """What structures are worth to a whole model: the loss that `fit=auto` predicts with and without.
 
     python benchmarks/structures.py [--artifacts artifacts] [--removed 0.2 0.4]
-        [--alone] [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
+        [--without sparse narrowed] [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
 
 Takes what the stages up to `decompose` and `vary` have written, measures the groups that each offer
 adds to those in artifacts/spectra, and lets the allocation choose. An offer is
@@ -29,7 +29,7 @@ from sharebasis.grouping import Group
 from sharebasis.metric import Metric
 from sharebasis.moment_store import MomentStore
 from sharebasis.sensitivity.outcome import UNWEIGHED
-from sharebasis.settings import FitSettings
+from sharebasis.settings import NARROWED, SPARSE, FitSettings
 from sharebasis.shared_basis import energies, pooled_basis
 from sharebasis.splitting import split_selected
 from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, VARIATION, WEIGHTS, report_errors
@@ -80,9 +80,7 @@ def main() -> None:
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4])
     offers = ["shared:2=k,v", "by_distance:2=k,v", "shared:2,by_distance:2=k,v"]
     parser.add_argument("--offers", nargs="*", default=[*offers, "shared:2:inner=up,down"])
-    parser.add_argument(
-        "--alone", action="store_true", help="MLPs keep all of their neurons, weights all entries"
-    )
+    parser.add_argument("--without", nargs="*", choices=(NARROWED, SPARSE), default=[])
     arguments = parser.parse_args()
     weights, sublayers, moments, variation, spectra = (
         arguments.artifacts / path.name
@@ -92,8 +90,10 @@ def main() -> None:
     parts = split_selected(store.load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)
-    if arguments.alone:
-        source.mlps, source.sparse = (), ()
+    if NARROWED in arguments.without:
+        source.mlps = ()
+    if SPARSE in arguments.without:
+        source.sparse = ()
     metric = Metric(MomentStore(moments), source.twins, settings, torch.device("cpu"))
     given, known = source.groups, source.energies()
     print("| offered | removed | loss | picked |\n| --- | --- | --- | --- |")
