@@ -1,7 +1,7 @@
 """What structures are worth to a whole model: the loss that `fit=auto` predicts with and without.
 
     python benchmarks/structures.py [--artifacts artifacts] [--removed 0.2 0.4]
-        [--without sparse narrowed] [--offers 'shared:2=k,v' 'by_distance:2=k,v' 'shared:2:inner=up,down']
+        [--without sparse narrowed] [--offers 'shared:2=k,v' 'shared:2:inner=up,down']
 
 Takes what the stages up to `decompose` and `vary` have written, measures the groups that each offer
 adds to those in artifacts/spectra, and lets the allocation choose. An offer is
