@@ -62,9 +62,8 @@ def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) ->
         for i in ranks
         if i >= source.n_given
     )
-    counts = (f"{n} {what}" for what, n in picked.items())
-    others = f"{len(plans)} narrowed", f"{len(chosen.sparse)} sparse"
-    return f"{loss:.4f}", ", ".join([*counts, *others])
+    picked |= {NARROWED: len(plans), SPARSE: len(chosen.sparse)}
+    return f"{loss:.4f}", ", ".join(f"{n} {what}" for what, n in picked.items() if n)
 
 
 def loss_without_entries(source: Spectra, j: int, stored: int) -> float:
