@@ -5,7 +5,7 @@
 Passes of `calibrate` (forward, backward and moments, with the text's tokens as labels, so that
 all have the same ones), of `verify` (original and compressed model), and a short training as in
 `recover`, its looks at held-out text included. Times are ratios to float32 as torch multiplies by
-itself; the arithmetics take turns, a window or a batch each, so that a busy machine slows all of
+itself; the arithmetics take turns, a window each, so that a busy machine slows all of
 them alike. (Trainings run one after the other.)
 """
 

@@ -227,9 +227,10 @@ def measure(
     for fraction in fractions:
         at_price = typical.kthvalue(1 + int(fraction * len(typical))).values.item()
         price = max(at_price, nothing)
-        sweep = eliminator.at(price)
-        kept = sweep.kept
-        if fractions is not REMOVED:
+        if fractions is REMOVED:
+            sweep = eliminator.at(price)
+            kept = sweep.kept
+        else:
             # Those that are zero take in what others leave, and are zero no more: a price says
             # little of how many there will be.
             n_kept = round((1 - fraction) * weight.numel())
@@ -246,8 +247,8 @@ def measure(
             found.append((removed, loss, price))
     if len(found) < 3:
         return None
-    fractions, losses, prices = zip(*found[1:], strict=True)
-    return Sparsities(fractions, [left * loss for loss in losses], prices)
+    gone, losses, prices = zip(*found[1:], strict=True)
+    return Sparsities(gone, [left * loss for loss in losses], prices)
 
 
 def _fractions(free: float) -> Sequence[float]:
