@@ -22,24 +22,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sharebasis.allocation import Curve, allocate, curve_of
-from sharebasis.classification import classify_model
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import read_part
-from sharebasis.grouping import Group, LayerDistances, nearest
-from sharebasis.hub import load_config, meta_model
-from sharebasis.metric import Metric
-from sharebasis.moment_store import MomentStore
-from sharebasis.shared_basis import Member, energies, pooled_basis
-from sharebasis.splitting import Part, split_selected
-from sharebasis.stage import MOMENTS, VARIATION, WEIGHTS, report_errors
-from sharebasis.structures import side_of
-from sharebasis.sublayer import FAMILIES
-from sharebasis.variation.alignment import Aligned, act, align
-from sharebasis.variation.gauge import Layer, Unit
-from sharebasis.variation.layers import Layers
-from sharebasis.variation.table import read_table
-from sharebasis.weights import DenseWeights
+from sharebasis.allocation.lagrangian import allocate
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import Part, split_selected
+from sharebasis.architecture.roles import FAMILIES
+from sharebasis.gauge.alignment import Aligned, act, align
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.units import Layer, Unit
+from sharebasis.linalg.shared_basis import Member, energies, pooled_basis
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
+from sharebasis.model.part_weights import read_part
+from sharebasis.moments.problems import Metric
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.paths import MOMENTS, VARIATION, WEIGHTS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.structures.curve import Curve, curve_of
+from sharebasis.structures.groups import nearest
+from sharebasis.structures.layer_distances import LayerDistances, read_table
+from sharebasis.structures.shared import side_of
 
 CPU = torch.device("cpu")
 WAYS = ("residual side", "inner side", "inner side, aligned")

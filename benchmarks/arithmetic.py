@@ -25,20 +25,26 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis import kernels, load_compressed, store
-from sharebasis.calibration import PROBE_TOKENS, run_backward, start_calibrating
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.config import compose_settings
-from sharebasis.console import print_tables
-from sharebasis.fidelity import FidelityMeter
-from sharebasis.hub import DTYPES, load_model, load_tokenizer
-from sharebasis.moment_store import Accumulators
-from sharebasis.recovery import recover, recovery_windows
-from sharebasis.resources import pick_device
-from sharebasis.settings import DType, Settings
-from sharebasis.stage import COMPRESSED, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows
+from sharebasis import load_compressed
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.schema import Settings
+from sharebasis.config.types import DType
+from sharebasis.data.windows import read_windows
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.linalg.fidelity import FidelityMeter
+from sharebasis.model.hub import DTYPES, load_model, load_tokenizer
+from sharebasis.moments.gather import PROBE_TOKENS
+from sharebasis.moments.store import Accumulators
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.paths import COMPRESSED, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime import matmul
+from sharebasis.runtime.console import print_tables
+from sharebasis.runtime.devices import pick_device
+from sharebasis.stages.calibrate.backward import run_backward
+from sharebasis.stages.calibrate.track import start_calibrating
+from sharebasis.stages.recover.recover import recover, recovery_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +60,11 @@ class Arithmetic:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        kernels.use_onednn(self.onednn)
+        matmul.use_onednn(self.onednn)
         try:
             yield
         finally:
-            kernels.use_onednn(True)
+            matmul.use_onednn(True)
 
 
 FLOAT32 = Arithmetic("float32", onednn=False)
@@ -89,7 +95,7 @@ def calibrating(settings: Settings, device: torch.device, n_windows: int) -> Ite
     """How far moments are from those of float32, as a fraction of their norm: the furthest."""
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     windows = windows[:n_windows].to(device)
-    sublayers = store.load_record(SUBLAYERS, Classification).selected
+    sublayers = load_record(SUBLAYERS, Classification).selected
     runs: dict[Arithmetic, Callable[[Tensor], object]] = {}
     found: dict[Arithmetic, Accumulators] = {}
     for own in ALL:
@@ -126,7 +132,7 @@ def verifying(settings: Settings, device: torch.device, n_windows: int) -> Itera
 def compare_one(
     dense: PreTrainedModel, compressed: PreTrainedModel, meter: FidelityMeter, window: Tensor
 ) -> None:
-    with kernels.FastestLinear():
+    with matmul.FastestLinear():
         original, other = (
             model(input_ids=window, use_cache=False).logits[0] for model in (dense, compressed)
         )

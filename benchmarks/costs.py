@@ -27,13 +27,16 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
 
-from sharebasis import load_compressed, store
-from sharebasis.calibration import PROBE_TOKENS, run_blocks, start_calibrating
-from sharebasis.hub import load_model
-from sharebasis.moment_store import Accumulators
-from sharebasis.source import extract, find_source
-from sharebasis.stage import COMPRESSED, SUBLAYERS, WEIGHTS
-from sharebasis.sublayer import Classification
+from sharebasis import load_compressed
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.io.records import load_record, write_json
+from sharebasis.model.hub import load_model
+from sharebasis.moments.gather import PROBE_TOKENS, run_blocks
+from sharebasis.moments.store import Accumulators
+from sharebasis.pipeline.paths import COMPRESSED, SUBLAYERS, WEIGHTS
+from sharebasis.stages.calibrate.track import start_calibrating
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
 
 MIB = 2**20
 ROUNDS, BATCH, WINDOW = 4, 4, 512
@@ -51,7 +54,7 @@ def text() -> torch.Tensor:
 
 def calibrating(model: PreTrainedModel) -> Accumulators:
     """Set up a model as the stage `calibrate` does."""
-    sublayers = store.load_record(SUBLAYERS, Classification).selected
+    sublayers = load_record(SUBLAYERS, Classification).selected
     return start_calibrating(model, sublayers, text()[:1, :PROBE_TOKENS])[1]
 
 
@@ -128,7 +131,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> None:
         }
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    store.write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
 
 
 MEASUREMENTS = {

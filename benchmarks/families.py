@@ -30,18 +30,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from sharebasis import load_compressed
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import decompose
-from sharebasis.fitting import fit
-from sharebasis.hub import DTYPES, load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.settings import DType, SplitStrategy
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.verification import compare, lossless_difference
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.config.types import DType, SplitStrategy
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import DTYPES, load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.verify.verify import compare, lossless_difference
 
 FAMILIES = Path(__file__).parents[1] / "tests" / "families.yaml"
 STRATEGIES: tuple[SplitStrategy, ...] = get_args(SplitStrategy)

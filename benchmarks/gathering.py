@@ -12,13 +12,13 @@ from pathlib import Path
 from jaxtyping import Int64
 from torch import Tensor
 
-from sharebasis.calibration import calibrate, run_identity
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.hub import load_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.resources import pick_device
-from sharebasis.settings import Settings
-from sharebasis.sublayer import Classification
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.schema import Settings
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.model.hub import load_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.runtime.devices import pick_device
+from sharebasis.stages.calibrate.calibrate import calibrate, run_identity
 
 
 def gather(

@@ -24,12 +24,13 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from sharebasis import load_compressed
-from sharebasis.config import compose_settings
-from sharebasis.console import print_tables
-from sharebasis.hub import load_model, load_tokenizer
-from sharebasis.resources import pick_device
-from sharebasis.stage import COMPRESSED, WEIGHTS, report_errors
-from sharebasis.texts import read_windows
+from sharebasis.data.windows import read_windows
+from sharebasis.model.hub import load_model, load_tokenizer
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.paths import COMPRESSED, WEIGHTS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.console import print_tables
+from sharebasis.runtime.devices import pick_device
 
 REQUESTS = (
     "Explain in three sentences why the sky is blue.",

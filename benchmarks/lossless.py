@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from sharebasis.classification import classify_model
-from sharebasis.hub import load_model, load_tokenizer
-from sharebasis.settings import SplitStrategy
-from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import WEIGHTS
-from sharebasis.verification import lossless_difference
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.config.types import SplitStrategy
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model, load_tokenizer
+from sharebasis.pipeline.paths import WEIGHTS
+from sharebasis.stages.verify.verify import lossless_difference
 
 STRATEGIES: tuple[SplitStrategy, ...] = get_args(SplitStrategy)
 WINDOWS, WINDOW = 2, 512

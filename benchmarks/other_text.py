@@ -24,21 +24,24 @@ from jaxtyping import Int64
 from protocol_s import METHODS
 from torch import Tensor
 
-from sharebasis import store
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import decompose
-from sharebasis.fitting import fit, fit_metrics
-from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
-from sharebasis.resources import pick_device
-from sharebasis.settings import Settings
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.stage import report_errors
-from sharebasis.texts import Use, read_windows
-from sharebasis.value_outputs import value_outputs
-from sharebasis.verification import compare
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.schema import Settings
+from sharebasis.data.sources import Use
+from sharebasis.data.windows import read_windows
+from sharebasis.io.records import read_json, write_json
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, load_tokenizer, meta_model
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.verify.verify import compare
+from sharebasis.structures.value_outputs import value_outputs
 
 ONE_SHOT = [name for name, own in METHODS.items() if all(one.startswith("fit") for one in own)]
 """Methods that are decompose and fit alone."""
@@ -120,10 +123,10 @@ class Results:
 
     def __getitem__(self, name: str) -> Found:
         path = self._work / f"{name}.json"
-        return store.read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def add(self, name: str, found: Found) -> None:
-        store.write_json(self._work / f"{name}.json", {**self[name], **found})
+        write_json(self._work / f"{name}.json", {**self[name], **found})
 
 
 def model_name(calibration: Calibration, method: str, removed: float) -> str:

@@ -19,16 +19,18 @@ from rich import box
 from rich.table import Table
 
 from sharebasis import load_compressed
-from sharebasis.config import compose_settings
-from sharebasis.console import print_tables
-from sharebasis.fitting import fit
-from sharebasis.hub import DTYPES, load_model, load_tokenizer
-from sharebasis.moment_store import MomentStore
-from sharebasis.resources import pick_device
-from sharebasis.settings import DType, Settings, Storage
-from sharebasis.stage import MOMENTS, SPECTRA, WEIGHTS, report_errors
-from sharebasis.texts import read_windows
-from sharebasis.verification import compare
+from sharebasis.config.schema import Settings
+from sharebasis.config.types import DType, Storage
+from sharebasis.data.windows import read_windows
+from sharebasis.model.hub import DTYPES, load_model, load_tokenizer
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.paths import MOMENTS, SPECTRA, WEIGHTS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.console import print_tables
+from sharebasis.runtime.devices import pick_device
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.verify.verify import compare
 
 STORAGES = get_args(Storage)
 

@@ -25,29 +25,35 @@ from gathering import gather, make_once
 from rich.table import Table
 from safetensors import safe_open
 
-from sharebasis import store
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.config import compose_settings
-from sharebasis.console import print_tables
-from sharebasis.decomposition import decompose
-from sharebasis.fidelity import Fidelity
-from sharebasis.fitting import fit, fit_metrics
-from sharebasis.hub import load_config, load_model, load_tokenizer, meta_model
-from sharebasis.moment_store import MomentStore
-from sharebasis.propagation import propagate, propagation_identity, propagation_windows
-from sharebasis.recovery import recover, recovery_identity, recovery_windows
-from sharebasis.resources import pick_device
-from sharebasis.sensitivity.measurement import measure_sensitivity
-from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.settings import Settings
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.stage import report_errors
-from sharebasis.texts import cut, read_windows
-from sharebasis.value_outputs import value_outputs
-from sharebasis.verification import compare
+from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.schema import Settings
+from sharebasis.data.windows import cut, read_windows
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import read_json, write_json
+from sharebasis.linalg.fidelity import Fidelity
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, load_tokenizer, meta_model
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.console import print_tables
+from sharebasis.runtime.devices import pick_device
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.propagate.propagate import (
+    propagate,
+    propagation_identity,
+    propagation_windows,
+)
+from sharebasis.stages.recover.recover import recover, recovery_identity, recovery_windows
+from sharebasis.stages.sensitivity.measure import measure_sensitivity
+from sharebasis.stages.verify.verify import compare
+from sharebasis.structures.value_outputs import value_outputs
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
     ("basis_sharing", 0.2): (0.2004, 91.69),
@@ -175,7 +181,7 @@ def fit_one(work: Path, settings: Settings, point: Point) -> None:
     moments, sensitivity = moments_of(work, settings), sense(work, settings)
     models = work / "weights", work / "spectra", settings.fit, work / name_of(point)
     fitted = fit(*models, pick_device(settings.device), moments, sensitivity)
-    store.write_json(work / f"{name_of(point)}.json", fit_metrics(fitted, settings.fit))
+    write_json(work / f"{name_of(point)}.json", fit_metrics(fitted, settings.fit))
 
 
 def derive_one(work: Path, settings: Settings, point: Point) -> None:
@@ -234,7 +240,7 @@ def evaluate(arguments: argparse.Namespace) -> Mapping[str, Fidelity]:
 def removed_fraction(work: Path, point: Point) -> float:
     """By what the files of the original and of a compressed model hold."""
     *_, root = lineage(point[0])
-    selected = store.read_json(work / f"{name_of((root, point[1]))}.json")["original_numbers"]
+    selected = read_json(work / f"{name_of((root, point[1]))}.json")["original_numbers"]
     return (n_numbers(work / "weights") - n_numbers(work / name_of(point))) / selected
 
 

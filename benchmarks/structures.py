@@ -20,23 +20,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sharebasis import mask, store
-from sharebasis.allocation import DENSE
-from sharebasis.choosing import choose
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import Spectra, read_part
-from sharebasis.grouping import Group
-from sharebasis.metric import Metric
-from sharebasis.moment_store import MomentStore
-from sharebasis.sensitivity.outcome import UNWEIGHED
-from sharebasis.settings import NARROWED, SPARSE, FitSettings
-from sharebasis.shared_basis import energies, pooled_basis
-from sharebasis.splitting import split_selected
-from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, VARIATION, WEIGHTS, report_errors
-from sharebasis.structures import offered_groups
-from sharebasis.sublayer import Classification
-from sharebasis.variation.table import read_table
-from sharebasis.weights import DenseWeights
+from sharebasis.allocation.choose import choose
+from sharebasis.allocation.sensitivity import UNWEIGHED
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.fit import NARROWED, SPARSE, FitSettings
+from sharebasis.forms.mask import n_kept
+from sharebasis.io.records import load_record
+from sharebasis.linalg.shared_basis import energies, pooled_basis
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.part_weights import read_part
+from sharebasis.moments.problems import Metric
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.pipeline.paths import MOMENTS, SPECTRA, SUBLAYERS, VARIATION, WEIGHTS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.spectra.store import Spectra
+from sharebasis.structures.curve import DENSE
+from sharebasis.structures.layer_distances import read_table
+from sharebasis.structures.shared import offered_groups
 
 Energies = np.ndarray
 
@@ -68,7 +71,7 @@ def row_of(source: Spectra, every: Sequence[Energies], settings: FitSettings) ->
 
 def loss_without_entries(source: Spectra, j: int, stored: int) -> float:
     n = source.sparse[j].shape[0] * source.sparse[j].shape[1]
-    removed = torch.tensor([1 - mask.n_kept(stored, n) / n], dtype=torch.float64)
+    removed = torch.tensor([1 - n_kept(stored, n) / n], dtype=torch.float64)
     return source.sparsities(j).loss_at(removed).item()
 
 
@@ -86,7 +89,7 @@ def main() -> None:
         for path in (WEIGHTS, SUBLAYERS, MOMENTS, VARIATION, SPECTRA)
     )
     settings = compose_settings().fit
-    parts = split_selected(store.load_record(sublayers, Classification), "none")
+    parts = split_selected(load_record(sublayers, Classification), "none")
     distances, dense = read_table(variation)["aligned"], DenseWeights(weights)
     source = Spectra(spectra)
     if NARROWED in arguments.without:

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sharebasis import ledger
+from sharebasis.pipeline import ledger
 from sharebasis.sweep.run import Sweep
 
 

@@ -23,11 +23,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from sharebasis.classification import classify_model
-from sharebasis.hub import load_config, meta_model
-from sharebasis.variation.alignment import distances
-from sharebasis.variation.layers import Layers
-from sharebasis.weights import DenseWeights
+from sharebasis.gauge.alignment import distances
+from sharebasis.gauge.layers import Layers
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
 
 
 def write_checkpoint(directory: Path, config: LlamaConfig) -> None:

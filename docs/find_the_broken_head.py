@@ -13,14 +13,14 @@ import itertools
 import torch
 
 from sharebasis import load_compressed
-from sharebasis.attribution.cache import Observer
-from sharebasis.attribution.error_attribution import attribute
-from sharebasis.config import load_settings
-from sharebasis.head_views import head_views
-from sharebasis.hub import load_model, load_tokenizer
-from sharebasis.stage import COMPRESSED, WEIGHTS
-from sharebasis.texts import cut, read_windows
-from sharebasis.verification import compare
+from sharebasis.data.windows import cut, read_windows
+from sharebasis.model.hub import load_model, load_tokenizer
+from sharebasis.pipeline.paths import COMPRESSED, WEIGHTS
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.residual.cache import Observer
+from sharebasis.residual.head_views import head_views
+from sharebasis.stages.attribute.error_attribution import attribute
+from sharebasis.stages.verify.verify import compare
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O")
 

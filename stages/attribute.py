@@ -1,25 +1,27 @@
 """Stage `attribute`: two models and text -> who makes the error of the last one made."""
 
-from sharebasis import store
-from sharebasis.attribution.error_attribution import attribute
-from sharebasis.attribution.figures import components_figure, lens_figure
-from sharebasis.attribution.report import (
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import present
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.data.windows import cut, read_windows, require_positions
+from sharebasis.io.atomic import write_text, writing
+from sharebasis.io.records import load_record
+from sharebasis.model.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.pipeline.paths import ATTRIBUTION, MODELS, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.attribute.error_attribution import attribute
+from sharebasis.stages.attribute.figures import components_figure, lens_figure
+from sharebasis.stages.attribute.tables import (
     attribute_metrics,
     components_csv,
     lens_csv,
     markdown,
     show,
 )
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import present
-from sharebasis.config import load_settings
-from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
-from sharebasis.kernels import use_onednn
-from sharebasis.provenance import write_metrics
-from sharebasis.resources import pick_device
-from sharebasis.stage import ATTRIBUTION, MODELS, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.texts import cut, read_windows, require_positions
 
 
 @report_errors
@@ -38,12 +40,12 @@ def main() -> None:
         windows,
         attribution.batch,
         attribution.lens_predictions,
-        store.load_record(SUBLAYERS, Classification),
+        load_record(SUBLAYERS, Classification),
     )
-    with store.writing(ATTRIBUTION) as out:
-        store.write_text(out / "components.csv", components_csv(found))
-        store.write_text(out / "components.md", markdown(found, attribution.top))
-        store.write_text(out / "lens.csv", lens_csv(found))
+    with writing(ATTRIBUTION) as out:
+        write_text(out / "components.csv", components_csv(found))
+        write_text(out / "components.md", markdown(found, attribution.top))
+        write_text(out / "lens.csv", lens_csv(found))
         components_figure(found, model.name).savefig(out / "components.png", dpi=150)
         lens_figure(found, model.name).savefig(out / "lens.png", dpi=150)
     metrics = {"model": model.name, **attribute_metrics(found, attribution.top)}

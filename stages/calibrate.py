@@ -2,25 +2,26 @@
 
 from dataclasses import asdict
 
-from sharebasis import store
-from sharebasis.calibration import calibrate, run_identity
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.config import load_settings
-from sharebasis.hub import load_config, load_model, load_tokenizer
-from sharebasis.kernels import use_onednn
-from sharebasis.moment_store import tokens_of, trimmed_of, write_moments
-from sharebasis.provenance import write_metrics
-from sharebasis.resources import pick_device
-from sharebasis.stage import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows, require_positions
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.data.windows import read_windows, require_positions
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.hub import load_config, load_model, load_tokenizer
+from sharebasis.moments.store import tokens_of, trimmed_of, write_moments
+from sharebasis.pipeline.paths import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.calibrate.calibrate import calibrate, run_identity
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
     use_onednn(settings.onednn)
-    sublayers = store.load_record(SUBLAYERS, Classification).selected
+    sublayers = load_record(SUBLAYERS, Classification).selected
     require_positions(load_config(WEIGHTS), settings.data.window)
     windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
     dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)

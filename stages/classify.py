@@ -3,12 +3,13 @@
 import logging
 from collections import Counter
 
-from sharebasis import store
-from sharebasis.classification import classify_model
-from sharebasis.config import load_settings
-from sharebasis.hub import load_config, meta_model
-from sharebasis.provenance import write_metrics
-from sharebasis.stage import SUBLAYERS, WEIGHTS, report_errors
+from sharebasis.io.records import save_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
+from sharebasis.pipeline.paths import SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ def main() -> None:
     settings = load_settings()
     model = meta_model(load_config(WEIGHTS))
     found = classify_model(model, settings.model.block_pattern, settings.model.weight_types)
-    store.save_record(SUBLAYERS, found)
+    save_record(SUBLAYERS, found)
     sublayers = found.sublayers
     for sublayer in sublayers:
         if sublayer.disagreement:

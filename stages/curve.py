@@ -1,16 +1,17 @@
 """Stage `curve`: factors of every rank -> what is lost at every budget."""
 
-from sharebasis import store
-from sharebasis.config import load_settings
-from sharebasis.curve import curve_metrics, measure_curve, print_curve, write_curve
-from sharebasis.hub import load_config, load_tokenizer
-from sharebasis.kernels import use_onednn
-from sharebasis.moment_store import MomentStore
-from sharebasis.provenance import write_metrics
-from sharebasis.resources import pick_device
-from sharebasis.sensitivity.outcome import Sensitivity
-from sharebasis.stage import CURVE, MOMENTS, PLOTS, SENSITIVITY, SPECTRA, WEIGHTS, report_errors
-from sharebasis.texts import cut, read_windows, require_positions
+from sharebasis.allocation.sensitivity import Sensitivity
+from sharebasis.data.windows import cut, read_windows, require_positions
+from sharebasis.io.records import load_record
+from sharebasis.model.hub import load_config, load_tokenizer
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.paths import CURVE, MOMENTS, PLOTS, SENSITIVITY, SPECTRA, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.curve.curve import curve_metrics, measure_curve, print_curve, write_curve
 
 
 @report_errors
@@ -26,7 +27,7 @@ def main() -> None:
         WEIGHTS,
         SPECTRA,
         MomentStore(MOMENTS),
-        store.load_record(SENSITIVITY, Sensitivity),
+        load_record(SENSITIVITY, Sensitivity),
         settings.fit,
         own.removed,
         windows,

@@ -2,24 +2,25 @@
 
 from pathlib import Path
 
-from sharebasis import store
-from sharebasis.config import load_settings
-from sharebasis.decomposition import decompose
-from sharebasis.kernels import use_onednn
-from sharebasis.moment_store import MomentStore
-from sharebasis.resources import pick_device
-from sharebasis.splitting import split_selected
-from sharebasis.stage import MOMENTS, SPECTRA, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.value_outputs import value_outputs
-from sharebasis.variation.table import read_table
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.io.records import load_record
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.paths import MOMENTS, SPECTRA, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.structures.layer_distances import read_table
+from sharebasis.structures.value_outputs import value_outputs
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
     use_onednn(settings.onednn)
-    classification = store.load_record(SUBLAYERS, Classification)
+    classification = load_record(SUBLAYERS, Classification)
     parts = split_selected(classification, settings.split.strategy)
     device = pick_device(settings.device)
     distances = None

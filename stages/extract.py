@@ -1,8 +1,10 @@
 """Stage `extract`: a model from anywhere -> safetensors in hub format, with a manifest."""
 
-from sharebasis.config import load_settings
-from sharebasis.source import extract, find_source
-from sharebasis.stage import WEIGHTS, report_errors
+from sharebasis.pipeline.paths import WEIGHTS
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
 
 
 @report_errors

@@ -1,18 +1,18 @@
 """Stage `propagate`: factors that reckon with what errors before make of inputs; optional."""
 
-from sharebasis import store
-from sharebasis.config import load_settings
-from sharebasis.outcomes import write_unpropagated
-from sharebasis.settings import Settings
-from sharebasis.stage import (
+from sharebasis.config.schema import Settings
+from sharebasis.io.records import load_record
+from sharebasis.pipeline.paths import (
     COMPRESSED,
     MOMENTS,
     PROPAGATED,
     PROPAGATION_CHECKPOINT,
     SUBLAYERS,
     WEIGHTS,
-    report_errors,
 )
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.stages.propagate.outcome import write_unpropagated
 
 
 @report_errors
@@ -26,14 +26,18 @@ def main() -> None:
 
 def refit(settings: Settings) -> None:
     # Here, as a run that leaves the stage out need not load torch.
-    from sharebasis.checkpoint import Checkpoint
-    from sharebasis.hub import load_config, load_tokenizer
-    from sharebasis.kernels import use_onednn
-    from sharebasis.moment_store import MomentStore
-    from sharebasis.propagation import propagate, propagation_identity, propagation_windows
-    from sharebasis.resources import pick_device
-    from sharebasis.sublayer import Classification
-    from sharebasis.texts import require_positions
+    from sharebasis.architecture.sublayers import Classification
+    from sharebasis.data.windows import require_positions
+    from sharebasis.io.checkpoint import Checkpoint
+    from sharebasis.model.hub import load_config, load_tokenizer
+    from sharebasis.moments.store import MomentStore
+    from sharebasis.runtime.devices import pick_device
+    from sharebasis.runtime.matmul import use_onednn
+    from sharebasis.stages.propagate.propagate import (
+        propagate,
+        propagation_identity,
+        propagation_windows,
+    )
 
     use_onednn(settings.onednn)
     own, device = settings.propagate, pick_device(settings.device)
@@ -42,7 +46,7 @@ def refit(settings: Settings) -> None:
     how = {"device": str(device), "onednn": settings.onednn}
     identity = propagation_identity(WEIGHTS, COMPRESSED, windows, own, settings.fit, **how)
     checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
-    classification, moments = store.load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
+    classification, moments = load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments
     propagate(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
 

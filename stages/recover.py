@@ -1,16 +1,16 @@
 """Stage `recover`: the factors, distilled against the original; optional."""
 
-from sharebasis.config import load_settings
-from sharebasis.outcomes import write_unrecovered
-from sharebasis.settings import Settings
-from sharebasis.stage import (
+from sharebasis.config.schema import Settings
+from sharebasis.pipeline.paths import (
     COMPRESSED,
     PROPAGATED,
     RECOVERED,
     RECOVERY_CHECKPOINT,
     WEIGHTS,
-    report_errors,
 )
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.stages.recover.outcome import write_unrecovered
 
 
 @report_errors
@@ -24,17 +24,17 @@ def main() -> None:
 
 def train(settings: Settings) -> None:
     # Here, as a run that leaves the stage out need not load torch.
-    from sharebasis import compressed_index
-    from sharebasis.checkpoint import Checkpoint
-    from sharebasis.hub import load_config, load_tokenizer
-    from sharebasis.kernels import use_onednn
-    from sharebasis.recovery import recover, recovery_identity, recovery_windows
-    from sharebasis.resources import pick_device
-    from sharebasis.texts import require_positions
+    from sharebasis.compressed.index import INDEX_FILE
+    from sharebasis.data.windows import require_positions
+    from sharebasis.io.checkpoint import Checkpoint
+    from sharebasis.model.hub import load_config, load_tokenizer
+    from sharebasis.runtime.devices import pick_device
+    from sharebasis.runtime.matmul import use_onednn
+    from sharebasis.stages.recover.recover import recover, recovery_identity, recovery_windows
 
     use_onednn(settings.onednn)
     own, device, seed = settings.recover, pick_device(settings.device), settings.seed
-    source = PROPAGATED if (PROPAGATED / compressed_index.FILE).exists() else COMPRESSED
+    source = PROPAGATED if (PROPAGATED / INDEX_FILE).exists() else COMPRESSED
     require_positions(load_config(source), own.window, "recover.window")
     windows = recovery_windows(load_tokenizer(source), settings.data, own, seed)
     how = {"seed": seed, "device": str(device), "onednn": settings.onednn}

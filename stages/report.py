@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharebasis import store
-from sharebasis.config import load_settings
-from sharebasis.report.figures import DETERMINED, figures
-from sharebasis.report.page import Section, page, section
-from sharebasis.report.points import FILE, Point, read_points, workspace_point
-from sharebasis.report.tables import family_columns, latex, markdown, measured_columns, points_csv
-from sharebasis.stage import REPORT, RESULTS, report_errors
+from sharebasis.io.atomic import write_text, writing
+from sharebasis.pipeline.paths import REPORT, RESULTS
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.stages.report.figures import DETERMINED, figures
+from sharebasis.stages.report.page import Section, page, section
+from sharebasis.stages.report.points import FILE, Point, read_points, workspace_point
+from sharebasis.stages.report.tables import (
+    family_columns,
+    latex,
+    markdown,
+    measured_columns,
+    points_csv,
+)
 
 
 @report_errors
@@ -18,20 +25,20 @@ def main() -> None:
     files = sorted(RESULTS.glob(f"*/{FILE}"))
     results = {path.parent.name: read_points(path) for path in files}
     results["workspace"] = (workspace_point(),)
-    with store.writing(REPORT) as out:
+    with writing(REPORT) as out:
         sections = [write(name, points, out / name) for name, points in results.items()]
-        store.write_text(out / "index.html", page(sections))
+        write_text(out / "index.html", page(sections))
     n_points = sum(map(len, results.values()))
     print(f"{REPORT / 'index.html'}: {n_points} point{'' if n_points == 1 else 's'}")
 
 
 def write(name: str, points: Sequence[Point], directory: Path) -> Section:
     directory.mkdir()
-    store.write_text(directory / "points.csv", points_csv(points))
+    write_text(directory / "points.csv", points_csv(points))
     tables = {"points": measured_columns(points), "families": family_columns(points)}
     for table, columns in tables.items():
-        store.write_text(directory / f"{table}.md", markdown(columns, points))
-        store.write_text(directory / f"{table}.tex", latex(columns, points))
+        write_text(directory / f"{table}.md", markdown(columns, points))
+        write_text(directory / f"{table}.tex", latex(columns, points))
     drawn = figures(points)
     for figure_name, figure in drawn.items():
         for kind in ("pdf", "png"):

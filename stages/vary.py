@@ -2,33 +2,35 @@
 
 from functools import partial
 
-from sharebasis import store
-from sharebasis.config import load_settings
-from sharebasis.hub import load_config
-from sharebasis.kernels import use_onednn
-from sharebasis.provenance import write_metrics
-from sharebasis.stage import PLOTS, SUBLAYERS, VARIATION, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.variation.distances import (
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.gauge.layers import Layers
+from sharebasis.io.atomic import writing
+from sharebasis.io.records import load_record
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.hub import load_config
+from sharebasis.pipeline.paths import PLOTS, SUBLAYERS, VARIATION, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.vary.figures import draw
+from sharebasis.stages.vary.variation import (
     measure_variation,
     print_variation,
     variation_metrics,
     write_distances,
 )
-from sharebasis.variation.figures import draw
-from sharebasis.variation.layers import Layers
-from sharebasis.weights import DenseWeights
 
 
 @report_errors
 def main() -> None:
     settings = load_settings()
     use_onednn(settings.onednn)
-    found = store.load_record(SUBLAYERS, Classification)
+    found = load_record(SUBLAYERS, Classification)
     layers_of = partial(Layers, found=found, config=load_config(WEIGHTS))
     tensors = DenseWeights(WEIGHTS)
     variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
-    with store.writing(PLOTS / "vary") as directory:
+    with writing(PLOTS / "vary") as directory:
         draw(variation, settings.vary.alignment, directory)
     write_distances(VARIATION, variation)
     metrics = variation_metrics(variation, settings.vary)

@@ -1,18 +1,19 @@
 """Stage `verify`: the compressed directory against the original, on text not calibrated on."""
 
-from sharebasis import store
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import present
-from sharebasis.config import load_settings
-from sharebasis.hub import DTYPES, load_config, load_model, load_tokenizer
-from sharebasis.kernels import use_onednn
-from sharebasis.provenance import write_metrics
-from sharebasis.resources import pick_device
-from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.stage import COMPRESSED, MODELS, SUBLAYERS, WEIGHTS, report_errors
-from sharebasis.sublayer import Classification
-from sharebasis.texts import read_windows, require_positions
-from sharebasis.verification import (
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import present
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.data.windows import read_windows, require_positions
+from sharebasis.io.records import load_record
+from sharebasis.model.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.pipeline.paths import COMPRESSED, MODELS, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.provenance import write_metrics
+from sharebasis.pipeline.settings import load_settings
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.devices import pick_device
+from sharebasis.runtime.matmul import use_onednn
+from sharebasis.stages.verify.verify import (
     compare,
     continuations,
     lossless_difference,
@@ -30,7 +31,7 @@ def main() -> None:
     tokenizer = load_tokenizer(COMPRESSED)
     windows = read_windows(tokenizer, settings.data, "evaluation", settings.seed)
     original = load_model(WEIGHTS, dtype, device)
-    classification = store.load_record(SUBLAYERS, Classification)
+    classification = load_record(SUBLAYERS, Classification)
     rows = rows_by_sublayer(split_selected(classification, settings.split.strategy))
     first = windows[: verify.lossless_windows]
     lossless = lossless_difference(original, rows, first)

@@ -13,18 +13,20 @@ from conftest import MakeDirectory, MakeSettings
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis import compressed_index, store
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.decomposition import decompose
-from sharebasis.fitting import FittedModel, fit
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.settings import FitSettings, SplitStrategy
-from sharebasis.splitting import split_selected
-from sharebasis.value_outputs import value_outputs
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import SplitStrategy
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel
+from sharebasis.structures.value_outputs import value_outputs
 
 CPU = torch.device("cpu")
 AUTO = {
@@ -67,7 +69,7 @@ class Calibrated:
         return fit(self.weights, spectra, settings, self.directory / name, CPU, self.moments)
 
     def index(self, name: str = "small") -> CompressedIndex:
-        return store.load_record(self.directory / name / compressed_index.FILE, CompressedIndex)
+        return load_record(self.directory / name / INDEX_FILE, CompressedIndex)
 
 
 Calibrate = Callable[..., Calibrated]

@@ -31,7 +31,7 @@ SHAPED = [
     for path in sorted(SOURCE.rglob("*.py"))
     if "jaxtyping" in path.read_text()
 ]
-OPERATORS = ("sharebasis.trace", "sharebasis.attribution.residual_sums")
+OPERATORS = ("sharebasis.model.trace", "sharebasis.residual.residual_sums")
 beartype_package(
     "sharebasis", conf=BeartypeConf(claw_is_pep526=False, claw_skip_package_names=OPERATORS)
 )
@@ -51,14 +51,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sharebasis import compressed_index, store, tensor_store
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.config import compose_params, parse_settings
-from sharebasis.decomposition import decompose
-from sharebasis.fitting import FittedModel, fit
-from sharebasis.moment_store import MomentStore
-from sharebasis.settings import FitSettings, Settings
-from sharebasis.splitting import Part
+from sharebasis.architecture.parts import Part
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.schema import Settings
+from sharebasis.io.records import load_record
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compose import compose_params
+from sharebasis.pipeline.settings import parse_settings
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel
 
 torch.set_num_threads(1)  # the models are far too small for more to pay
 
@@ -262,10 +266,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def n_numbers(directory: Path) -> int:
     """That a compressed directory stores."""
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    return sum(
-        tensor.numel() for _, tensor in tensor_store.TensorReader(directory, index.files).stream()
-    )
+    index = load_record(directory / INDEX_FILE, CompressedIndex)
+    return sum(tensor.numel() for _, tensor in TensorReader(directory, index.files).stream())
 
 
 @pytest.fixture(autouse=True)

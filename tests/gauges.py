@@ -8,10 +8,11 @@ from scipy.linalg import block_diag
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.classification import classify_model
-from sharebasis.hub import meta_model
-from sharebasis.variation.gauge import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
-from sharebasis.variation.layers import Layers, ModelTensors
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.gauge.units import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import meta_model
 
 EXACT = 1e-12
 """A distance in float64 that is none."""

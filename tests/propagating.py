@@ -13,20 +13,22 @@ from conftest import MakeDirectory, MakeSettings, fit_at_once
 from torch import Tensor
 from torch.nn import functional
 
-from sharebasis import compressed_index, store, tensor_store
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.outcomes import Propagation
-from sharebasis.propagation import propagate
-from sharebasis.settings import Settings
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.sublayer import Classification
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.config.schema import Settings
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.propagate.outcome import Propagation
+from sharebasis.stages.propagate.propagate import propagate
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ class Case:
 
     @property
     def index(self) -> CompressedIndex:
-        return store.load_record(self.work / "compressed" / compressed_index.FILE, CompressedIndex)
+        return load_record(self.work / "compressed" / INDEX_FILE, CompressedIndex)
 
     def propagate(
         self,
@@ -121,14 +123,14 @@ def maker(
 
 def products(directory: Path) -> dict[str, Tensor]:
     """The dense weight of every part."""
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    index = load_record(directory / INDEX_FILE, CompressedIndex)
     linears = linears_by_tensor(load_compressed(directory), index)
     return {name: linear.dense().detach() for name, linear in linears.items()}
 
 
 def n_stored(directory: Path) -> int:
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
-    reader = tensor_store.TensorReader(directory, index.files)
+    index = load_record(directory / INDEX_FILE, CompressedIndex)
+    reader = TensorReader(directory, index.files)
     return sum(math.prod(reader.shape(name)) for name in index.files)
 
 

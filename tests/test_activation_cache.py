@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from sharebasis.attribution.cache import ActivationCache, Observer, run_with_cache
-from sharebasis.attribution.capture import probe_norm
-from sharebasis.attribution.names import act_name
-from sharebasis.attribution.residual import neuron_results
 from sharebasis.errors import StreamError
+from sharebasis.residual.cache import ActivationCache, Observer, run_with_cache
+from sharebasis.residual.names import act_name
+from sharebasis.residual.norm import neuron_results
+from sharebasis.residual.norm_probe import probe_norm
 
 D_VOCAB = 96
 TOKENS = torch.randint(1, D_VOCAB, (2, 12), generator=torch.Generator().manual_seed(3))

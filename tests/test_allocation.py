@@ -4,14 +4,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sharebasis.allocation import uniform_ranks
-from sharebasis.architecture import Architecture
+from sharebasis.allocation.uniform import uniform_ranks
+from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import Part
+from sharebasis.architecture.selection import LinearModule, classify
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import BudgetError
-from sharebasis.grouping import Group
-from sharebasis.rows import Rows
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.splitting import Part
-from sharebasis.sublayer import LinearModule, classify
+from sharebasis.linalg.rows import Rows
 
 
 def group(d_out, d_in, n_parts=1):

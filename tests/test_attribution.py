@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sharebasis.attribution.error_attribution import NORM, UNEMBEDDING, Attribution, attribute
-from sharebasis.attribution.error_split import MEASURES, costs, depth_costs
-from sharebasis.attribution.figures import components_figure, lens_figure
-from sharebasis.attribution.report import attribute_metrics, components_csv, lens_csv, markdown
-from sharebasis.head_views import head_views
+from sharebasis.residual.head_views import head_views
+from sharebasis.stages.attribute.error_attribution import NORM, UNEMBEDDING, Attribution, attribute
+from sharebasis.stages.attribute.error_split import MEASURES, costs, depth_costs
+from sharebasis.stages.attribute.figures import components_figure, lens_figure
+from sharebasis.stages.attribute.tables import attribute_metrics, components_csv, lens_csv, markdown
 
 D_VOCAB = 96
 WINDOWS = torch.randint(1, D_VOCAB, (3, 10), generator=torch.Generator().manual_seed(4))
@@ -211,12 +211,13 @@ def test_the_lens_ends_with_the_models_own_loss(family: str) -> None:
 def test_a_compressed_model_is_split_too(
     make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    from sharebasis.classification import classify_model
-    from sharebasis.compressed import load_compressed
-    from sharebasis.hub import load_model
-    from sharebasis.moment_store import MomentStore, write_moments
-    from sharebasis.source import extract, find_source
-    from sharebasis.splitting import split_selected
+    from sharebasis.architecture.parts import split_selected
+    from sharebasis.compressed.loader import load_compressed
+    from sharebasis.model.classify import classify_model
+    from sharebasis.model.hub import load_model
+    from sharebasis.moments.store import MomentStore, write_moments
+    from sharebasis.stages.extract.extract import extract
+    from sharebasis.stages.extract.sources import find_source
 
     weights = tmp_path / "weights"
     extract(find_source(str(make_directory("mixtral"))), weights)

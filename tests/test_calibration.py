@@ -14,22 +14,23 @@ from conftest import MakeDirectory, MakeSettings, RunPython, contents, fit_at_on
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sharebasis import store
-from sharebasis.calibration import calibrate, run_identity
-from sharebasis.capture import find_sites
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.sublayers import Sublayer
+from sharebasis.compressed.loader import load_compressed
 from sharebasis.errors import CalibrationError
-from sharebasis.experts import unstack
-from sharebasis.factorize import fit_read_basis
-from sharebasis.fitting import fit_metrics
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import Accumulators, MomentStore, write_moments
-from sharebasis.moments import Moment, Site
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.sublayer import Sublayer
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import save_record
+from sharebasis.linalg.factorize import fit_read_basis
+from sharebasis.linalg.moments import Moment
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.model.sites import Site, find_sites
+from sharebasis.moments.store import Accumulators, MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate, run_identity
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.metrics import fit_metrics
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(288, (10, 16), generator=torch.Generator().manual_seed(7))
@@ -245,7 +246,7 @@ def killed(llama: Path, tmp_path_factory: pytest.TempPathFactory, run_python: Ru
     """The checkpoint of a run with batch 2 that was killed after three of five batches."""
     directory = tmp_path_factory.mktemp("killed")
     record = classify_model(meta_model(load_config(llama)))
-    store.save_record(directory / "sublayers.json", record)
+    save_record(directory / "sublayers.json", record)
     run = run_python(
         CALIBRATE_AND_DIE,
         llama,

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.architecture import ARCHITECTURES
-from sharebasis.classification import classify_model, is_linear, linear_modules
+from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.architecture.selection import LinearModule
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError
-from sharebasis.hub import meta_model
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification, LinearModule
-from sharebasis.verification import lossless_difference
+from sharebasis.model.classify import classify_model
+from sharebasis.model.explore import is_linear, linear_modules
+from sharebasis.model.hub import meta_model
+from sharebasis.stages.verify.verify import lossless_difference
 
 # Linear modules
 

@@ -16,9 +16,11 @@ import yaml
 from conftest import REPOSITORY, with_changes
 
 from sharebasis import params as params_script
-from sharebasis.config import compose_params, compose_settings, load_settings, parse_settings
+from sharebasis.config.fit import LimitSettings
+from sharebasis.config.schema import Settings
 from sharebasis.errors import SettingsError
-from sharebasis.settings import LimitSettings, Settings
+from sharebasis.pipeline.compose import compose_params, compose_settings
+from sharebasis.pipeline.settings import load_settings, parse_settings
 
 CONF = REPOSITORY / "conf"
 MANDATORY: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -359,7 +361,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_every_knob_says_what_it_is() -> None:
-    source = (REPOSITORY / "src/sharebasis/settings.py").read_text(encoding="utf-8")
+    source = (REPOSITORY / "src/sharebasis/config/schema.py").read_text(encoding="utf-8")
     sections = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     assert len(sections) > 5
     for section in sections:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sharebasis import cover
-from sharebasis.cover import Cover
+from sharebasis.linalg import exact_cover
+from sharebasis.linalg.exact_cover import Cover
 
 N_PARTS = 6
 Parts = frozenset[int]
@@ -21,7 +21,7 @@ Parts = frozenset[int]
 def solver(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways to solve it, whatever the size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cover, "MOST_STATES", 10**6 if request.param == "states" else 0)
+        patch.setattr(exact_cover, "MOST_STATES", 10**6 if request.param == "states" else 0)
         yield
 
 
@@ -114,8 +114,8 @@ def test_mixtures_of_which_there_are_too_many_states_are_found_all_the_same() ->
     few, many = _model(far_apart=False), _model(far_apart=True)
     generator = np.random.default_rng(0)
     costs = [len(own) * generator.uniform(0.8, 1.2) for own in few]
-    assert isinstance(cover._solver(dict(enumerate(few))), cover._Search)
-    assert isinstance(cover._solver(dict(enumerate(many))), cover._Program)
+    assert isinstance(exact_cover._solver(dict(enumerate(few))), exact_cover._Search)
+    assert isinstance(exact_cover._solver(dict(enumerate(many))), exact_cover._Program)
     best = Cover(few).best(costs)
     dear, cheap = (
         costs + [price * generator.uniform(0.9, 1.1) for _ in many[len(few) :]]

@@ -14,28 +14,33 @@ from conftest import MakeSettings
 from propagating import AUTO, NARROWED, products
 from transformers import PreTrainedModel
 
-from sharebasis.attribution.error_attribution import attribute
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.curve import measure_curve
-from sharebasis.decomposition import Spectra, decompose
-from sharebasis.fitting import FittedModel, fit
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.outcomes import Propagation, Recovery
-from sharebasis.propagation import propagate
-from sharebasis.recovery import recover
-from sharebasis.sensitivity.measurement import measure_sensitivity
-from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.settings import SensitivitySettings, Settings
-from sharebasis.share_linear import ShareLinear
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification
-from sharebasis.value_outputs import value_outputs
-from sharebasis.verification import compare, lossless_difference
+from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.analyse import SensitivitySettings
+from sharebasis.config.schema import Settings
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.attribute.error_attribution import attribute
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.curve.curve import measure_curve
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel
+from sharebasis.stages.propagate.outcome import Propagation
+from sharebasis.stages.propagate.propagate import propagate
+from sharebasis.stages.recover.outcome import Recovery
+from sharebasis.stages.recover.recover import recover
+from sharebasis.stages.sensitivity.measure import measure_sensitivity
+from sharebasis.stages.verify.verify import compare, lossless_difference
+from sharebasis.structures.value_outputs import value_outputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 

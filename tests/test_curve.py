@@ -11,10 +11,10 @@ from calibrated import CPU, fit_settings, maker, tokens
 from conftest import MakeDirectory, MakeSettings
 from transformers import PreTrainedModel
 
-from sharebasis import curve
-from sharebasis.curve import measure_curve
+from sharebasis.allocation.sensitivity import UNWEIGHED
 from sharebasis.errors import BudgetError
-from sharebasis.sensitivity.outcome import UNWEIGHED
+from sharebasis.stages.curve import curve
+from sharebasis.stages.curve.curve import measure_curve
 
 
 def test_one_compressed_model_is_in_memory_at_a_time(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sharebasis.distillation import CHUNK, divergence, hidden_distance
+from sharebasis.linalg.divergence import CHUNK, divergence, hidden_distance
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (CHUNK, 7), (2, CHUNK + 3, 11)])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, contents, run_command
 
-from sharebasis.config import compose_params
+from sharebasis.pipeline.compose import compose_params
 
 RANKS = "family,layer,parts,dense,rank,full_rank,width,stored,original\n"
 SPECTRUM = "family,layer,rank_fraction,loss\n"

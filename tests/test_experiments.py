@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sharebasis.config import compose_params, compose_settings
-from sharebasis.settings import METHODS, Settings
+from sharebasis.config.methods import METHODS
+from sharebasis.config.schema import Settings
+from sharebasis.pipeline.compose import compose_params, compose_settings
 
 CONF = REPOSITORY / "conf"
 NAMES = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))]

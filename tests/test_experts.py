@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import use_experts_implementation
 
-from sharebasis.experts import is_stacked, slices, unstack
-from sharebasis.hub import meta_model
-from sharebasis.surgery import unstacked
+from sharebasis.model.experts import is_stacked, slices, unstack
+from sharebasis.model.hub import meta_model
+from sharebasis.model.surgery import unstacked
 
 TOKENS = torch.randint(288, (2, 24), generator=torch.Generator().manual_seed(3))
 NEMOTRON_H: dict[str, Any] = {

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharebasis.errors import CalibrationError, RankError
-from sharebasis.factorize import fit_read_basis
-from sharebasis.moments import MomentAccumulator
+from sharebasis.linalg.factorize import fit_read_basis
+from sharebasis.linalg.moments import MomentAccumulator
 
 WIDE = (3, 4), 9
 """d_out of each weight and d_in: Σ d_out <= d_in."""

@@ -15,23 +15,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis import compressed_index, store
-from sharebasis.architecture import ARCHITECTURES
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex, NarrowedMlp
-from sharebasis.decomposition import decompose
-from sharebasis.experts import unstack
-from sharebasis.fitting import fit, fit_metrics
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.share_linear import SplitLinear
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import Part, rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification
-from sharebasis.verification import lossless_difference
+from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, NarrowedMlp
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.verify.verify import lossless_difference
 
 CPU = torch.device("cpu")
 STRATEGIES = ("none", "qkv", "heads")
@@ -157,7 +159,7 @@ def test_it_is_compressed_and_loads(
     decompose(weights, parts, moments, settings, tmp_path / "spectra", CPU)
     fitted = fit(weights, tmp_path / "spectra", settings, tmp_path / "small", CPU, moments)
     small = load_compressed(tmp_path / "small")
-    index = store.load_record(tmp_path / "small" / compressed_index.FILE, CompressedIndex)
+    index = load_record(tmp_path / "small" / INDEX_FILE, CompressedIndex)
     torch.testing.assert_close(
         small(input_ids=_windows(1)).logits,
         _with_products(load_model(weights, "float32", CPU), small, index.mlps)(

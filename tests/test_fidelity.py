@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sharebasis import fidelity
-from sharebasis.fidelity import CHUNK, FidelityMeter
+from sharebasis.linalg import fidelity
+from sharebasis.linalg.fidelity import CHUNK, FidelityMeter
 
 D_VOCAB = 37
 

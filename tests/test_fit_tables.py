@@ -14,14 +14,17 @@ import pytest
 import torch
 from conftest import MakeDirectory, MakeSettings
 
-from sharebasis.classification import classify_model
-from sharebasis.decomposition import Spectra, decompose, read_part
-from sharebasis.fit_tables import STEPS, ranks_csv, spectrum_csv
-from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.hub import load_config, meta_model
-from sharebasis.settings import FitSettings
-from sharebasis.splitting import split_selected
-from sharebasis.weights import DenseWeights
+from sharebasis.architecture.parts import split_selected
+from sharebasis.config.fit import FitSettings
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
+from sharebasis.model.part_weights import read_part
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.stages.fit.tables import STEPS, ranks_csv, spectrum_csv
 
 CPU = torch.device("cpu")
 CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {

@@ -17,9 +17,11 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sharebasis.settings import Alignment
-from sharebasis.variation.alignment import align, distances
-from sharebasis.variation.gauge import (
+from sharebasis.config.analyse import Alignment
+from sharebasis.gauge.alignment import align, distances
+from sharebasis.gauge.neurons import Scales, align_neurons
+from sharebasis.gauge.procrustes import WARM_START, best_matching, best_rotation
+from sharebasis.gauge.units import (
     Attention,
     AttentionGauge,
     Freedom,
@@ -28,8 +30,6 @@ from sharebasis.variation.gauge import (
     Mlp,
     NeuronOrder,
 )
-from sharebasis.variation.neurons import Scales, align_neurons
-from sharebasis.variation.procrustes import WARM_START, best_matching, best_rotation
 
 D_MODEL, D_HEAD, D_MLP = 20, 8, 24
 HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))

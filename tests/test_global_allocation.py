@@ -7,8 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from sharebasis.allocation import DENSE, Curve, allocate
+from sharebasis.allocation.lagrangian import allocate
 from sharebasis.errors import BudgetError
+from sharebasis.structures.curve import DENSE, Curve
 
 
 def _curve(d_out: int, d_in: int, decay: float, scale: float, interpolative: bool = True) -> Curve:

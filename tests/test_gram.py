@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sharebasis.errors import CalibrationError
-from sharebasis.gram import cholesky, spectrum
+from sharebasis.linalg.gram import cholesky, spectrum
 
 
 def _rows(n: int, d: int) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 import pytest
 
-from sharebasis.architecture import Architecture, Dims
+from sharebasis.architecture.dims import Dims
+from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.selection import LinearModule, classify
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError
-from sharebasis.grouping import adjacent_groups, expert_groups, groups_of, nearest_groups
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.splitting import split_selected
-from sharebasis.sublayer import Classification, LinearModule, classify
+from sharebasis.structures.groups import adjacent_groups, expert_groups, groups_of, nearest_groups
 
 D, D_MLP = 24, 40
 ROWS = {"attn.c_attn": 48, "attn.o_proj": D, "mlp.up_proj": D_MLP, "mlp.down_proj": D}

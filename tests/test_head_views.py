@@ -15,20 +15,23 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis import architecture, classification
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
+from sharebasis.architecture import families
+from sharebasis.architecture.fused import blocks_of
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError, SplitError
-from sharebasis.experts import unstack
-from sharebasis.head_views import LayerViews, MlpViews, head_views
-from sharebasis.hub import load_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.share_linear import ShareLinear
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import blocks_of, rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification
-from sharebasis.surgery import wrap, wrapped
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.model import classify
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_model
+from sharebasis.model.surgery import wrap, wrapped
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.residual.head_views import LayerViews, MlpViews, head_views
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
 
 D_VOCAB = 96
 ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -184,7 +187,7 @@ def test_what_is_said_to_be_unknown_to_transformer_lens_is(bridge: Bridge) -> No
 def test_a_family_that_is_not_in_the_table_has_views_too(
     bridge: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(architecture, "ARCHITECTURES", {})
+    monkeypatch.setattr(families, "ARCHITECTURES", {})
     model = model_of("qwen2")
     ours = [taken(views, ATTENTION + MLP) for views in head_views(model)]
     for views, block in zip(ours, bridge(model).blocks, strict=True):
@@ -732,7 +735,7 @@ def test_a_sublayer_whose_role_nobody_knows_has_views(monkeypatch: pytest.Monkey
 
     model = model_of("gpt2, square")
     before = everything(model)
-    monkeypatch.setattr(classification, "trace", fail)
+    monkeypatch.setattr(classify, "trace", fail)
     assert "ambiguous_unknown" in {x.role for x in classify_model(model).sublayers}
     assert_same(everything(model), before)
 

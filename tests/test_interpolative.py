@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharebasis import compressed_index, interpolative, store, tensor_store
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex, CompressedPart
-from sharebasis.compressed_writer import CompressedWriter
-from sharebasis.interpolative import BOUND, interpolate
-from sharebasis.rows import Rows
-from sharebasis.share_linear import ShareLinear, SplitLinear
+from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed.writer import CompressedWriter
+from sharebasis.forms.share_linear import ShareLinear, SplitLinear
+from sharebasis.io.records import load_record
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.linalg import interpolative
+from sharebasis.linalg.interpolative import BOUND, interpolate
+from sharebasis.linalg.rows import Rows
 
 SHAPES = {
     "tall": (40, 24, 10),
@@ -107,8 +109,8 @@ def test_weights_that_share_their_outputs_compute_their_products_in_as_few_numbe
     writer.finish(tmp_path / "companions")
     n_pivots = rank if interpolative else 0
     assert writer.n_numbers == rank * (16 + sum(lengths)) - rank * n_pivots + n_pivots
-    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
-    stored = dict(tensor_store.TensorReader(tmp_path / "out", index.files).stream())
+    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
+    stored = dict(TensorReader(tmp_path / "out", index.files).stream())
     basis = torch.nn.Parameter(stored["basis"], requires_grad=False)
     x, multiplied = torch.randn(5, max(lengths)).double(), 0
     for rows, part in zip(coefficients.values(), index.groups[0].parts, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharebasis import kernels
+from sharebasis.runtime import matmul
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +36,7 @@ def test_linear_is_the_product_whatever_the_layout(
 ) -> None:
     a, w = x().to(dtype), weight().to(dtype)
     with torch.no_grad():
-        y = kernels.linear(a, w)
+        y = matmul.linear(a, w)
     exact = a.double() @ w.double().T
     bound = 24 * torch.finfo(dtype).eps * (a.double().abs() @ w.double().abs().T)
     assert y.shape == (*a.shape[:-1], 40)
@@ -48,30 +48,30 @@ def test_linear_is_the_product_whatever_the_layout(
 def test_gradients_flow_where_they_are_wanted(needs: str) -> None:
     x, weight = _random(3, 24), _random(40, 24)
     wanted = {"x": x, "weight": weight}[needs].requires_grad_()
-    kernels.linear(x, weight).sum().backward()
+    matmul.linear(x, weight).sum().backward()
     assert wanted.grad is not None
     assert wanted.grad.shape == wanted.shape
 
 
 def test_without_onednn_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_ONEDNN", None)
+    monkeypatch.setattr(matmul, "_ONEDNN", None)
     x, weight = _random(3, 24), _random(40, 24)
     with torch.no_grad():
-        assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
-@pytest.mark.skipif(kernels._ONEDNN is None, reason="torch has no oneDNN here")
+@pytest.mark.skipif(matmul._ONEDNN is None, reason="torch has no oneDNN here")
 def test_who_does_not_want_onednn_goes_without() -> None:
     x, weight = _random(3, 24), _random(40, 24)
-    fastest = kernels._ONEDNN
+    fastest = matmul._ONEDNN
     try:
-        kernels.use_onednn(False)
+        matmul.use_onednn(False)
         with torch.no_grad():
-            assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
-        assert kernels._ONEDNN is None
+            assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert matmul._ONEDNN is None
     finally:
-        kernels.use_onednn(True)
-    assert kernels._ONEDNN is fastest
+        matmul.use_onednn(True)
+    assert matmul._ONEDNN is fastest
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -79,19 +79,19 @@ def test_every_linear_is_the_fastest_in_its_context(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products = []
-    product = kernels._product
+    product = matmul._product
 
     def counted(x: Tensor, weight: Tensor) -> Tensor:
         products.append(weight.shape)
         return product(x, weight)
 
-    monkeypatch.setattr(kernels, "_product", counted)
+    monkeypatch.setattr(matmul, "_product", counted)
     module = torch.nn.Sequential(torch.nn.Linear(24, 40, bias), torch.nn.Linear(40, 3, bias))
     x = _random(5, 24)
     with torch.no_grad():
         expected = module(x)
         assert not products
-        with kernels.FastestLinear():
+        with matmul.FastestLinear():
             found = module(x)
         assert products == [(40, 24), (3, 40)]
         assert torch.equal(module(x), expected)
@@ -100,7 +100,7 @@ def test_every_linear_is_the_fastest_in_its_context(
 
 def test_gradients_flow_in_that_context() -> None:
     module = torch.nn.Linear(24, 40)
-    with kernels.FastestLinear():
+    with matmul.FastestLinear():
         module(_random(3, 24)).sum().backward()
     assert module.weight.grad is not None
     torch.testing.assert_close(module.bias.grad, torch.full((40,), 3.0))

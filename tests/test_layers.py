@@ -11,13 +11,14 @@ from gauges import EXACT, layers_of, random_element
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.classification import classify_model
-from sharebasis.hub import load_config, meta_model
-from sharebasis.variation.alignment import align, distances
-from sharebasis.variation.freedom import POSITIONS
-from sharebasis.variation.gauge import Attention, Freedom, Layer
-from sharebasis.variation.layers import Layers, ModelTensors
-from sharebasis.weights import DenseWeights
+from sharebasis.gauge.alignment import align, distances
+from sharebasis.gauge.freedom import POSITIONS
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.gauge.units import Attention, Freedom, Layer
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
 
 TOKENS = torch.randint(1, 280, (2, 24), generator=torch.Generator().manual_seed(3))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

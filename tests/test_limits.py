@@ -17,23 +17,28 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from sharebasis.allocation import DENSE, Curve, allocate, curve_of, uniform_ranks
-from sharebasis.architecture import Architecture
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.decomposition import decompose
+from sharebasis.allocation.lagrangian import allocate
+from sharebasis.allocation.uniform import uniform_ranks
+from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import Part, split_selected
+from sharebasis.architecture.selection import LinearModule, classify
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.model import WeightTypeSettings
+from sharebasis.config.types import Storage
 from sharebasis.errors import BudgetError, SelectionError
-from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.grouping import Group
-from sharebasis.hub import load_model
-from sharebasis.limits import Limit, limits_of
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.rows import Rows
-from sharebasis.settings import FitSettings, Storage, WeightTypeSettings
-from sharebasis.splitting import Part, split_selected
-from sharebasis.sublayer import LinearModule, classify
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.linalg.rows import Rows
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.structures.curve import DENSE, Curve, curve_of
+from sharebasis.structures.limits import Limit, limits_of
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))

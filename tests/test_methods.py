@@ -12,17 +12,19 @@ import torch
 from conftest import REPOSITORY, MakeSettings
 from torch import Tensor
 
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import Spectra, decompose
-from sharebasis.grouping import Group
-from sharebasis.hub import load_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.settings import METHODS, FitSettings
-from sharebasis.splitting import Part, split_selected
-from sharebasis.weights import DenseWeights
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import Part, split_selected
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.methods import METHODS
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (12, 24), generator=torch.Generator().manual_seed(0))

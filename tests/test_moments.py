@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharebasis.errors import CalibrationError
-from sharebasis.moments import NULL_SPACE, PANEL, Moment, MomentAccumulator, whitening
+from sharebasis.linalg.moments import NULL_SPACE, PANEL, Moment, MomentAccumulator, whitening
 
 EPS = torch.finfo(torch.float64).eps
 

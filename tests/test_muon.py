@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharebasis.muon import Muon
+from sharebasis.stages.recover.muon import Muon
 
 SHAPES = [(40, 24), (24, 24), (8, 64), (64, 8), (33, 17)]
 

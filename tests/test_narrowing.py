@@ -17,22 +17,24 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.phi3 import modeling_phi3
 
-from sharebasis.architecture import ARCHITECTURES
-from sharebasis.attribution.cache import run_with_cache
-from sharebasis.capture import watched
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.decomposition import Spectra
-from sharebasis.fit_tables import ranks_csv
-from sharebasis.fitting import fit_metrics
-from sharebasis.grouping import Group
-from sharebasis.head_views import head_views
-from sharebasis.hub import load_config, load_model
-from sharebasis.narrowing import find_mlps
-from sharebasis.outcomes import Recovery
-from sharebasis.recovery import trainable, write_recovered
-from sharebasis.settings import FitSettings, SplitStrategy
-from sharebasis.splitting import split_selected
+from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import SplitStrategy
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hooks import watched
+from sharebasis.model.hub import load_config, load_model
+from sharebasis.residual.cache import run_with_cache
+from sharebasis.residual.head_views import head_views
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.fit.tables import ranks_csv
+from sharebasis.stages.recover.outcome import Recovery
+from sharebasis.stages.recover.recover import write_recovered
+from sharebasis.stages.recover.trainable import trainable
+from sharebasis.structures.neurons import find_mlps
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharebasis.neurons_apart import neurons_are_apart
-from sharebasis.rows import Rows
+from sharebasis.linalg.rows import Rows
+from sharebasis.model.neuron_independence import neurons_are_apart
 
 D_MLP, D_MODEL = 6, 4
 HALVES = (Rows(0, D_MLP), Rows(D_MLP, D_MLP))

@@ -13,18 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.calibration import ALL_COUNT, calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import split_selected
+from sharebasis.config.calibrate import EVERY_TOKEN, Outliers, OutlierSettings
 from sharebasis.errors import CalibrationError
-from sharebasis.grouping import Group
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.metric import Metric
-from sharebasis.moment_store import Accumulators, MomentStore, trimmed_of, write_moments
-from sharebasis.moments import MomentAccumulator
-from sharebasis.outliers import tame
-from sharebasis.settings import EVERY_TOKEN, Outliers, OutlierSettings
-from sharebasis.splitting import split_selected
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.linalg.moments import MomentAccumulator
+from sharebasis.linalg.outliers import tame
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.problems import Metric
+from sharebasis.moments.store import Accumulators, MomentStore, trimmed_of, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.calibrate.track import ALL_COUNT
 
 CLIP, TRIM = Outliers("clip", 3.0), Outliers("trim", 3.0)
 WINDOWS = torch.randint(1, 280, (6, 12), generator=torch.Generator().manual_seed(0))

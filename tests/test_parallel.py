@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from sharebasis import resources
-from sharebasis.parallel import in_parallel
+from sharebasis.runtime import devices
+from sharebasis.runtime.threads import in_parallel
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -72,10 +72,10 @@ def test_the_cores_are_divided_and_given_back() -> None:
 def test_there_are_as_many_workers_as_memory_allows_and_one_at_least(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(resources, "_free", lambda _: 1000)
+    monkeypatch.setattr(devices, "_free", lambda _: 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     cpu = torch.device("cpu")
-    assert [resources.workers_for(n, cpu) for n in (0, 100, 300, 600, 1000)] == [4, 4, 3, 1, 1]
+    assert [devices.workers_for(n, cpu) for n in (0, 100, 300, 600, 1000)] == [4, 4, 3, 1, 1]
     assert not caplog.text
-    assert resources.workers_for(1001, cpu) == 1
+    assert devices.workers_for(1001, cpu) == 1
     assert "memory are free on cpu: it may be killed" in caplog.text

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharebasis.partition import partition, total
+from sharebasis.linalg.matching import partition, total
 
 
 def every_partition(items: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]:

@@ -39,26 +39,31 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis import compressed_index, load_compressed, store, surgery
-from sharebasis.architecture import ARCHITECTURES
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex
+from sharebasis import load_compressed
+from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex
+from sharebasis.config.fit import FitSettings
 from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
-from sharebasis.experts import unstack
-from sharebasis.factorize import fit_read_basis
-from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.hub import MANIFEST, load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.moments import Moment
-from sharebasis.rows import Rows
-from sharebasis.settings import FitSettings
-from sharebasis.share_linear import ShareLinear, State
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import Part, rows_by_sublayer, split_selected
-from sharebasis.sublayer import Classification
-from sharebasis.verification import compare, continuations, lossless_difference
+from sharebasis.forms.share_linear import ShareLinear, State
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.manifest import MANIFEST
+from sharebasis.io.records import load_record, save_record
+from sharebasis.linalg.factorize import fit_read_basis
+from sharebasis.linalg.moments import Moment
+from sharebasis.linalg.rows import Rows
+from sharebasis.model import surgery
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.stages.verify.verify import compare, continuations, lossless_difference
 
 CPU = torch.device("cpu")
 CALIBRATION = torch.randint(288, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -111,7 +116,7 @@ class Run:
 
     @cached_property
     def index(self) -> CompressedIndex:
-        return store.load_record(self.compressed / compressed_index.FILE, CompressedIndex)
+        return load_record(self.compressed / INDEX_FILE, CompressedIndex)
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
@@ -281,7 +286,7 @@ def test_the_files_hold_the_model_without_its_original_weights_and_nothing_else(
 def test_companions_come_along_and_the_manifest_does_not(run: Run) -> None:
     ours = {path.name for path in run.compressed.iterdir() if path.suffix != ".safetensors"}
     theirs = {path.name for path in run.weights.iterdir() if path.suffix != ".safetensors"}
-    assert ours == theirs - {MANIFEST} | {compressed_index.FILE}
+    assert ours == theirs - {MANIFEST} | {INDEX_FILE}
 
 
 def test_every_basis_is_on_disk_once_and_in_memory_once(run: Run) -> None:
@@ -498,14 +503,14 @@ def _shard_of(run: Run, ending: str) -> Path:
 
 
 def _forget_a_tensor(run: Run) -> None:
-    path = run.compressed / compressed_index.FILE
+    path = run.compressed / INDEX_FILE
     content = json.loads(path.read_text())
     del content["files"]["model.layers.1.input_layernorm.weight"]
     path.write_text(json.dumps(content))
 
 
 def _forget_a_basis(run: Run) -> None:
-    path = run.compressed / compressed_index.FILE
+    path = run.compressed / INDEX_FILE
     content = json.loads(path.read_text())
     del content["files"][content["groups"][0]["basis"]]
     path.write_text(json.dumps(content))
@@ -523,12 +528,12 @@ DAMAGES: Mapping[str, tuple[Callable[[Run], object], type[ShareBasisError], str]
         r"sharebasis-\d+\.safetensors \(3000 bytes\) is truncated",
     ),
     "missing index": (
-        lambda run: (run.compressed / compressed_index.FILE).unlink(),
+        lambda run: (run.compressed / INDEX_FILE).unlink(),
         StoreError,
         r"sharebasis\.json is missing; run the stage",
     ),
     "damaged index": (
-        lambda run: (run.compressed / compressed_index.FILE).write_text('{"groups": []}'),
+        lambda run: (run.compressed / INDEX_FILE).write_text('{"groups": []}'),
         StoreError,
         r"sharebasis\.json is no CompressedIndex .*files",
     ),
@@ -596,7 +601,7 @@ def test_a_kill_in_the_middle_of_fit_leaves_the_earlier_result(
     llama_run: Run, tmp_path: Path, run_python: RunPython
 ) -> None:
     earlier = contents(llama_run.compressed)
-    store.save_record(tmp_path / "fit.json", llama_run.settings)
+    save_record(tmp_path / "fit.json", llama_run.settings)
     killed = run_python(FIT_AND_DIE, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / ".compressed.partial").iterdir())) == 3

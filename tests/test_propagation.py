@@ -27,18 +27,20 @@ from propagating import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, propagation, store
-from sharebasis.capture import watched
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedGroup, CompressedIndex
-from sharebasis.hub import load_model
-from sharebasis.outcomes import Propagation, write_unpropagated
-from sharebasis.propagation import propagation_identity, propagation_windows
-from sharebasis.refit import Refitter
-from sharebasis.regression import PairedMoment
-from sharebasis.settings import FitSettings, PropagateSettings
-from sharebasis.texts import read_windows
+from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.refine import PropagateSettings
+from sharebasis.data.windows import read_windows
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.linalg.drift_regression import PairedMoment
+from sharebasis.model.hooks import watched
+from sharebasis.model.hub import load_model
+from sharebasis.stages.propagate import block_regression, propagate, refit, streams
+from sharebasis.stages.propagate.outcome import Propagation, write_unpropagated
+from sharebasis.stages.propagate.propagate import propagation_identity, propagation_windows
+from sharebasis.stages.propagate.refit import Refitter
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) 
 
 def test_as_many_numbers_and_ranks_as_before(case: Case, tmp_path: Path) -> None:
     found = case.propagate(tmp_path / "out")
-    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
     assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
     ranks = {group.name: (group.rank, group.tensors) for group in case.index.groups}
     assert {group.name: (group.rank, group.tensors) for group in index.groups} == ranks
@@ -167,13 +169,13 @@ def test_at_which_writes_the_drift_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found, look = [], propagation.Propagator._drift_of
+    found, look = [], block_regression.Propagator._drift_of
 
-    def note(self: propagation.Propagator, *others: Any) -> object:
+    def note(self: block_regression.Propagator, *others: Any) -> object:
         found.append(look(self, *others))
         return found[-1]
 
-    monkeypatch.setattr(propagation.Propagator, "_drift_of", note)
+    monkeypatch.setattr(block_regression.Propagator, "_drift_of", note)
     own = {"windows": len(text), "window": text.shape[1], "batch": len(text)}
     make(family).propagate(tmp_path / "out", text=text, stream=0.5, dtype=dtype, **own)
     assert sum(drift is not None for drift in found) == n_found
@@ -287,15 +289,15 @@ def test_a_killed_run_goes_on_to_the_same_end(
 ) -> None:
     wanted = case.propagate(tmp_path / "whole")
     passed: list[int] = []
-    pass_block = propagation.Propagator.pass_block
+    pass_block = block_regression.Propagator.pass_block
 
-    def count(self: propagation.Propagator, i: int, streams: propagation.Streams) -> object:
+    def count(self: block_regression.Propagator, i: int, streams: streams.Streams) -> object:
         if passed == [0, 1]:
             raise Killed
         passed.append(i)
         return pass_block(self, i, streams)
 
-    monkeypatch.setattr(propagation.Propagator, "pass_block", count)
+    monkeypatch.setattr(block_regression.Propagator, "pass_block", count)
     weights, compressed = case.work / "weights", case.work / "compressed"
     settings = case.settings
     own = propagation_identity(weights, compressed, WINDOWS, settings.propagate, settings.fit)
@@ -317,7 +319,7 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
     better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refit that damages the last layer is worse than none; both divergences are the models'."""
-    install = propagation.install
+    install = refit.install
 
     def damage(group: CompressedGroup, tensors: dict[str, Tensor], linears: Any) -> None:
         if group.name == "model.layers.2.mlp.down_proj":
@@ -325,7 +327,7 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
         install(group, tensors, linears)
 
     if not better:
-        monkeypatch.setattr(propagation, "install", damage)
+        monkeypatch.setattr(propagate, "install", damage)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
     assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
     assert found.before is not None
@@ -377,7 +379,7 @@ def test_families_and_what_is_left(
     before, after = products(case.work / "compressed"), products(tmp_path / "out")
     assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
     assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
-    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
     assert index.mlps == case.index.mlps
     assert bool(index.mlps) == (changes is NARROWED)
 
@@ -406,6 +408,4 @@ def test_the_windows_are_the_first_of_the_calibration_text(
 def test_left_out_it_says_so(tmp_path: Path) -> None:
     write_unpropagated(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["propagation.json"]
-    assert store.load_record(tmp_path / "out" / "propagation.json", Propagation) == Propagation(
-        0, 0, ()
-    )
+    assert load_record(tmp_path / "out" / "propagation.json", Propagation) == Propagation(0, 0, ())

@@ -16,10 +16,10 @@ import yaml
 from conftest import REPOSITORY, MakeSettings, run_command, with_changes
 from dvc.repo import Repo
 
-from sharebasis import provenance
 from sharebasis.errors import GitError
-from sharebasis.git import git, known_to_git
-from sharebasis.provenance import code_version, parameters_digest, write_metrics
+from sharebasis.io.git import git, known_to_git
+from sharebasis.pipeline import provenance
+from sharebasis.pipeline.provenance import code_version, parameters_digest, write_metrics
 
 STAGE = "fit"
 PIPELINE = "stages: {fit: {cmd: 'true', params: [fit.removed, model], metrics: [metrics/fit.json]}}"

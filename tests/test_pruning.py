@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharebasis.factorize import decompose_reads
-from sharebasis.moments import Moment, MomentAccumulator
-from sharebasis.pruning import narrow, refit
+from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.moments import Moment, MomentAccumulator
+from sharebasis.linalg.neuron_pruning import narrow, refit
 
 
 def _moment(rows: Tensor) -> Moment:

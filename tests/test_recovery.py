@@ -14,30 +14,33 @@ from conftest import MakeDirectory, MakeSettings, fit_at_once, n_numbers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis import compressed_index, recovery, store, training
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.distillation import hidden_distance
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.refine import RecoverSettings
+from sharebasis.config.types import Storage
+from sharebasis.data.windows import read_windows
 from sharebasis.errors import RecoveryError, TextError
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.outcomes import Look, Recovery, write_unrecovered
-from sharebasis.recovery import (
-    TrainableGroup,
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.linalg.divergence import hidden_distance
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.recover import distill as training
+from sharebasis.stages.recover import recover as recovery
+from sharebasis.stages.recover.distill import Factors, distill, learning_rate
+from sharebasis.stages.recover.outcome import Look, Recovery, write_unrecovered
+from sharebasis.stages.recover.recover import (
     recover,
     recovery_identity,
     recovery_windows,
-    trainable,
     write_recovered,
 )
-from sharebasis.settings import RecoverSettings, Storage
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
-from sharebasis.texts import read_windows
-from sharebasis.training import Factors, distill, learning_rate
+from sharebasis.stages.recover.trainable import TrainableGroup, trainable
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -66,7 +69,7 @@ class Case:
 
     @property
     def index(self) -> CompressedIndex:
-        return store.load_record(self.compressed / compressed_index.FILE, CompressedIndex)
+        return load_record(self.compressed / INDEX_FILE, CompressedIndex)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedModel, Sequence[TrainableGroup]]:
         """(original, compressed, its factors)."""
@@ -159,7 +162,7 @@ def test_what_is_written_is_what_was_trained_in_as_many_numbers(case: Case, tmp_
     again = load_compressed(target)
     torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=2e-4)
     assert n_numbers(target) == n_numbers(case.compressed)
-    assert store.load_record(target / "recovery.json", Recovery) == found
+    assert load_record(target / "recovery.json", Recovery) == found
     names = {path.name for path in target.iterdir()}
     assert {"config.json", "tokenizer.json", "sharebasis.json"} <= names
 
@@ -354,6 +357,6 @@ def test_another_start_is_another_identity(case: Case, tmp_path: Path) -> None:
 def test_without_a_step_there_is_only_the_word_of_it(tmp_path: Path) -> None:
     write_unrecovered(tmp_path / "recovered")
     assert [path.name for path in (tmp_path / "recovered").iterdir()] == ["recovery.json"]
-    found = store.load_record(tmp_path / "recovered" / "recovery.json", Recovery)
+    found = load_record(tmp_path / "recovered" / "recovery.json", Recovery)
     assert found == Recovery(0, 0, 0, ())
     assert Look(0, 1.0) not in found.looks

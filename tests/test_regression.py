@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharebasis.errors import CalibrationError
-from sharebasis.regression import (
+from sharebasis.linalg.drift_regression import (
     PairAccumulator,
     PairedMoment,
     regressed,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sharebasis.errors import PropagationError
-from sharebasis.replay import Blocks, embed
+from sharebasis.model.blocks import Blocks, embed
 
 WINDOWS = torch.randint(0, 250, (3, 16), generator=torch.Generator().manual_seed(1))
 

@@ -19,11 +19,11 @@ import yaml
 from conftest import REPOSITORY, contents
 from matplotlib.figure import Figure
 
-from sharebasis.report.figures import figures
-from sharebasis.report.page import page, section
-from sharebasis.report.points import Cell, Point, write_points
-from sharebasis.report.series import at_one_budget, labels, series
-from sharebasis.report.tables import (
+from sharebasis.stages.report.figures import figures
+from sharebasis.stages.report.page import page, section
+from sharebasis.stages.report.points import Cell, Point, write_points
+from sharebasis.stages.report.series import at_one_budget, labels, series
+from sharebasis.stages.report.tables import (
     MISSING,
     escaped,
     family_columns,

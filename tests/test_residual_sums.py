@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sharebasis.attribution.residual_sums import BlockSums, StreamSums
+from sharebasis.residual.residual_sums import BlockSums, StreamSums
 
 D = 8
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.compressed_index import NarrowedMlp
-from sharebasis.rows import Rows, inverse_order, rows_at
+from sharebasis.compressed.index import NarrowedMlp
+from sharebasis.linalg.rows import Rows, inverse_order, rows_at
 
 ROWS = {
     "a block": (Rows(5, 4), [5, 6, 7, 8]),

@@ -24,34 +24,34 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis import compressed_index, store
-from sharebasis.allocation import Curve, allocate
-from sharebasis.attribution.error_attribution import attribute
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.decomposition import Spectra, decompose
+from sharebasis.allocation.lagrangian import allocate
+from sharebasis.allocation.loss_weights import group_weight, weigh
+from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
+from sharebasis.architecture.parts import split_selected
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.config.analyse import SensitivitySettings
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import CalibrationError
-from sharebasis.fitting import fit, fit_metrics
-from sharebasis.hub import load_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.sensitivity.corrections import (
-    Cell,
-    cells_of,
-    corrections,
-    group_weight,
-    weigh,
-)
-from sharebasis.sensitivity.draft import Draft, compressed, draft, wrap_parts
-from sharebasis.sensitivity.late_start import LateStart
-from sharebasis.sensitivity.measurement import measure_sensitivity
-from sharebasis.sensitivity.outcome import UNWEIGHED, Sensitivity
-from sharebasis.sensitivity.probes import probe
-from sharebasis.settings import FitSettings, SensitivitySettings, SplitStrategy
-from sharebasis.splitting import split_selected
-from sharebasis.sublayer import Classification
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record, save_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model
+from sharebasis.model.late_start import LateStart
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.attribute.error_attribution import attribute
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.sensitivity.corrections import Cell, cells_of, corrections
+from sharebasis.stages.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.stages.sensitivity.measure import measure_sensitivity
+from sharebasis.stages.sensitivity.probes import probe
+from sharebasis.structures.curve import Curve
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -173,7 +173,7 @@ def _divergence_of(case: Case, directory: Path, groups: Sequence[int]) -> float:
     """By torch's own divergence, from a model whose weights are written over by hand."""
     model = case.load()
     original, small = _logits(model), load_compressed(directory)
-    index = store.load_record(directory / compressed_index.FILE, CompressedIndex)
+    index = load_record(directory / INDEX_FILE, CompressedIndex)
     linears = linears_by_tensor(small, index)
     with torch.no_grad():
         for i in groups:
@@ -214,7 +214,7 @@ def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(
 def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_path: Path) -> None:
     case, model = any_case, any_case.load()
     fit(case.weights, case.spectra, case.fit, tmp_path / "small", CPU, case.moments)
-    index = store.load_record(tmp_path / "small" / compressed_index.FILE, CompressedIndex)
+    index = load_record(tmp_path / "small" / INDEX_FILE, CompressedIndex)
     assert bool(index.mlps) == ("narrowed" in case.fit.structures)
     masks = [part.mask for group in index.groups for part in group.parts if part.mask]
     assert bool(masks) == ("sparse" in case.fit.structures)
@@ -487,7 +487,7 @@ def test_the_stage_writes_weights_that_fit_reads(
     Path("artifacts/weights").symlink_to(case.weights)
     Path("artifacts/spectra").symlink_to(case.spectra)
     Path("artifacts/moments").symlink_to(case.spectra.parent / "moments")
-    store.save_record(Path("artifacts/sublayers.json"), case.found)
+    save_record(Path("artifacts/sublayers.json"), case.found)
     Path("text.txt").write_text(CORPUS)
     ranges = []
     for by in ("none", "probes", "attribution"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sharebasis.errors import StateError
-from sharebasis.share_linear import ShareLinear, SplitLinear, State
+from sharebasis.forms.share_linear import ShareLinear, SplitLinear, State
 
 D_OUT, D_IN, RANK = 6, 5, 3
 

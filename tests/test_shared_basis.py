@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.factorize import decompose_reads
-from sharebasis.moments import Moment
-from sharebasis.shared_basis import (
+from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.moments import Moment
+from sharebasis.linalg.shared_basis import (
     Member,
     SharedFactors,
     energies,

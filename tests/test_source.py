@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sharebasis import store
 from sharebasis.errors import ShareBasisError, SourceError, WeightsError
-from sharebasis.hub import MANIFEST
-from sharebasis.source import Manifest, Source, extract, find_source
+from sharebasis.io.manifest import MANIFEST, Manifest
+from sharebasis.io.records import load_record
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import Source, find_source
 
 INDEX = "model.safetensors.index.json"
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -65,7 +66,7 @@ def _assert_describes(manifest: Manifest, directory: Path) -> None:
         assert tensor.dtype == {torch.float32: "F32", torch.bfloat16: "BF16"}[stored.dtype]
         raw = stored.contiguous().view(torch.uint8).numpy().tobytes()
         assert tensor.sha256 == hashlib.sha256(raw).hexdigest()
-    assert store.load_record(directory / MANIFEST, Manifest) == manifest
+    assert load_record(directory / MANIFEST, Manifest) == manifest
 
 
 # Directories
@@ -114,7 +115,9 @@ def test_half_precision_stays_as_it_is(llama_directory: Path, tmp_path: Path) ->
 def test_hashing_in_blocks_is_hashing_the_whole(
     llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharebasis.source.BLOCK_BYTES", 1000)  # a few rows at a time
+    monkeypatch.setattr(
+        "sharebasis.stages.extract.sources.BLOCK_BYTES", 1000
+    )  # a few rows at a time
     manifest = extract(find_source(str(llama_directory)), tmp_path / "weights")
     _assert_describes(manifest, tmp_path / "weights")
 

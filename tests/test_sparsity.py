@@ -23,28 +23,38 @@ from propagating import maker as case_maker
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharebasis import compressed, compressed_index, store
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.choosing import curve_of_sparse
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import Spectra
+from sharebasis.compressed import loader
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import BudgetError, CalibrationError, SettingsError, StateError
-from sharebasis.fit_tables import ranks_csv
-from sharebasis.fitting import FittedModel, fit_metrics
-from sharebasis.hub import load_model
-from sharebasis.mask import n_kept, pack, unpack, whole
-from sharebasis.mask import n_stored as n_with_mask
-from sharebasis.moments import Moment
-from sharebasis.muon import Muon
-from sharebasis.outcomes import Recovery
-from sharebasis.recovery import trainable, write_recovered
-from sharebasis.settings import FitSettings, SplitStrategy
-from sharebasis.share_linear import ShareLinear, State
-from sharebasis.sparsity import Eliminator, Sparsities, loss_of, measure, refit, sparsify
-from sharebasis.surgery import weight_of
-from sharebasis.training import distill
+from sharebasis.forms.mask import n_kept, pack, unpack, whole
+from sharebasis.forms.mask import n_stored as n_with_mask
+from sharebasis.forms.share_linear import ShareLinear, State
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.linalg.moments import Moment
+from sharebasis.linalg.optimal_brain_surgeon import (
+    Eliminator,
+    Sparsities,
+    loss_of,
+    measure,
+    refit,
+    sparsify,
+)
+from sharebasis.model.hub import load_model
+from sharebasis.model.surgery import weight_of
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.stages.fit.tables import ranks_csv
+from sharebasis.stages.recover.distill import distill
+from sharebasis.stages.recover.muon import Muon
+from sharebasis.stages.recover.outcome import Recovery
+from sharebasis.stages.recover.recover import write_recovered
+from sharebasis.stages.recover.trainable import trainable
+from sharebasis.structures.sparse import curve_of_sparse
 
 CPU = torch.device("cpu")
 
@@ -519,7 +529,7 @@ def test_loading_asks_for_the_memory_that_whole_weights_take(
     run = calibrated("llama", lambda model: model.bfloat16())
     run.fit(_settings(make_settings))
     asked: list[int] = []
-    monkeypatch.setattr(compressed, "require_memory", lambda n_bytes, *_: asked.append(n_bytes))
+    monkeypatch.setattr(loader, "require_memory", lambda n_bytes, *_: asked.append(n_bytes))
     model = load_compressed(run.directory / "small", dtype)
     tensors = [*model.parameters(), *(own for own in model.buffers() if own.dtype == torch.int16)]
     assert sum(isinstance(own, nn.Parameter) for own in tensors) < len(tensors)
@@ -576,6 +586,6 @@ def test_propagation_refits_the_entries_that_there_are(
     before, after = _zeros(case.work / "compressed"), _zeros(tmp_path / "out")
     assert before
     assert all((after[name] | ~own).all() for name, own in before.items())
-    index = store.load_record(tmp_path / "out" / compressed_index.FILE, CompressedIndex)
+    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
     assert index.groups == case.index.groups
     assert _divergence(case, tmp_path / "out") < _divergence(case, case.work / "compressed")

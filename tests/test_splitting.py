@@ -6,12 +6,14 @@ from itertools import permutations
 import pytest
 import torch
 
-from sharebasis.architecture import Architecture, Dims
+from sharebasis.architecture.dims import Dims
+from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.parts import rows_by_sublayer, split_selected, split_sublayer
+from sharebasis.architecture.selection import LinearModule, classify
+from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SplitError
-from sharebasis.rows import Rows, inverse_order
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.splitting import rows_by_sublayer, split_selected, split_sublayer
-from sharebasis.sublayer import Classification, LinearModule, classify
+from sharebasis.linalg.rows import Rows, inverse_order
 
 D, D_HEAD = 24, 6
 HEADS = Dims(d_model=D, n_layers=2, n_heads=4, n_kv_heads=4, d_head=D_HEAD)

@@ -17,15 +17,18 @@ import torch
 from conftest import RunPython, contents
 from safetensors.torch import load_file, save_file
 
-from sharebasis import store, tensor_store
-from sharebasis.architecture import ARCHITECTURES, Dims
-from sharebasis.compressed_index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.architecture.dims import Dims
+from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.sublayers import Classification, Sublayer
+from sharebasis.compressed.index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError, WeightsError
-from sharebasis.moment_store import MomentIndex
-from sharebasis.moments import Site
-from sharebasis.rows import Rows
-from sharebasis.source import Manifest, TensorOrigin
-from sharebasis.sublayer import Classification, Sublayer
+from sharebasis.io.atomic import require_disk, writing
+from sharebasis.io.manifest import Manifest, TensorOrigin
+from sharebasis.io.records import load_record, read_json, save_record, write_json
+from sharebasis.io.tensor_files import TensorReader, TensorWriter
+from sharebasis.linalg.rows import Rows
+from sharebasis.model.sites import Site
+from sharebasis.moments.store import MomentIndex
 
 OLD = {"a.txt": b"old a", "b.txt": b"old b"}
 NEW = {"b.txt": b"new b", "c.txt": b"new c"}
@@ -35,7 +38,7 @@ NEW = {"b.txt": b"new b", "c.txt": b"new c"}
 def artefact(tmp_path: Path) -> Path:
     """A directory that holds OLD, alone in its parent."""
     directory = tmp_path / "parent" / "artefact"
-    with store.writing(directory) as out:
+    with writing(directory) as out:
         _fill(out, OLD)
     return directory
 
@@ -50,7 +53,7 @@ def _is_alone(directory: Path) -> bool:
 
 
 def _write_and_raise(directory: Path, error: type[BaseException]) -> None:
-    with store.writing(directory) as out:
+    with writing(directory) as out:
         _fill(out, NEW)
         raise error
 
@@ -59,7 +62,7 @@ def _write_and_raise(directory: Path, error: type[BaseException]) -> None:
 
 
 def test_writing_replaces_a_directory_whole(artefact: Path) -> None:
-    with store.writing(artefact) as out:
+    with writing(artefact) as out:
         _fill(out, NEW)
         assert contents(artefact) == OLD
     assert contents(artefact) == NEW
@@ -71,7 +74,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(artefact: Path, tmp_path:
     link.parent.mkdir()
     link.symlink_to(artefact)
     for content in (NEW, OLD):
-        with store.writing(link) as out:
+        with writing(link) as out:
             _fill(out, content)
         assert link.is_symlink()
         assert contents(artefact) == content
@@ -86,7 +89,7 @@ def test_a_leftover_that_cannot_be_removed_is_told_before_anything_is_written(
     leftover.symlink_to(tmp_path)
     with (
         pytest.raises(StoreError, match=r"\.artefact\.old.*remove it and run again"),
-        store.writing(artefact),
+        writing(artefact),
     ):
         pytest.fail("it has begun")
     assert contents(artefact) == OLD
@@ -125,7 +128,7 @@ def test_a_kill_in_the_middle_leaves_the_old_content_and_the_next_run_succeeds(
     assert run_python(WRITE_AND_DIE, artefact).returncode == -signal.SIGKILL
     assert contents(artefact) == OLD
     assert not _is_alone(artefact)  # what was half written is still there
-    with store.writing(artefact) as out:
+    with writing(artefact) as out:
         assert contents(out) == {}
         _fill(out, NEW)
     assert contents(artefact) == NEW
@@ -240,7 +243,7 @@ def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_content(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="disk is full"), store.writing(artefact) as out:
+    with pytest.raises(StoreError, match="disk is full"), writing(artefact) as out:
         _fill(out, NEW)
     assert contents(artefact) == OLD
     assert _is_alone(artefact)
@@ -248,23 +251,23 @@ def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_content(
 
 def test_json_on_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
-    store.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
     (tmp_path / ".metrics.json.partial").symlink_to("/dev/full")  # a device that is always full
     with pytest.raises(StoreError, match="disk is full"):
-        store.write_json(path, {"new": 2})
-    assert store.read_json(path) == {"old": 1}
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1}
 
 
 def test_other_refusals_of_the_system_are_not_told_as_a_full_disk(artefact: Path) -> None:
-    with pytest.raises(PermissionError), store.writing(artefact):
+    with pytest.raises(PermissionError), writing(artefact):
         raise PermissionError(errno.EACCES, "no")
 
 
 def test_what_cannot_fit_is_refused_before_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "not" / "yet" / "there"
-    store.require_disk(path, 1)
+    require_disk(path, 1)
     with pytest.raises(StoreError, match=r"there needs 1000000000\.00 GB, but only .* are free"):
-        store.require_disk(path, 10**18)
+        require_disk(path, 10**18)
 
 
 # Tensors
@@ -272,7 +275,7 @@ def test_what_cannot_fit_is_refused_before_it_is_written(tmp_path: Path) -> None
 
 def test_shards_close_at_their_size_and_hold_every_tensor(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.randn(10, 10) for i in range(5)}  # 400 bytes each
-    writer = tensor_store.TensorWriter(tmp_path, "stem", shard_bytes=700)
+    writer = TensorWriter(tmp_path, "stem", shard_bytes=700)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.flush()
@@ -285,13 +288,13 @@ def test_shards_close_at_their_size_and_hold_every_tensor(tmp_path: Path) -> Non
 
 
 def test_flushing_with_nothing_pending_writes_nothing(tmp_path: Path) -> None:
-    tensor_store.TensorWriter(tmp_path, "stem", 1).flush()
+    TensorWriter(tmp_path, "stem", 1).flush()
     assert contents(tmp_path) == {}
 
 
 def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
     fused = torch.randn(1000, 100)
-    writer = tensor_store.TensorWriter(tmp_path, "stem", 10**9)
+    writer = TensorWriter(tmp_path, "stem", 10**9)
     writer.add("rows", fused[:3])
     writer.add("columns", fused[:, :3].T)
     assert len(pickle.dumps(writer)) < fused.nbytes / 10  # pickle writes whole storages
@@ -303,7 +306,7 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
 
 
 def test_a_name_is_written_once(tmp_path: Path) -> None:
-    writer = tensor_store.TensorWriter(tmp_path, "stem", 1)  # closes a shard after every tensor
+    writer = TensorWriter(tmp_path, "stem", 1)  # closes a shard after every tensor
     writer.add("weight", torch.zeros(2))
     with pytest.raises(StoreError, match="weight is written twice"):
         writer.add("weight", torch.ones(2))
@@ -311,7 +314,7 @@ def test_a_name_is_written_once(tmp_path: Path) -> None:
 
 
 def test_written_tensors_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
-    writer = tensor_store.TensorWriter(tmp_path, "stem", 1)
+    writer = TensorWriter(tmp_path, "stem", 1)
     writer.add("weight", torch.zeros(2))
     (tmp_path / "plain").touch()
     modes = {path.name: oct(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -331,7 +334,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_reading_takes_rows_columns_or_all(checkpoint: Path) -> None:
     a = load_file(checkpoint / "1.safetensors")["a"]
-    reader = tensor_store.TensorReader.of_checkpoint(checkpoint)
+    reader = TensorReader.of_checkpoint(checkpoint)
     read = {
         "all": (reader.read("a"), a),
         "rows": (reader.read("a", slice(1, 3)), a[1:3]),
@@ -344,7 +347,7 @@ def test_reading_takes_rows_columns_or_all(checkpoint: Path) -> None:
 
 def test_streaming_gives_every_tensor_of_every_shard(checkpoint: Path) -> None:
     expected = load_file(checkpoint / "1.safetensors") | load_file(checkpoint / "2.safetensors")
-    streamed = list(tensor_store.TensorReader.of_checkpoint(checkpoint).stream())
+    streamed = list(TensorReader.of_checkpoint(checkpoint).stream())
     assert len(streamed) == len(expected)
     torch.testing.assert_close(dict(streamed), expected, rtol=0, atol=0)
 
@@ -376,9 +379,9 @@ DAMAGES = {
     ],
 )
 def test_a_damaged_shard_is_named(
-    checkpoint: Path, damage: str, use: Callable[[tensor_store.TensorReader], object]
+    checkpoint: Path, damage: str, use: Callable[[TensorReader], object]
 ) -> None:
-    reader = tensor_store.TensorReader.of_checkpoint(checkpoint)
+    reader = TensorReader.of_checkpoint(checkpoint)
     apply, text = DAMAGES[damage]
     apply(checkpoint / "1.safetensors")
     with pytest.raises(WeightsError, match=rf"1\.safetensors.*{text}"):
@@ -389,25 +392,25 @@ def test_a_damaged_shard_is_named(
 def test_a_tensor_that_the_index_puts_in_the_wrong_file_is_named(
     checkpoint: Path, rows: slice
 ) -> None:
-    reader = tensor_store.TensorReader(checkpoint, {"a": "2.safetensors"})
+    reader = TensorReader(checkpoint, {"a": "2.safetensors"})
     with pytest.raises(WeightsError, match=r"\ba\b"):
         reader.read("a", rows)
 
 
 def test_a_tensor_that_is_nowhere_is_named(checkpoint: Path) -> None:
     with pytest.raises(WeightsError, match="holds no tensor nowhere"):
-        tensor_store.TensorReader.of_checkpoint(checkpoint).read("nowhere")
+        TensorReader.of_checkpoint(checkpoint).read("nowhere")
 
 
 def test_a_directory_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds neither model\.safetensors nor"):
-        tensor_store.TensorReader.of_checkpoint(tmp_path)
+        TensorReader.of_checkpoint(tmp_path)
 
 
 def test_an_index_without_a_weight_map_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises((StoreError, WeightsError), match=r"model\.safetensors\.index\.json"):
-        tensor_store.TensorReader.of_checkpoint(tmp_path)
+        TensorReader.of_checkpoint(tmp_path)
 
 
 # Records
@@ -448,8 +451,8 @@ RECORDS: dict[str, Any] = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     record, path = RECORDS[name], tmp_path / "new" / "record.json"
-    store.save_record(path, record)
-    assert store.load_record(path, type(record)) == record
+    save_record(path, record)
+    assert load_record(path, type(record)) == record
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -459,23 +462,23 @@ def test_a_record_of_another_version_says_which_field_is_wrong(tmp_path: Path, n
     content[field] = {"surely": ["not"]}
     path.write_text(json.dumps(content))
     with pytest.raises(StoreError, match=rf"no {type(record).__name__} that .*\({field}") as raised:
-        store.load_record(path, type(record))
+        load_record(path, type(record))
     assert "dvc repro" in str(raised.value)
 
 
 def test_a_compressed_model_of_a_later_format_is_refused(tmp_path: Path) -> None:
     record, path = RECORDS["compressed"], tmp_path / "record.json"
-    store.save_record(path, record)
-    assert store.load_record(path, CompressedIndex) == record
+    save_record(path, record)
+    assert load_record(path, CompressedIndex) == record
     path.write_text(json.dumps({**asdict(record), "format": FORMAT + 1, "unknown": 1}))
     with pytest.raises(StoreError, match=f"format {FORMAT + 1} is of a later version"):
-        store.load_record(path, CompressedIndex)
+        load_record(path, CompressedIndex)
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_missing_record_says_what_writes_it(tmp_path: Path, name: str) -> None:
     with pytest.raises(StoreError, match=r"record\.json is missing; run the stage"):
-        store.load_record(tmp_path / "record.json", type(RECORDS[name]))
+        load_record(tmp_path / "record.json", type(RECORDS[name]))
 
 
 @pytest.mark.parametrize("content", [b"", b'{"half":', b"\x80\xff\x00"], ids=repr)
@@ -483,4 +486,4 @@ def test_a_file_that_is_not_json_is_told_as_such(tmp_path: Path, content: bytes)
     path = tmp_path / "record.json"
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"record\.json is not JSON"):
-        store.load_record(path, Manifest)
+        load_record(path, Manifest)

@@ -17,32 +17,37 @@ from gauges import layers_of, random_element
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sharebasis import align, compressed_index, fitting, store
-from sharebasis.allocation import DENSE
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.choosing import Chosen
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.config import compose_settings
-from sharebasis.decomposition import Spectra, decompose
+from sharebasis import align
+from sharebasis.allocation.choose import Chosen
+from sharebasis.architecture.parts import Part, split_selected
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
 from sharebasis.errors import SettingsError
-from sharebasis.experts import unstack
-from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.grouping import LayerDistances
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.outcomes import Recovery
-from sharebasis.recovery import trainable, write_recovered
-from sharebasis.settings import FitSettings
-from sharebasis.share_linear import SplitLinear
-from sharebasis.splitting import Part, split_selected
-from sharebasis.structures import offered_groups
-from sharebasis.variation.distances import measure_variation, write_distances
-from sharebasis.variation.gauge import Layer
-from sharebasis.variation.layers import Layers, ModelTensors
-from sharebasis.variation.table import read_table
+from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.gauge.units import Layer
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.fit import fit as fitting
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.stages.recover.outcome import Recovery
+from sharebasis.stages.recover.recover import write_recovered
+from sharebasis.stages.recover.trainable import trainable
+from sharebasis.stages.vary.variation import measure_variation, write_distances
+from sharebasis.structures.curve import DENSE
+from sharebasis.structures.layer_distances import LayerDistances, read_table
+from sharebasis.structures.shared import offered_groups
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (24, 24), generator=torch.Generator().manual_seed(0))
@@ -290,7 +295,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     _take(monkeypatch, wanted)
     out = tmp_path / "out"
     fit(llama.weights, tmp_path / "spectra", settings, out, CPU, llama.moments)
-    index = store.load_record(out / compressed_index.FILE, CompressedIndex)
+    index = load_record(out / INDEX_FILE, CompressedIndex)
     sides = {group.side for group in index.groups if group.basis}
     assert sides == ({"input"} if wanted is TAKEN["within a layer"] else {"input", "output"})
     expected = llama.logits()

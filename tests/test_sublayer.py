@@ -6,29 +6,23 @@ from types import SimpleNamespace
 import pytest
 from conftest import SIZES, small_config
 
-from sharebasis.architecture import (
+from sharebasis.architecture.dims import Dims, dims
+from sharebasis.architecture.families import (
     ARCHITECTURES,
     Architecture,
-    Dims,
     architecture_of,
-    dims,
     slot_pattern,
     weight_type_name,
 )
-from sharebasis.classification import classify_model, linear_modules
+from sharebasis.architecture.roles import evidence_of, expert_slot, family_of, residual_role
+from sharebasis.architecture.selection import LinearModule, classify
+from sharebasis.architecture.sublayers import Sublayer
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError
-from sharebasis.experts import unstack
-from sharebasis.hub import meta_model
-from sharebasis.settings import WeightTypeSettings
-from sharebasis.sublayer import (
-    LinearModule,
-    Sublayer,
-    classify,
-    evidence_of,
-    expert_slot,
-    family_of,
-    residual_role,
-)
+from sharebasis.model.classify import classify_model
+from sharebasis.model.experts import unstack
+from sharebasis.model.explore import linear_modules
+from sharebasis.model.hub import meta_model
 
 D, D_MLP, D_KV = 32, 48, 16
 

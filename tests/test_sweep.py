@@ -25,8 +25,8 @@ from conftest import REPOSITORY
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sharebasis import ledger
 from sharebasis.errors import SettingsError
+from sharebasis.pipeline import ledger
 from sharebasis.sweep.pipeline import Pipeline
 from sharebasis.sweep.points import expand, find_point, find_points
 from sharebasis.sweep.watch import Account
@@ -238,7 +238,7 @@ def test_an_edit_of_the_code_changes_the_keys_of_the_stages_that_run_it(tmp_path
     shutil.copytree(REPOSITORY / "src", tmp_path / "src")
     before = find_point(Pipeline(tmp_path), "sweep", []).keys
     assert before == find_point(Pipeline(REPOSITORY), "sweep", []).keys
-    with (tmp_path / "src/sharebasis/fitting.py").open("a") as file:
+    with (tmp_path / "src/sharebasis/stages/fit/fit.py").open("a") as file:
         file.write("# an edit\n")
     after = find_point(Pipeline(tmp_path), "sweep", []).keys
     same = [stage for stage in before if before[stage] == after[stage]]

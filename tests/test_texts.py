@@ -12,9 +12,10 @@ import torch
 from conftest import CORPUS, MakeSettings
 from transformers import GPT2Config, PreTrainedTokenizerBase
 
+from sharebasis.config.data import DataSettings
+from sharebasis.data.sources import speeches
+from sharebasis.data.windows import read_windows, require_positions
 from sharebasis.errors import TextError
-from sharebasis.settings import DataSettings
-from sharebasis.texts import read_windows, require_positions, speeches
 
 USES = ("calibration", "evaluation")
 MakeData = Callable[..., DataSettings]

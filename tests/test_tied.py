@@ -14,25 +14,29 @@ from conftest import MakeSettings
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sharebasis import compressed_index, store
-from sharebasis.attribution.cache import run_with_cache
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import load_compressed
-from sharebasis.compressed_index import CompressedIndex
-from sharebasis.decomposition import decompose
+from sharebasis.architecture.groups import Group
+from sharebasis.architecture.parts import split_selected
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import Labels
 from sharebasis.errors import StreamError
-from sharebasis.fitting import FittedModel, fit, fit_metrics
-from sharebasis.grouping import Group
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.metric import Metric
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.outcomes import Recovery
-from sharebasis.recovery import trainable, write_recovered
-from sharebasis.settings import FitSettings, Labels
-from sharebasis.source import extract, find_source
-from sharebasis.splitting import split_selected
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.moments.problems import Metric
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.residual.cache import run_with_cache
+from sharebasis.stages.calibrate.calibrate import calibrate
+from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.fit.fit import fit
+from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
+from sharebasis.stages.recover.outcome import Recovery
+from sharebasis.stages.recover.recover import write_recovered
+from sharebasis.stages.recover.trainable import trainable
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -179,7 +183,7 @@ def test_two_sided_factors_and_entries_are_in_memory_once(two_sided: Path) -> No
 @torch.no_grad()
 def test_what_is_trained_is_so_under_all_names(two_sided: Path, tmp_path: Path) -> None:
     small = load_compressed(two_sided, torch.float32)
-    index = store.load_record(two_sided / compressed_index.FILE, CompressedIndex)
+    index = load_record(two_sided / INDEX_FILE, CompressedIndex)
     groups, before = trainable(small, index), small(input_ids=WINDOWS).logits
     for group in groups:
         for _, own in group.named():

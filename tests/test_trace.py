@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sharebasis import trace as tracing
-from sharebasis.trace import Trace
+from sharebasis.model import trace as tracing
+from sharebasis.model.trace import Trace
 
 D, D_MLP, D_LATENT = 8, 12, 3
 Step = Callable[[Any, Tensor], Tensor]

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from sharebasis.calibration import calibrate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
+from sharebasis.architecture.sublayers import Sublayer
+from sharebasis.config.types import Labels
 from sharebasis.errors import CalibrationError
-from sharebasis.factorize import decompose_reads, fit_read_basis
-from sharebasis.hub import load_model
-from sharebasis.moment_store import MomentStore, write_moments
-from sharebasis.moments import Moment
-from sharebasis.settings import Labels
-from sharebasis.sublayer import Sublayer
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.linalg.factorize import decompose_reads, fit_read_basis
+from sharebasis.linalg.moments import Moment
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model
+from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.stages.calibrate.calibrate import calibrate
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (6, 12), generator=torch.Generator().manual_seed(0))

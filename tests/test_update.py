@@ -23,14 +23,14 @@ from propagating import (
 )
 from torch import Tensor
 
-from sharebasis import store
-from sharebasis.capture import watched
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.compressed import linears_by_group, load_compressed
-from sharebasis.compressed_index import CompressedGroup
-from sharebasis.hub import load_model
-from sharebasis.outcomes import Propagation
-from sharebasis.propagation import propagation_identity
+from sharebasis.compressed.index import CompressedGroup
+from sharebasis.compressed.loader import linears_by_group, load_compressed
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.records import load_record
+from sharebasis.model.hooks import watched
+from sharebasis.model.hub import load_model
+from sharebasis.stages.propagate.outcome import Propagation
+from sharebasis.stages.propagate.propagate import propagation_identity
 
 UPDATE = {"propagate.by": "update", "fit.storage": "plain"}
 OWN = {"fit.method": "svd_llm", "fit.two_sided": False}
@@ -152,7 +152,7 @@ def test_held_out_windows_decide_if_there_are_any(
     better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not better:
-        monkeypatch.setattr("sharebasis.propagation.is_better", lambda *_: False)
+        monkeypatch.setattr("sharebasis.model.held_out.is_better", lambda *_: False)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
     assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
     before, after = products(case.work / "compressed"), products(tmp_path / "out")
@@ -182,5 +182,5 @@ def test_families_and_what_is_left(
     assert found.refitted > 0
     assert found.refitted + found.left == len(case.index.groups)
     assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
-    record = store.load_record(tmp_path / "out" / "propagation.json", Propagation)
+    record = load_record(tmp_path / "out" / "propagation.json", Propagation)
     assert record == found

@@ -17,25 +17,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis import store
-from sharebasis.allocation import Curve, allocate
-from sharebasis.checkpoint import Checkpoint
-from sharebasis.classification import classify_model
-from sharebasis.compressed import linears_by_tensor, load_compressed
-from sharebasis.compressed_writer import rewrite
-from sharebasis.decomposition import Spectra
-from sharebasis.fitting import fit_metrics
-from sharebasis.hub import load_config, load_model, meta_model
-from sharebasis.interpolative import BOUND
-from sharebasis.outcomes import Propagation
-from sharebasis.propagation import propagate
-from sharebasis.settings import FitSettings, SplitStrategy
-from sharebasis.tensor_store import TensorReader
-from sharebasis.turned_original import turn_original
-from sharebasis.value_gauge import fix_values, turned_output, turned_values, values_at, whole_values
-from sharebasis.variation.freedom import POSITIONS
-from sharebasis.variation.layers import ModelTensors
-from sharebasis.weights import DenseWeights
+from sharebasis.allocation.lagrangian import allocate
+from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.compressed.rewrite import rewrite
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.types import SplitStrategy
+from sharebasis.gauge.freedom import POSITIONS
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.io.atomic import writing
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.linalg.interpolative import BOUND
+from sharebasis.linalg.value_gauge import (
+    fix_values,
+    turned_output,
+    turned_values,
+    values_at,
+    whole_values,
+)
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
+from sharebasis.spectra.store import Spectra
+from sharebasis.stages.fit.metrics import fit_metrics
+from sharebasis.stages.propagate.outcome import Propagation
+from sharebasis.stages.propagate.propagate import propagate
+from sharebasis.stages.propagate.turned_original import turn_original
+from sharebasis.structures.curve import Curve
 
 CPU = torch.device("cpu")
 
@@ -252,7 +260,7 @@ def test_new_values_are_fixed_again(
                 replaced[f"{part.sublayer}.bias"] = bias.clone()
         expected = model(input_ids=tokens(2, seed=5)).logits
     assert replaced
-    with store.writing(own.directory / "again") as out:
+    with writing(own.directory / "again") as out:
         rewrite(out, own.directory / "small", index, replaced, 10**8)
     _close(_logits(own, "again"), expected)
     assert (expected - _logits(own, "small")).abs().max() > 1e-2

@@ -19,16 +19,22 @@ from conftest import REPOSITORY, SIZES, MakeDirectory, random_model, with_change
 from gauges import layers_of, random_element
 from transformers import PreTrainedModel
 
-from sharebasis import parallel, store
-from sharebasis.classification import classify_model
+from sharebasis.config.analyse import Alignment, VarySettings
 from sharebasis.errors import SelectionError, StoreError
-from sharebasis.hub import load_config, meta_model
-from sharebasis.rows import Rows
-from sharebasis.settings import Alignment, VarySettings
-from sharebasis.source import extract, find_source
-from sharebasis.variation import distances as over_a_model
-from sharebasis.variation.alignment import distances
-from sharebasis.variation.distances import (
+from sharebasis.gauge.alignment import distances
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.gauge.units import Layer
+from sharebasis.io.records import save_record
+from sharebasis.linalg.rows import Rows
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, meta_model
+from sharebasis.runtime import threads
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
+from sharebasis.stages.vary import variation as over_a_model
+from sharebasis.stages.vary.figures import matrices, over_depth
+from sharebasis.stages.vary.variation import (
     Shuffled,
     Variation,
     measure_variation,
@@ -36,9 +42,6 @@ from sharebasis.variation.distances import (
     variation_metrics,
     write_distances,
 )
-from sharebasis.variation.figures import matrices, over_depth
-from sharebasis.variation.gauge import Layer
-from sharebasis.variation.layers import Layers, ModelTensors
 
 ALL = VarySettings("exact", "all", None)
 LLAMA = {"q", "k", "v", "o", "gate", "up", "down", "input_layernorm", "post_attention_layernorm"}
@@ -140,8 +143,8 @@ def test_large_layers_go_one_pair_after_the_other_with_the_same_result(
     llama: PreTrainedModel, of_llama: Variation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    executor = parallel.ThreadPoolExecutor
-    monkeypatch.setattr(parallel, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1])
+    executor = threads.ThreadPoolExecutor
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", lambda n: (used.append(n), executor(n))[1])
     torch.set_num_threads(2)
     try:
         assert measured(llama).measured == of_llama.measured
@@ -262,7 +265,7 @@ def test_the_stage_writes_metrics_table_and_figures(
     weights = tmp_path / "artifacts" / "weights"
     extract(find_source(str(make_directory("gpt2"))), weights)
     found = classify_model(meta_model(load_config(weights)))
-    store.save_record(tmp_path / "artifacts" / "sublayers.json", found)
+    save_record(tmp_path / "artifacts" / "sublayers.json", found)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, {})))
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(REPOSITORY / "stages" / "vary.py"), run_name="__main__")

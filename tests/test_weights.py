@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
-from sharebasis import tensor_store, weights
 from sharebasis.errors import SourceError, WeightsError
-from sharebasis.experts import unstack
-from sharebasis.hub import load_model
-from sharebasis.rows import Rows
-from sharebasis.weights import DenseWeights
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.linalg.rows import Rows
+from sharebasis.model import checkpoint_weights
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.experts import unstack
+from sharebasis.model.hub import load_model
 
 CPU = torch.device("cpu")
 HRM_TEXT = {
@@ -116,7 +117,9 @@ def test_a_renaming_that_leads_nowhere_is_passed_over(
     saved(random_model("llama", 288), tmp_path)
     expected = unstacked_state(tmp_path)
     meant_for_others = [WeightRenaming("mlp.up_proj", "mlp.wi"), WeightRenaming("norm", "ln")]
-    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda model: meant_for_others)
+    monkeypatch.setattr(
+        checkpoint_weights, "get_model_conversion_mapping", lambda model: meant_for_others
+    )
     assert_reads_all(tmp_path, expected)
 
 
@@ -166,14 +169,14 @@ def test_some_rows_of_a_weight_are_those_rows(
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The tensors of the checkpoint that are read from now on, and how many numbers of each."""
     seen: list[tuple[str, int]] = []
-    original = tensor_store.TensorReader.read
+    original = TensorReader.read
 
-    def read(self: tensor_store.TensorReader, name: str, *rest: slice, **named: slice) -> Tensor:
+    def read(self: TensorReader, name: str, *rest: slice, **named: slice) -> Tensor:
         tensor = original(self, name, *rest, **named)
         seen.append((name, tensor.untyped_storage().nbytes() // tensor.itemsize))
         return tensor
 
-    monkeypatch.setattr(tensor_store.TensorReader, "read", read)
+    monkeypatch.setattr(TensorReader, "read", read)
     return seen
 
 

@@ -6,7 +6,7 @@ TARGET is the same model: heads and neurons of every layer are permuted, turned 
 they lie near those of another one, which no logit notices beyond rounding. It is a source
 like any other, whose layers can share bases on the side of heads and neurons, too:
 
-    dvc exp run -S model=local -S model.source=TARGET \\
+    dvc exp run -S model=local -S model.source=TARGET \
         -S 'fit.structures=[private,shared:2:inner]' -S 'fit.shared=[gate,up,down]'
 """
 
@@ -22,16 +22,17 @@ import networkx as nx
 import torch
 from transformers import PreTrainedModel
 
-from sharebasis import store
-from sharebasis.classification import classify_model
 from sharebasis.errors import SelectionError
-from sharebasis.grouping import LayerDistances
-from sharebasis.hub import MANIFEST, load_model, meta_model
-from sharebasis.progress import progress
-from sharebasis.stage import report_errors
-from sharebasis.variation.alignment import Aligned, align
-from sharebasis.variation.layers import Layers, ModelTensors
-from sharebasis.variation.table import read_table
+from sharebasis.gauge.alignment import Aligned, align
+from sharebasis.gauge.layers import Layers
+from sharebasis.gauge.tensors import ModelTensors
+from sharebasis.io.atomic import writing
+from sharebasis.io.manifest import MANIFEST
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_model, meta_model
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.progress import progress
+from sharebasis.structures.layer_distances import LayerDistances, read_table
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def main() -> None:
     distances = read_table(arguments.distances)["aligned"] if arguments.distances else None
     model = load_model(arguments.source, "float32", torch.device("cpu"))
     align_layers(model, distances)
-    with store.writing(arguments.target) as out:
+    with writing(arguments.target) as out:
         for path in arguments.source.iterdir():
             if ".safetensors" not in path.name and path.name != MANIFEST:
                 shutil.copyfile(path, out / path.name)

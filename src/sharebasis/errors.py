@@ -4,6 +4,8 @@ Every error that bad input or a bad machine can cause is one of these. A stage p
 its text alone, without a traceback, so the text has to be enough to act on.
 """
 
+from __future__ import annotations
+
 
 class ShareBasisError(Exception):
     """The base of every error below."""

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from sharebasis.config import PARAMS, compose_params, flatten, parse_settings
-from sharebasis.stage import report_errors
-from sharebasis.store import write_text
+from sharebasis.io.atomic import write_text
+from sharebasis.pipeline.compose import compose_params
+from sharebasis.pipeline.settings import PARAMS, flatten, parse_settings
+from sharebasis.pipeline.stage import report_errors
 
 
 def changes(before: Any, after: Any) -> list[str]:

@@ -6,15 +6,16 @@ from typing import Any
 
 from rich.table import Table
 
-from sharebasis import store
-from sharebasis.console import print_tables
-from sharebasis.stage import METRICS, report_errors
+from sharebasis.io.records import read_json
+from sharebasis.pipeline.paths import METRICS
+from sharebasis.pipeline.stage import report_errors
+from sharebasis.runtime.console import print_tables
 
 
 @report_errors
 def main() -> None:
-    fit = store.read_json(METRICS / "fit.json")
-    verify = store.read_json(METRICS / "verify.json")
+    fit = read_json(METRICS / "fit.json")
+    verify = read_json(METRICS / "verify.json")
     print_tables(_storage(fit), _fidelity(verify))
 
 

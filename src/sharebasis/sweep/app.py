@@ -15,16 +15,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from sharebasis import ledger
 from sharebasis.errors import GitError, ShareBasisError, SweepError
-from sharebasis.report.points import collect, write_points
-from sharebasis.stage import RESULTS
+from sharebasis.pipeline import ledger
+from sharebasis.pipeline.paths import RESULTS
+from sharebasis.stages.report.experiments import collect
+from sharebasis.stages.report.points import write_points
 from sharebasis.sweep.points import expand, find_points
 from sharebasis.sweep.run import Sweep, run_common, run_point
 from sharebasis.sweep.watch import Watch, show
 from sharebasis.sweep.workspace import find_repository
 
 log = logging.getLogger(__name__)
+
 
 OmegaConf.register_new_resolver(
     "cores_for", lambda jobs: max(1, (os.cpu_count() or 1) // max(1, int(jobs))), replace=True

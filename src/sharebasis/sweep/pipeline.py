@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sharebasis.config import value_at
+from sharebasis.pipeline.settings import value_at
 
 READ_BYTES = 16 * 2**20
 """Files up to this size are told apart by their content, others by size and time of change."""
@@ -100,7 +100,7 @@ def interpolated(path: str, params: Mapping[str, Any]) -> str:
 def _identity(path: Path) -> Any:
     """What tells one content of a file or directory from another."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if _counts(file))
         return [[str(file.relative_to(path)), _identity(file)] for file in files]
     try:
         stat = path.stat()
@@ -109,3 +109,8 @@ def _identity(path: Path) -> Any:
     if stat.st_size > READ_BYTES:
         return [stat.st_size, stat.st_mtime_ns]
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _counts(path: Path) -> bool:
+    """Whether it is a file whose content matters; bytecode does not (.dvcignore says the same)."""
+    return path.is_file() and path.suffix not in (".pyc", ".pyo")

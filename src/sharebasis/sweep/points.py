@@ -14,7 +14,8 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sharebasis.config import compose_params, parse_settings
+from sharebasis.pipeline.compose import compose_params
+from sharebasis.pipeline.settings import parse_settings
 from sharebasis.sweep.pipeline import Pipeline
 
 TARGET = "verify"

@@ -9,16 +9,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from sharebasis import ledger, store
 from sharebasis.errors import GitError, SweepError
+from sharebasis.io.records import read_json, save_record
+from sharebasis.pipeline import ledger
 from sharebasis.sweep.points import TARGET, Point, find_point
-from sharebasis.sweep.workspace import (
-    Repository,
-    locked,
-    publish,
-    run_experiment,
-    workspace,
-)
+from sharebasis.sweep.workspace import Repository, locked, publish, run_experiment, workspace
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,11 @@ class Sweep:
 
     def save(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        store.save_record(self.directory / "sweep.json", self)
+        save_record(self.directory / "sweep.json", self)
 
     @classmethod
     def load(cls, directory: Path) -> Sweep:
-        content = store.read_json(directory / "sweep.json")
+        content = read_json(directory / "sweep.json")
         return TypeAdapter(cls).validate_python(content)
 
 

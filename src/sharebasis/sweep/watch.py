@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sharebasis import ledger
-from sharebasis.console import print_tables
-from sharebasis.ledger import Event
+from sharebasis.pipeline import ledger
+from sharebasis.pipeline.ledger import Event
+from sharebasis.runtime.console import print_tables
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from typing import Any
 from configobj import ConfigObj
 
 from sharebasis.errors import SweepError
-from sharebasis.git import git
-from sharebasis.ledger import LEDGER, POINT
-from sharebasis.stage import CHECKPOINTS
+from sharebasis.io.git import git
+from sharebasis.pipeline.ledger import LEDGER, POINT
+from sharebasis.pipeline.paths import CHECKPOINTS
 from sharebasis.sweep.pipeline import Pipeline
 from sharebasis.sweep.records import LOCK, Records, read_lock
 

@@ -1,0 +1,1 @@
+"""A budget -> what becomes of every part."""

@@ -1,0 +1,200 @@
+"""A parameter budget -> which groups there are, and a rank for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharebasis.errors import BudgetError
+from sharebasis.linalg.exact_cover import Cover
+from sharebasis.structures.curve import Curve
+
+SLACK = Fraction(1, 1000)
+"""Fraction of the dense numbers by which caps may fall short of the budget."""
+
+
+def allocate(curves: Sequence[Curve], removed: float) -> list[int]:
+    """Choose an entry of every curve so that the sum of losses is least within the budget.
+
+    Minimises Σ loss + λ Σ stored in every group alone; the largest λ whose choice fits is
+    found by bisection. What is left of the budget, less than one step of one curve, goes to
+    the steps that save most per number.
+
+    Args:
+        curves: of groups; entries need neither be convex nor monotone in what they store.
+        removed: fraction of the dense numbers to remove, in (0, 1).
+
+    Returns:
+        Index of the chosen entry of every curve.
+
+    Raises:
+        BudgetError: the least that is allowed everywhere stores too much, or the most too little.
+    """
+    cells = [Alone(i, curve) for i, curve in enumerate(curves)]
+    return [pick.entry for pick in picks_within(cells, removed)]
+
+
+def allocate_structures(
+    curves: Sequence[Curve], cover: Cover, n_given: int, removed: float
+) -> dict[int, int]:
+    """Choose groups that cover every part once, too: those of least Σ loss + λ Σ stored.
+
+    Where the given groups alone lose no more, it is those: they may spend what is left of the
+    budget better.
+
+    Args:
+        curves: of the given groups, and after them of those that are offered (`Curve.offered`).
+        cover: of the parts, by all groups.
+        n_given: how many are given.
+        removed: fraction of the dense numbers to remove, in (0, 1).
+
+    Returns:
+        Number of every chosen group, ascending -> index of the chosen entry of its curve.
+
+    Raises:
+        BudgetError: as `allocate`.
+    """
+    found = picks_within([Together(curves, cover)], removed)
+    if all(pick.number < n_given for pick in found):
+        return _entries(found)
+    alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_given])]
+    if not all(np.isfinite(one.curve.loss).any() for one in alone):  # limits allow others alone
+        return _entries(found)
+    try:
+        given = picks_within(alone, removed)
+    except BudgetError:  # only what shares stores so little
+        return _entries(found)
+    better = sum(pick.loss for pick in given) <= sum(pick.loss for pick in found)
+    return _entries(given if better else found)
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A group, and the entry of its curve that is chosen."""
+
+    number: int
+    curve: Curve
+    entry: int
+
+    @property
+    def stored(self) -> int:
+        return int(self.curve.stored[self.entry])
+
+    @property
+    def loss(self) -> float:
+        return float(self.curve.loss[self.entry])
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """Some parts, and the ways in which they can be stored."""
+
+    def choose(self, price: float) -> Sequence[Pick]:
+        """The picks of least loss + price * stored; at an infinite price, of those that limits
+        allow, what stores least (or, where it is negative, most)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One group, of any rank or dense."""
+
+    number: int
+    curve: Curve
+
+    def choose(self, price: float) -> Sequence[Pick]:
+        return [Pick(self.number, self.curve, int(np.argmin(_values(self.curve, price))))]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Groups that overlap, of which those are chosen that cover every part once."""
+
+    curves: Sequence[Curve]
+    cover: Cover
+
+    def choose(self, price: float) -> Sequence[Pick]:
+        values = [_values(curve, price) for curve in self.curves]
+        entries = [int(np.argmin(own)) for own in values]
+        costs = [float(own[entry]) for own, entry in zip(values, entries, strict=True)]
+        return [Pick(i, self.curves[i], entries[i]) for i in self.cover.best(costs)]
+
+
+def picks_within(cells: Sequence[Cell], removed: float) -> Sequence[Pick]:
+    """The picks of all cells whose sum of losses is least within the budget; see `allocate`.
+
+    Raises:
+        BudgetError: as `allocate`.
+    """
+    budget = _budget(cells, removed)
+    low, high = 0.0, 1.0  # low stores too much (or just enough), high fits
+    while _stored(_choose(cells, high)) > budget:
+        low, high = high, 4 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        fits = _stored(_choose(cells, middle)) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    picks = _choose(cells, high)
+    return _filled(picks, budget - _stored(picks))
+
+
+def _entries(picks: Sequence[Pick]) -> dict[int, int]:
+    return {pick.number: pick.entry for pick in picks}
+
+
+def _choose(cells: Sequence[Cell], price: float) -> Sequence[Pick]:
+    return [pick for cell in cells for pick in cell.choose(price)]
+
+
+def _stored(picks: Sequence[Pick]) -> int:
+    return sum(pick.stored for pick in picks)
+
+
+def _values(curve: Curve, price: float) -> NDArray[np.float64]:
+    if np.isinf(price):
+        return np.where(np.isfinite(curve.loss), np.sign(price) * curve.stored, np.inf)
+    return curve.loss + price * curve.stored
+
+
+def _budget(cells: Sequence[Cell], removed: float) -> int:
+    """Numbers to be stored, once it is known that they can be."""
+    smallest = _choose(cells, np.inf)
+    least, most = _stored(smallest), _stored(_choose(cells, -np.inf))
+    dense = sum(pick.curve.original for pick in smallest)
+    budget = int((1 - Fraction(str(removed))) * dense)
+    if least > budget:
+        limited = any(np.isinf(pick.curve.loss[:-1]).any() for pick in smallest)
+        what = "the least that limits allow" if limited else "the least that there can be"
+        way = "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but {what} already stores {least}. "
+            f"Lower fit.removed or {way}."
+        )
+    if most < budget - SLACK * dense:
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but limits allow no more than "
+            f"{most}, which is removing {1 - most / dense:.4g}. Raise fit.removed or the caps of "
+            "fit.limits."
+        )
+    return budget
+
+
+def _filled(picks: Sequence[Pick], left: int) -> Sequence[Pick]:
+    """Spend what is left, step by step, where it saves most per number."""
+    picks = list(picks)
+    while True:
+        best, which, entry = 0.0, -1, -1
+        for i, pick in enumerate(picks):
+            extra, saved = pick.curve.stored - pick.stored, pick.loss - pick.curve.loss
+            rate = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
+            if (top := rate.max()) > best:
+                best, which, entry = float(top), i, int(rate.argmax())
+        if which < 0:
+            return picks
+        step = replace(picks[which], entry=entry)
+        left -= step.stored - picks[which].stored
+        picks[which] = step

@@ -1,0 +1,1 @@
+"""What sublayers a model has: families as a table, sizes, roles, parts."""

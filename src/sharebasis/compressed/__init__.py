@@ -1,0 +1,1 @@
+"""artifacts/compressed: its index, written, loaded and rewritten."""

@@ -1,0 +1,1 @@
+"""What settings there are: a module for each group of conf/."""

@@ -1,0 +1,1 @@
+"""What is arbitrary in a layer, and layers in the same gauge."""

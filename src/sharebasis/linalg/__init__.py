@@ -1,0 +1,1 @@
+"""The mathematics: functions of tensors that know no model and no file."""

@@ -1,0 +1,1 @@
+"""artifacts/moments, and the problems that are made of it."""

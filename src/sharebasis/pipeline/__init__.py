@@ -1,0 +1,1 @@
+"""What every stage script has around it: paths, settings, errors, provenance."""

@@ -1,1 +1,0 @@
-"""Points that were measured, and all that is made of them to be read."""

@@ -1,0 +1,1 @@
+"""The residual stream: a cache of activations, its decompositions, views of heads."""

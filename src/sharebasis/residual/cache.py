@@ -1,0 +1,109 @@
+"""A forward pass over a hub model, kept and taken apart: `run_with_cache`.
+
+Names, shapes and methods are TransformerLens's, so that what is written for its cache reads
+on. What differs is said where it does: nothing is folded into anything here, so norms bring
+their weights, and what a family multiplies or norms before it adds it is a component as added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharebasis.errors import StreamError
+from sharebasis.residual.anatomy import Anatomy
+from sharebasis.residual.capture import FINAL, capture
+from sharebasis.residual.names import Names, wanted
+from sharebasis.residual.stream import StreamStacks
+
+
+def run_with_cache(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch pos"],
+    names: Names = None,
+    *,
+    device: torch.device | str | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, ActivationCache]:
+    """Run tokens through a model, dense, wrapped or compressed, and keep activations.
+
+    To run a model more than once, make one `Observer` of it and call that.
+
+    Args:
+        model: on any device.
+        tokens: ids.
+        names: what to keep; see `Observer.__call__`.
+        device: where what is kept goes; None leaves it on the model's.
+        inputs: more arguments of the model, `attention_mask` for one.
+
+    Returns:
+        Logits (batch, pos, d_vocab), and the cache.
+
+    Raises:
+        StreamError: the residual stream of the model is not a plain sum.
+        SelectionError: its sublayers cannot be found.
+    """
+    return Observer(model)(tokens, names, device=device, **inputs)
+
+
+class Observer(Anatomy):
+    """Finds its way in a model once, and then runs tokens through it as often as is wanted."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        names: Names = None,
+        *,
+        device: torch.device | str | None = None,
+        forced: ActivationCache | Mapping[str, Tensor] | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, ActivationCache]:
+        """Run tokens through the model.
+
+        Args:
+            tokens: ids.
+            names: None keeps everything; a name (`"z"`, of every layer, or
+                `"blocks.3.attn.hook_z"`), several of them, or a predicate of whole names.
+            device: see `run_with_cache`.
+            forced: `hook_resid_pre` and `hook_resid_mid` of blocks -> what the stream is made to
+                be there: every component then works on inputs that are given. The cache of
+                another model on the same tokens will do.
+            inputs: see `run_with_cache`.
+
+        Raises:
+            StreamError: the residual stream is not a plain sum.
+        """
+        tokens = tokens.to(self.model.device)
+        captured = capture(
+            self.model,
+            self.sites,
+            lambda: self.model(input_ids=tokens, use_cache=False, **inputs).logits,
+            wanted(names),
+            forced.tensors if isinstance(forced, ActivationCache) else forced,
+            device,
+        )
+        if not captured.norms.get(FINAL):
+            raise StreamError(
+                f"No norm was seen between the last block of this {self.model.config.model_type} "
+                "model and its unembedding; such a model is not supported."
+            )
+        return captured.logits, ActivationCache(self, captured)
+
+
+class ActivationCache(StreamStacks):
+    """Activations by name, and the ways to take the residual stream apart.
+
+    `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["resid_post", -1]`,
+    `cache["scale", 3, "ln2"]`, `cache["scale"]` (of the last norm), `cache["embed"]`. Computed when
+    they are asked for: `cache["result", 3]`, what every head adds, and `cache["q_input", 3]`
+    (k, v), the stream once for each head.
+
+    Wherever a `layer` is asked for, it is the one whose input is taken apart; None, -1
+    and the number of layers mean the input of the unembedding.
+    """

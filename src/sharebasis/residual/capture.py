@@ -1,0 +1,308 @@
+"""Hooks around a forward pass that keep what it computes, under TransformerLens's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sharebasis.errors import StreamError
+from sharebasis.residual.norm import Norm
+from sharebasis.residual.norm_probe import TOLERANCE, norm_factor, probe_norm
+from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, is_float, storage_key
+
+Branch = Literal["attn", "mlp"]
+
+FINAL = "ln_final"
+_LN: Mapping[Branch, str] = {"attn": "ln1", "mlp": "ln2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an activation is of a sublayer's output."""
+
+    key: str
+    """Without the layer: `attn.hook_q`."""
+    take: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSites:
+    """Where in one block things are, by HF name of modules."""
+
+    block: str
+    writers: Mapping[str, Branch]
+    readers: Mapping[str, Branch]
+    outputs: Mapping[str, tuple[Output, ...]]
+    o: str | None
+    """The only sublayer of attention that writes; None if there are none or several."""
+    down: str | None
+    """The same of the MLP."""
+    n_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where in a model things are, by HF name of modules."""
+
+    embed: str
+    layers: tuple[LayerSites, ...]
+    unembed: str
+
+
+@dataclass(slots=True)
+class Captured:
+    """What one forward pass computed."""
+
+    logits: Tensor
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """By key; of the batch and positions of the tokens."""
+    norms: dict[str, Norm] = field(default_factory=dict)
+    """`blocks.3.ln1`, `ln_final` -> the norm there."""
+    final_norm: str = ""
+    """HF name of the last one."""
+
+
+def capture(
+    model: nn.Module,
+    sites: Sites,
+    run: Callable[[], Tensor],
+    wanted: Callable[[str], bool],
+    forced: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> Captured:
+    """Run a model and keep activations.
+
+    Args:
+        model: that holds the sites.
+        sites: of `model`.
+        run: called without arguments, runs tokens through `model` and returns the logits.
+        wanted: whether to keep what has this key.
+        forced: keys of `hook_resid_pre` and `hook_resid_mid` -> what the stream is made to be
+            there, so that every component works on inputs that are given.
+        device: where what is kept goes; None leaves it where it was computed.
+
+    Raises:
+        StreamError: the stream is not the sum of what was seen to be added to it.
+    """
+    pass_ = _Pass(sites, wanted, forced or {}, device)
+    with ExitStack() as hooks:
+        for handle in pass_.attach(model):
+            hooks.callback(handle.remove)
+        with pass_.sums:
+            logits = run()
+    pass_.captured.logits = logits
+    return pass_.captured
+
+
+class _Pass:
+    """The hooks of one forward pass."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        wanted: Callable[[str], bool],
+        forced: Mapping[str, Tensor],
+        device: torch.device | str | None,
+    ) -> None:
+        self.sites, self.wanted, self.forced, self.device = sites, wanted, forced, device
+        self.sums = StreamSums()
+        self.captured = Captured(torch.empty(0))
+        self._normed: dict[int, tuple[str, nn.Module, Tensor, Tensor]] = {}
+        self._written: dict[str, Tensor] = {}
+
+    def attach(self, model: nn.Module) -> Iterator[Any]:
+        """Put the hooks in; each is yielded."""
+        at = model.get_submodule
+        yield at(self.sites.embed).register_forward_hook(self._embedded)
+        for i, layer in enumerate(self.sites.layers):
+            yield at(layer.block).register_forward_pre_hook(self._enter(i), with_kwargs=True)
+            for name in layer.readers:
+                yield at(name).register_forward_pre_hook(self._reads(i, layer.readers[name]))
+            for name in {*layer.writers, *layer.outputs}:
+                yield at(name).register_forward_hook(self._after(i, name))
+            for key, only in (("attn.hook_z", layer.o), ("mlp.hook_post", layer.down)):
+                if only is not None:
+                    yield at(only).register_forward_pre_hook(self._before(i, key, layer))
+            yield at(layer.block).register_forward_hook(self._leave(i))
+        linear = {self.sites.unembed, self.sites.embed}
+        linear = linear.union(*({*x.writers, *x.readers, *x.outputs} for x in self.sites.layers))
+        for name, module in model.named_modules():
+            if name not in linear and not any(True for _ in module.children()):
+                yield module.register_forward_hook(self._norm(name))
+        yield at(self.sites.unembed).register_forward_pre_hook(self._reads(None, None))
+        yield at(self.sites.unembed).register_forward_hook(self._unembedded)
+
+    def keep(self, key: str, x: Callable[[], Tensor]) -> None:
+        if self.wanted(key):
+            self.captured.tensors[key] = x() if self.device is None else x().to(self.device)
+
+    # Embeddings, and what comes after the blocks
+
+    def _embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.sums.written(output, "embed")
+
+    def _unembedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.keep("hook_raw_logits", lambda: output)
+
+    # Blocks
+
+    def _enter(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            place = next(k for k, x in (*enumerate(args), *kwargs.items()) if is_float(x))
+            x = args[place] if isinstance(place, int) else kwargs[place]
+            if i == 0:
+                self._keep_embeddings(x)
+            given = self.forced.get(f"blocks.{i}.hook_resid_pre")
+            if given is not None:
+                x = given.to(x.device).view(x.shape).clone()
+                args, kwargs = _replaced(args, kwargs, place, x)
+            mid = self.forced.get(f"blocks.{i}.hook_resid_mid")
+            self.sums.enter(x, None if mid is None else mid.to(x.device))
+            self._normed.clear()
+            self._written.clear()
+            self.keep(f"blocks.{i}.hook_resid_pre", lambda: x)
+            return args, kwargs
+
+        return hook
+
+    def _keep_embeddings(self, x: Tensor) -> None:
+        components = self.sums.embedded(x)
+        keys: tuple[tuple[str, Kind], ...] = (
+            ("hook_embed", "embed"),
+            ("hook_pos_embed", "pos_embed"),
+        )
+        for key, kind in keys:
+            own = [one.value.expand(x.shape) for one in components if kind in one.kinds]
+            if own:
+                self.keep(key, partial(_total, own))
+
+    def _leave(self, i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple | list) else output
+            block = self.sums.leave(x)
+            if f"blocks.{i}.hook_resid_mid" not in self.forced:
+                _require_sum(block, self.sites.layers[i].block)
+            shape = block.before.shape
+            self.keep(f"blocks.{i}.hook_resid_post", lambda: x)
+            if block.mid is not None:
+                mid = block.mid.view(shape)
+                self.keep(f"blocks.{i}.hook_resid_mid", lambda: mid)
+            branches: tuple[Branch, ...] = ("attn", "mlp")
+            for branch in branches:
+                added = block.of(branch)
+                if added is not None:
+                    self.keep(f"blocks.{i}.hook_{branch}_out", partial(_itself, added))
+                only = self.sites.layers[i].o if branch == "attn" else self.sites.layers[i].down
+                if added is not None and only in self._written:
+                    written = self._written[only].view(shape)
+                    self._keep_factor(f"blocks.{i}.hook_{branch}norm_factor", written, added)
+
+        return hook
+
+    def _keep_factor(self, key: str, written: Tensor, added: Tensor) -> None:
+        if not torch.equal(written, added):
+            self.keep(key, lambda: norm_factor(written, added, key))
+
+    # Sublayers
+
+    def _before(self, i: int, key: str, layer: LayerSites) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = self._in_batch(args[0])
+            z = x.unflatten(-1, (layer.n_heads, -1)) if key == "attn.hook_z" else x
+            self.keep(f"blocks.{i}.{key}", lambda: z)
+
+        return hook
+
+    def _in_batch(self, x: Tensor) -> Tensor:
+        """(tokens, d) -> (batch, position, d), where a family flattens them."""
+        assert self.sums.block is not None
+        return x.view(*self.sums.block.before.shape[:-1], x.shape[-1])
+
+    def _after(self, i: int, name: str) -> Callable[..., None]:
+        layer = self.sites.layers[i]
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for one in layer.outputs.get(name, ()):
+                self.keep(f"blocks.{i}.{one.key}", partial(one.take, self._in_batch(output)))
+            if name in layer.writers:
+                x = output[0] if isinstance(output, tuple) else output
+                self._written[name] = x.clone()  # some families go on in the same memory
+                self.sums.written(x, layer.writers[name])
+
+        return hook
+
+    # Norms
+
+    def _norm(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not (args and is_float(args[0]) and is_float(output)):
+                return
+            x = args[0]
+            if (
+                x.shape == output.shape
+                and self.sums.is_stream(x)
+                and storage_key(x) != storage_key(output)
+            ):
+                self._normed[storage_key(output)] = name, module, x, output
+
+        return hook
+
+    def _reads(self, i: int | None, branch: Branch | None) -> Callable[..., None]:
+        place = FINAL if branch is None else f"blocks.{i}.{_LN[branch]}"
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            normed = self._normed.get(storage_key(args[0]))
+            if normed is None or place in self.captured.norms:
+                return
+            name, own, x, y = normed
+            if branch is None:
+                self.captured.final_norm = name
+            norm = probe_norm(own, x, place)
+            self.captured.norms[place] = norm
+            shape = (
+                x.shape if i is None or self.sums.block is None else self.sums.block.before.shape
+            )
+            scale = norm.scale(x, y)
+            self.keep(f"{place}.hook_scale", lambda: scale.view(*shape[:-1], 1))
+            self.keep(f"{place}.hook_normalized", lambda: (norm.centre(x) / scale).view(shape))
+            self.keep(f"{place}.hook_out", lambda: y.view(shape))
+
+        return hook
+
+
+def _require_sum(block: BlockSums, name: str) -> None:
+    strange = [one for one in block.components if one.kinds not in ({"attn"}, {"mlp"})]
+    error = block.error()
+    if error <= TOLERANCE and not strange:
+        return
+    what = (
+        f"{len(strange)} of the things that {name} adds to the residual stream come neither from "
+        "its attention nor from its MLP alone"
+        if strange
+        else f"what goes into {name} and what its sublayers were seen to add do not make up what "
+        f"comes out of it (off by {error:.0f} units of rounding)"
+    )
+    raise StreamError(
+        f"This model's stream is not a plain sum: {what}. A block whose norm comes after the sum "
+        "(as in BERT or OPT-350m) cannot be taken apart so."
+    )
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0) if tensors[1:] else tensors[0]
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _replaced(args: Any, kwargs: Any, place: int | str, x: Tensor) -> tuple[Any, Any]:
+    if isinstance(place, int):
+        return (*args[:place], x, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: x}

@@ -1,0 +1,146 @@
+"""Where in a hub model there is something to capture: from its classification to module names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.sublayers import Classification, Sublayer
+from sharebasis.errors import SelectionError, StreamError
+from sharebasis.linalg.rows import Rows
+from sharebasis.model import experts
+from sharebasis.residual.capture import Branch, LayerSites, Output, Sites
+from sharebasis.residual.head_views import by_head
+
+BRANCHES: Mapping[str, Branch] = {
+    "q": "attn",
+    "k": "attn",
+    "v": "attn",
+    "o": "attn",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}
+
+
+def find_sites(model: PreTrainedModel, found: Classification) -> Sites:
+    """Name what writes to the stream, what reads it, and what heads and neurons are made of.
+
+    Args:
+        model: dense, wrapped or compressed.
+        found: its sublayers.
+
+    Raises:
+        SelectionError: it has no embeddings, or a writer is of neither attention nor MLP.
+        StreamError: it runs a block several times.
+    """
+    embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
+    if embed is None or unembed is None:
+        raise SelectionError(
+            f"This {model.config.model_type} model has no embedding or no unembedding; load it as "
+            "a causal language model."
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    layers: dict[int, list[Sublayer]] = {}
+    for sublayer in found.sublayers:
+        layers.setdefault(sublayer.layer, []).append(sublayer)
+    blocks = {id(model.get_submodule(own[0].block)) for own in layers.values()}
+    if len(blocks) < len(layers):
+        raise StreamError(
+            f"{len(layers)} layers are {len(blocks)} blocks, some of which run several times; "
+            "what each layer adds to the residual stream cannot be told."
+        )
+    where = dict(experts.slices(model).items())
+    return Sites(
+        names[id(embed)],
+        tuple(_layer_sites(found, own, where) for _, own in sorted(layers.items())),
+        names[id(unembed)],
+    )
+
+
+def _layer_sites(
+    found: Classification, sublayers: Sequence[Sublayer], stacks: Mapping[str, experts.Slice]
+) -> LayerSites:
+    def module(sublayer: Sublayer) -> str:
+        own = stacks.get(f"{sublayer.name}.weight")
+        return sublayer.name if own is None else own.stack.rpartition(".")[0]
+
+    writers: dict[str, Branch] = {}
+    for sublayer in sublayers:
+        if sublayer.role == "write":
+            writers[module(sublayer)] = _branch(sublayer)
+    readers: dict[str, Branch] = {}
+    outputs: dict[str, tuple[Output, ...]] = {}
+    n_heads = found.dims.n_heads
+    for sublayer in sublayers:
+        if module(sublayer) != sublayer.name:
+            readers[module(sublayer)] = "mlp"
+            continue
+        blocks = blocks_of(sublayer, found.settings_of(sublayer), found.dims)
+        n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
+        if sublayer.role != "read":
+            continue
+        branch = BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
+        if branch is not None:
+            readers[sublayer.name] = branch
+        if sublayer.expert is None and "expert" not in sublayer.name:
+            outputs[sublayer.name] = _outputs(sublayer, blocks, _is_gated(found, sublayers))
+    only = {
+        branch: own[0] if len(own) == 1 else None
+        for branch in ("attn", "mlp")
+        for own in [[name for name, x in writers.items() if x == branch]]
+    }
+    down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
+    return LayerSites(sublayers[0].block, writers, readers, outputs, only["attn"], down, n_heads)
+
+
+def _branch(writer: Sublayer) -> Branch:
+    if branch := BRANCHES.get(writer.family):
+        return branch
+    raise SelectionError(
+        f"{writer.name} writes to the residual stream, but its name does not tell whether it "
+        "belongs to attention or to the MLP; say family 'o' or 'down' of its weight type in a row "
+        "of ARCHITECTURES (docs/families.md)."
+    )
+
+
+def _beside(reader: Sublayer, writers: Mapping[str, Branch]) -> Branch | None:
+    """The branch of the writer in the same module, as far as that tells."""
+    parent = reader.name.rpartition(".")[0]
+    own = {x for name, x in writers.items() if name.rpartition(".")[0] == parent}
+    return own.pop() if len(own) == 1 else None
+
+
+def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
+    return any(
+        block.family == "gate"
+        for sublayer in sublayers
+        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims)
+    )
+
+
+def _outputs(sublayer: Sublayer, blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
+    mlp = {"gate": "mlp.hook_pre", "up": "mlp.hook_pre_linear" if gated else "mlp.hook_pre"}
+    outputs = []
+    for block in blocks:
+        if block.family in ("q", "k", "v") and block.n_heads:
+            outputs.append(
+                Output(f"attn.hook_{block.family}", _heads_of(block.rows, block.n_heads))
+            )
+        elif block.family in mlp:
+            outputs.append(Output(mlp[block.family], _rows_of(sublayer, block)))
+    return tuple(outputs)
+
+
+def _heads_of(rows: Rows, n_heads: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: by_head(x.movedim(-1, 0), rows, n_heads).movedim(0, -2)
+
+
+def _rows_of(sublayer: Sublayer, block: Block) -> Callable[[Tensor], Tensor]:
+    def rows(x: Tensor) -> Tensor:
+        return block.left(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
+
+    return rows

@@ -1,0 +1,293 @@
+"""The residual stream as it grows, and what it is a sum of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sharebasis.residual.norm import neuron_results
+from sharebasis.residual.readout import Readout
+
+
+class StreamStacks(Readout):
+    """Activations that stack what made the stream: depths, sublayers, heads, neurons."""
+
+    # The stream as it grows
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        mlp_input: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+    ) -> Any:
+        """The stream at every depth up to the input of a layer, for the logit lens.
+
+        Args:
+            layer: up to here.
+            incl_mid: with the stream between attention and MLP of every layer.
+            mlp_input: with that of `layer`.
+            apply_ln: put through the norm that reads there: at the end, the last norm with a
+                scale of each depth's own; elsewhere with the layer's scale.
+            pos_slice: of the positions.
+            return_labels: `0_pre`, `0_mid`, ..., `final_post`, too.
+
+        Returns:
+            (depth, *batch, pos, d_model)
+        """
+        end = self._layer(layer)
+        stack, labels = [], []
+        for i in range(end + 1):
+            if i == self.n_layers:
+                stack.append(self["resid_post", i - 1])
+                labels.append("final_post")
+                continue
+            stack.append(self["resid_pre", i])
+            labels.append(f"{i}_pre")
+            if (incl_mid and i < end) or (mlp_input and i == end):
+                stack.append(self["resid_mid", i])
+                labels.append(f"{i}_mid")
+        found = self._positions(torch.stack(stack), pos_slice)
+        if apply_ln:
+            recompute = end == self.n_layers
+            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice, recompute)
+        return (found, labels) if return_labels else found
+
+    def stack_activation(
+        self, activation_name: str, layer: int | None = None, sublayer_type: str | None = None
+    ) -> Float[Tensor, "layers ..."]:
+        """One activation of every layer before `layer`."""
+        rest = () if sublayer_type is None else (sublayer_type,)
+        return torch.stack([self[(activation_name, i, *rest)] for i in range(self._layer(layer))])
+
+    # What it is a sum of
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "attn", "mlp"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """What attention and MLP of every layer before `layer` added.
+
+        Args: as of `accumulated_resid`, and
+            mlp_input: with what attention of `layer` added.
+            mode: all, or those of one kind (embeddings come with each).
+            incl_embeds: with embeddings and positions.
+
+        Returns:
+            (component, *batch, pos, d_model), which sums to the layer's input in mode `all`.
+        """
+        end = self._layer(layer)
+        stack, labels = [], []
+        if incl_embeds:
+            for label in ("embed", "pos_embed"):
+                if label in self:
+                    stack.append(self[label])
+                    labels.append(label)
+        for i in range(end + bool(mlp_input)):
+            for kind in ("attn", "mlp"):
+                # A block may have no MLP, or no attention: it then adds nothing.
+                due = mode in ("all", kind) and (i < end or kind == "attn")
+                if due and (f"{kind}_out", i) in self:
+                    stack.append(self[f"{kind}_out", i])
+                    labels.append(f"{i}_{kind}_out")
+        found = self._positions(torch.stack(stack), pos_slice)
+        if apply_ln:
+            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice)
+        return (found, labels) if return_labels else found
+
+    def stack_head_results(
+        self,
+        layer: int | None = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Any = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """What every head of the layers before `layer` added; labels `L3H1`.
+
+        Args: as of `decompose_resid`, and
+            incl_remainder: with the rest of the layer's input.
+
+        Returns:
+            (layers times heads, *batch, pos, d_model)
+        """
+        end = self._layer(layer)
+        labels = [
+            f"L{i}H{h}" for i in range(end) for h in range(self._anatomy.sites.layers[i].n_heads)
+        ]
+        stack = [self._positions(self._heads(i), pos_slice) for i in range(end)]
+        return self._finished(
+            stack, labels, layer, False, pos_slice, incl_remainder, apply_ln, return_labels
+        )
+
+    def stack_neuron_results(
+        self,
+        layer: int | None = None,
+        pos_slice: Any = None,
+        neuron_slice: Any = slice(None),
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: Float[Tensor, "d_model ..."] | None = None,
+        mlp_input: bool = False,
+    ) -> Any:
+        """What every neuron of the layers before `layer` added; labels `L3N14`.
+
+        Args: as of `stack_head_results`, and
+            neuron_slice: of the neurons of every layer.
+            project_output_onto: one direction or several, which take the place of d_model in
+                the result; the tensor of d_mlp times d_model numbers a token is then never made.
+            mlp_input: `layer`'s MLP reads the result, not its attention.
+
+        Raises:
+            StreamError: a layer has experts, whose neurons are not the same for every token.
+        """
+        end = self._layer(layer)
+        onto, scale = self._onto(project_output_onto, layer, mlp_input, apply_ln, pos_slice)
+        stack, labels = [], []
+        for i in range(end):
+            post = self._positions(self["post", i], pos_slice)
+            own = torch.arange(post.shape[-1])[neuron_slice].view(-1)
+            factor = self.tensors.get(f"blocks.{i}.hook_mlp_factor")
+            factor = None if factor is None else self._positions(factor, pos_slice)
+            w_out = self._anatomy.layers[i].W_out.detach().to(post.device)
+            results = neuron_results(post[..., own], w_out[own], factor, onto)
+            stack.append(results if scale is None else results / scale)
+            labels += [f"L{i}N{n}" for n in own.tolist()]
+        found = self._finished(
+            stack,
+            labels,
+            layer,
+            mlp_input,
+            pos_slice,
+            incl_remainder,
+            apply_ln,
+            return_labels,
+            None if onto is None else (onto, scale),
+        )
+        return _squeezed(found, project_output_onto)
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+        project_output_onto: Float[Tensor, "d_model ..."] | None = None,
+    ) -> Any:
+        """The whole input of `layer`: heads, neurons (or MLPs), embeddings, positions, biases.
+
+        Args: as of `stack_neuron_results`, and
+            expand_neurons: every neuron, or every MLP with its bias.
+
+        Returns:
+            (component, *batch, pos, d_model), in this order, which sums to the layer's input.
+        """
+        end = self._layer(layer)
+        onto, scale = self._onto(project_output_onto, layer, mlp_input, apply_ln, pos_slice)
+
+        def seen(stack: Tensor) -> Tensor:
+            if onto is not None:
+                stack = stack @ onto
+                return stack if scale is None else stack / scale
+            if apply_ln:
+                return self.apply_ln_to_stack(stack, layer, mlp_input, pos_slice)
+            return stack
+
+        heads = range(end + bool(mlp_input))
+        labels = [f"L{i}H{h}" for i in heads for h in range(self._anatomy.sites.layers[i].n_heads)]
+        parts = [seen(self._positions(self._heads(i), pos_slice)) for i in heads]
+        if expand_neurons and end:
+            found, names = self.stack_neuron_results(
+                layer,
+                pos_slice,
+                apply_ln=apply_ln,
+                mlp_input=mlp_input,
+                project_output_onto=project_output_onto,
+                return_labels=True,
+            )
+            squeezed = project_output_onto is not None and project_output_onto.ndim == 1
+            parts.append(found.unsqueeze(-1) if squeezed else found)
+            labels += names
+        else:
+            for i in range(end):
+                if ("mlp_out", i) in self:
+                    parts.append(seen(self._positions(self["mlp_out", i], pos_slice)[None]))
+                    labels.append(f"{i}_mlp_out")
+        for label in ("embed", "pos_embed"):
+            if label in self:
+                parts.append(seen(self._positions(self[label], pos_slice)[None]))
+                labels.append(label)
+        biases = self._biases(end, mlp_input, expand_neurons)
+        parts.append(seen(self._positions(biases, pos_slice)[None]))
+        labels.append("bias")
+        stack = _squeezed(torch.cat(parts), project_output_onto)
+        return (stack, labels) if return_labels else stack
+
+    # Pieces
+
+    def _biases(self, end: int, mlp_input: bool, with_mlps: bool) -> Float[Tensor, "*b d_model"]:
+        """The biases of all that writes, as they reach the stream."""
+        total = torch.zeros_like(self["resid_pre", 0])
+        for i in range(end + bool(mlp_input)):
+            views = self._anatomy.layers[i]
+            kinds = ["attn", "mlp"] if with_mlps and i < end else ["attn"]
+            for kind in kinds:
+                bias = views.b_O if kind == "attn" else views.b_out
+                factor = self.tensors.get(f"blocks.{i}.hook_{kind}_factor")
+                if bias is not None:
+                    bias = bias.detach().to(total.device)
+                    total = total + (bias if factor is None else bias * factor)
+        return total
+
+    def _finished(
+        self,
+        stack: Sequence[Tensor],
+        labels: list[str],
+        layer: int | None,
+        mlp_input: bool,
+        pos_slice: Any,
+        incl_remainder: bool,
+        apply_ln: bool,
+        return_labels: bool,
+        projected: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Any:
+        """Put a stack together: its remainder, its norm, its labels."""
+        end = self._layer(layer)
+        whole = self["resid_pre", end] if end < self.n_layers else self["resid_post", -1]
+        if mlp_input:
+            whole = self["resid_mid", end]
+        whole = self._positions(whole, pos_slice)
+        if projected is not None:
+            onto, scale = projected
+            whole = whole @ onto if scale is None else (whole @ onto) / scale
+        found = torch.cat(list(stack)) if stack else whole.new_zeros(0, *whole.shape)
+        if incl_remainder:
+            found = torch.cat([found, (whole - found.sum(0))[None]])
+            labels = [*labels, "remainder"]
+        if apply_ln and projected is None:
+            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice)
+        return (found, labels) if return_labels else found
+
+
+def _squeezed(found: Any, project: Tensor | None) -> Any:
+    """Without the last dimension if there was one direction only."""
+    if project is None or project.ndim > 1:
+        return found
+    if isinstance(found, tuple):
+        return found[0].squeeze(-1), found[1]
+    return found.squeeze(-1)

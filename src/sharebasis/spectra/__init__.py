@@ -1,0 +1,1 @@
+"""artifacts/spectra: offers and what they lose."""

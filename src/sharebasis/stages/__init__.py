@@ -1,0 +1,1 @@
+"""What only one stage needs: a package for each."""

@@ -1,0 +1,86 @@
+"""Where a fit put its numbers, and what every rank would have cost, by layer and family, as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharebasis.architecture.groups import Group
+from sharebasis.io.tables import csv_text
+from sharebasis.stages.fit.metrics import FittedModel
+
+RANKS = "ranks.csv"
+SPECTRUM = "spectrum.csv"
+STEPS = 16
+"""Ranks in the spectrum, evenly spaced from 0 to just below the full one."""
+
+Cell = tuple[str, int]
+"""Family and layer."""
+
+
+def ranks_csv(fitted: FittedModel) -> str:
+    """A row for each family of each layer: what its parts keep.
+
+    Columns: family, layer, parts, dense and sparse (how many of those are stored as they were, and
+    how many lack entries), rank, full_rank and width (their means; the rank of what lacks entries
+    is the full one), stored and original (numbers). A basis counts for each part that uses it by
+    the part's share of the group's weights. The width is the fraction of its neurons that an MLP's
+    matrix still has, 1 for all others; both ranks are of what is left.
+    """
+    cells: dict[Cell, NDArray[np.float64]] = {}
+    for one in fitted.groups:
+        for cell, share in _parts(one.group):
+            width = one.group.n_weights / one.n_original
+            row = [1, one.dense, one.sparse, one.rank, one.group.full_rank, width]
+            row += [share * one.n_stored, share * one.n_original]
+            cells[cell] = cells.get(cell, 0) + np.array(row, dtype=np.float64)
+    rows = [
+        [
+            *cell,
+            *map(int, (n, dense, sparse)),
+            *(f"{mean / n:.6g}" for mean in means),
+            round(own),
+            round(whole),
+        ]
+        for cell, (n, dense, sparse, *means, own, whole) in sorted(cells.items())
+    ]
+    counted, means = ("parts", "dense", "sparse"), ("rank", "full_rank", "width")
+    return csv_text(("family", "layer", *counted, *means, "stored", "original"), rows)
+
+
+def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:
+    """The loss that is left when a family of a layer is cut to a fraction of its full rank.
+
+    Relative to the loss of rank 0; by the method's own measure.
+
+    Args:
+        groups: that cover every part once.
+        energies: of each, the largest first.
+    """
+    cells: dict[Cell, NDArray[np.float64]] = {}
+    for group, own in zip(groups, energies, strict=True):
+        for cell, share in _parts(group):
+            cells[cell] = cells.get(cell, 0) + share * _left(own, group.full_rank)
+    rows = [
+        [*cell, step / STEPS, f"{left:.4g}"]
+        for cell, losses in sorted(cells.items())
+        for step, left in enumerate(losses / losses[0] if losses[0] else losses)
+    ]
+    return csv_text(("family", "layer", "rank_fraction", "loss"), rows)
+
+
+def _left(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
+    """The loss at every step's rank."""
+    after = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    ranks = np.minimum(np.arange(STEPS) * full_rank // STEPS, len(energies))
+    left: NDArray[np.float64] = after[ranks]
+    return left
+
+
+def _parts(group: Group) -> Iterator[tuple[Cell, float]]:
+    """The cell of every part, and its share of the group's weights."""
+    for part in group.parts:
+        share = part.n_weights / group.n_weights
+        yield (part.family, part.sublayer.layer), share

@@ -1,0 +1,233 @@
+"""Propagation block by block."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sharebasis.architecture.sublayers import Sublayer
+from sharebasis.compressed.index import CompressedGroup, CompressedIndex
+from sharebasis.compressed.loader import linears_by_tensor
+from sharebasis.config.refine import PropagateSettings
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.linalg.drift_regression import PairAccumulator, PairedMoment, token_weights
+from sharebasis.model.blocks import Blocks, embed
+from sharebasis.model.held_out import divergence_on
+from sharebasis.model.hooks import first_call, forced, watched
+from sharebasis.model.sites import Site, find_sites
+from sharebasis.runtime.progress import progress
+from sharebasis.stages.propagate.refit import Refitter, Tensors, install, refittable
+from sharebasis.stages.propagate.streams import Progress, Streams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the original does in a block: by name, batch by batch, what sublayers are given."""
+
+    inputs: Mapping[str, Sequence[Tensor]]
+    outputs: Tensor
+    """Of the block."""
+
+
+Drift = Callable[[int, Tensor], Tensor]
+"""The number and the hidden states of a batch -> δ of every token."""
+
+
+@dataclass(frozen=True)
+class Propagator:
+    """Two models, and what it takes to go through their blocks."""
+
+    original: PreTrainedModel
+    compressed: PreTrainedModel
+    """From `load_compressed`, of `index`; is given the new factors at once."""
+    index: CompressedIndex
+    blocks: Blocks
+    sublayers: Sequence[Sublayer]
+    """Those to refit."""
+    refitter: Refitter
+    settings: PropagateSettings
+
+    @property
+    def writers(self) -> set[str]:
+        """The sublayers that write to the residual stream."""
+        return {one.name for one in self.sublayers if one.role == "write"}
+
+    def pass_block(self, i: int, streams: Streams) -> Tensors:
+        """Refit the groups of a block, one input after the other, and take both streams past it."""
+        found: Tensors = {}
+        groups = self._groups(i, streams.original)
+        run = self._run_original(i, groups, streams.original)
+        streams.original = run.outputs
+        linears = linears_by_tensor(self.compressed, self.index)
+        for site, own in groups.items():
+            pair = self._gather(i, site, run, streams.compressed)
+            for group in own:
+                tensors = self.refitter.tensors(group, pair, linears)
+                found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
+                install(group, found, linears)
+                if self.settings.mean and pair.drift is None:
+                    found |= self._biases(group, pair, linears)
+        block = self.compressed.get_submodule(self.blocks.names[i])
+        streams.compressed = torch.cat(
+            [self._run(i, block, chunk).cpu() for chunk in self._cut(streams.compressed)]
+        )
+        return found
+
+    def _biases(
+        self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
+    ) -> Tensors:
+        """New biases of the sublayers of a group that have one, which they are given at once."""
+        found: Tensors = {}
+        for part in group.parts:
+            bias = self.compressed.get_submodule(part.sublayer).bias
+            if isinstance(bias, Tensor):
+                fitted = linears[part.coefficient].dense()
+                rows = part.rows.numbers.to(bias.device)
+                bias[rows] = self.refitter.bias(part, fitted, pair).to(bias)
+                found[f"{part.sublayer}.bias"] = bias.float().cpu().clone()
+        return found
+
+    def _groups(self, i: int, hidden: Tensor) -> Mapping[Site, Sequence[CompressedGroup]]:
+        """Inputs in a block, in the order in which they come up, and the groups that read them."""
+        block, chunk = self.original.get_submodule(self.blocks.names[i]), self._cut(hidden)[0]
+        prefix, run = f"{self.blocks.names[i]}.", partial(self._run, i, block, chunk)
+        own = [one.name for one in self.sublayers if one.name.startswith(prefix)]
+        with watched({name: self.original.get_submodule(name) for name in own}) as seen:
+            run()
+        sites = find_sites(self.original, list(seen), run)
+        found = {site: refittable(self.index.groups, site.readers) for site in sites}
+        return {site: groups for site, groups in found.items() if groups}
+
+    def _run_original(self, i: int, sites: Iterable[Site], hidden: Tensor) -> _Run:
+        block = self.original.get_submodule(self.blocks.names[i])
+        modules = {site.name: self.original.get_submodule(site.name) for site in sites}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+        outputs = []
+        for chunk in self._cut(hidden):
+            with watched(modules) as seen:
+                outputs.append(self._run(i, block, chunk).cpu())
+            for name, own in inputs.items():
+                own.append(seen[name].cpu())
+        return _Run(inputs, torch.cat(outputs))
+
+    def _gather(self, i: int, site: Site, run: _Run, hidden: Tensor) -> PairedMoment:
+        """Of the original's inputs and what the compressed model has there now."""
+        block = self.compressed.get_submodule(self.blocks.names[i])
+        module, device = self.compressed.get_submodule(site.name), self.compressed.device
+        accumulator = PairAccumulator(
+            site.name, site.d, self.refitter.neurons_in(site.name), device
+        )
+        drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
+        for j, chunk in enumerate(self._cut(hidden)):
+            # Some models flatten batch and window in between.
+            x = run.inputs[site.name][j].to(device).reshape(*chunk.shape[:2], -1)
+            weights = token_weights(x, self.settings.skip, self.settings.clip)
+            if drift is None:
+                (other, *_), _ = first_call(module, partial(self._run, i, block, chunk))
+                away = None
+            else:
+                with watched({site.name: module}) as seen:
+                    away = drift(j, chunk)
+                other = seen[site.name]
+            accumulator.update(x, other.reshape(*chunk.shape[:2], -1), weights, away)
+        return accumulator.moment()
+
+    def _drift_of(self, i: int, site: Site, run: _Run, hidden: Tensor) -> Drift | None:
+        """How to find out what a residual stream lacks when a sublayer writes to it.
+
+        The compressed block runs with that sublayer and all that write after it forced to say
+        what they do in the original; what its output lacks then, the stream lacked before. None
+        if the sublayer does not write, or the block does not simply add up what it writes.
+        """
+        writers = [name for name in run.inputs if name in self.writers]
+        if site.name not in writers:
+            return None
+        writers = writers[writers.index(site.name) :]
+        block = self.compressed.get_submodule(self.blocks.names[i])
+        device, outputs = self.compressed.device, self._cut(run.outputs)
+
+        def say(j: int, chunk: Tensor, extra: Tensor | None = None) -> Tensor:
+            """The block's output in batch `j`, with something more written to the stream."""
+            said = {
+                self.compressed.get_submodule(name): self.original.get_submodule(name)(
+                    run.inputs[name][j].to(device)
+                )
+                for name in writers
+            }
+            if extra is not None:
+                own = said[self.compressed.get_submodule(site.name)]
+                own += extra.reshape(own.shape)  # some models flatten batch and window
+            with forced(said):
+                return self._run(i, block, chunk)
+
+        chunk = self._cut(hidden)[0]
+        plain = say(0, chunk)
+        extra = plain.flip(1)
+        # In float32, as the squares of float16 overflow.
+        answer, extra = (say(0, chunk, extra) - plain).float(), extra.float()
+        scale = (answer * extra).sum() / extra.square().sum()
+        if not (answer - scale * extra).norm() < 1e-2 * answer.norm():
+            return None
+        return lambda j, chunk: (outputs[j].to(device) - say(j, chunk)) / scale
+
+    def _run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        return self.blocks.run(i, block, hidden.to(self.compressed.device))
+
+    def _cut(self, hidden: Tensor) -> Sequence[Tensor]:
+        return hidden.split(self.settings.batch)
+
+
+def pass_blocks(
+    propagator: Propagator,
+    text: Int64[Tensor, "windows window"],
+    held_out: Int64[Tensor, "others window"],
+    checkpoint: Checkpoint,
+) -> Progress:
+    """Refit one block after the other, from the first or where a run was killed."""
+    names = propagator.blocks.names
+    state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
+    with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
+        for i in range(len(state.distances), len(names)):
+            state.found |= propagator.pass_block(i, state.streams)
+            state.distances.append(state.streams.distance)
+            advance()
+            if checkpoint.due:
+                state.save(checkpoint)
+    return state
+
+
+def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> Progress:
+    """Before the first block."""
+    first, batch = propagator.blocks.names[0], propagator.settings.batch
+    hidden = [embed(propagator.original, first, chunk).cpu() for chunk in text.split(batch)]
+    streams = Streams(torch.cat(hidden), torch.cat(hidden))
+    before = divergence_on(held_out, propagator.original, propagator.compressed)
+    return Progress(before, [], {}, streams)
+
+
+def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> Progress | None:
+    """Where a run was killed; the compressed model is given what that had found."""
+    if (state := checkpoint.resume()) is None:
+        return None
+    record, reader = state
+    found = dict(reader.stream())
+    streams = Streams(found.pop("original"), found.pop("compressed"))
+    linears = linears_by_tensor(propagator.compressed, propagator.index)
+    for group in propagator.index.groups:
+        if group.parts[0].coefficient in found:
+            install(group, found, linears)
+    for name in found:
+        if name.endswith(".bias"):
+            propagator.compressed.get_parameter(name).copy_(found[name])
+    log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
+    return Progress(record["before"], list(record["distances"]), found, streams)

@@ -1,0 +1,158 @@
+"""artifacts/compressed and text -> artifacts/propagated: factors that reckon with earlier errors.
+
+Block by block: what the original's and what the compressed model's sublayers are given on the
+same text goes into a regression (`sharebasis.linalg.drift_regression`), whose target is factorized
+at the rank and in the form that `fit` chose. Then both blocks' outputs are the inputs of the
+next ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sharebasis.architecture.sublayers import Classification, Sublayer
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.rewrite import rewrite
+from sharebasis.config.data import DataSettings
+from sharebasis.config.fit import FitSettings
+from sharebasis.config.refine import PropagateSettings
+from sharebasis.data.windows import cut, read_windows
+from sharebasis.io.atomic import writing
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.hashing import identity_of
+from sharebasis.io.manifest import MANIFEST
+from sharebasis.io.records import load_record, save_record
+from sharebasis.io.tensor_files import TensorReader
+from sharebasis.model.blocks import Blocks, block_names
+from sharebasis.model.held_out import divergence_on, is_better
+from sharebasis.model.hub import DTYPES, load_model
+from sharebasis.moments.store import MomentStore
+from sharebasis.runtime import matmul
+from sharebasis.stages.propagate.block_regression import Propagator, pass_blocks
+from sharebasis.stages.propagate.outcome import PROPAGATION, Propagation
+from sharebasis.stages.propagate.refit import Refitter
+from sharebasis.stages.propagate.turned_original import turn_original
+from sharebasis.stages.propagate.update import update
+
+log = logging.getLogger(__name__)
+
+
+def propagation_identity(
+    weights: Path,
+    compressed: Path,
+    windows: Tensor,
+    settings: PropagateSettings,
+    fit: FitSettings,
+    **others: object,
+) -> dict[str, object]:
+    """All that the new factors depend on, for `Checkpoint`.
+
+    Args:
+        weights: artifacts/weights, which its manifest stands for.
+        compressed: artifacts/compressed, which stands for the moments, too.
+        windows: token ids.
+        settings: of the stage.
+        fit: metric, damping and exceptions.
+        others: whatever else changes the numbers.
+    """
+    models = {"weights": weights / MANIFEST, "compressed": compressed}
+    metric = [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients]
+    own = {"metric": metric, "exclude": fit.exclude}
+    return {**identity_of(settings, windows, **models), **own, **others}
+
+
+def propagation_windows(
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, settings: PropagateSettings, seed: int
+) -> Int64[Tensor, "windows window"]:
+    """The windows to refit on and then those held out, from the start of the calibration text.
+
+    Raises:
+        TextError: there is too little of it.
+    """
+    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
+    return read_windows(tokenizer, own, "calibration", seed, "propagate")
+
+
+def _may_change(sublayer: Sublayer, fit: FitSettings) -> bool:
+    excluded = any(re.fullmatch(pattern, sublayer.name) for pattern in fit.exclude)
+    return sublayer.expert is None and not excluded
+
+
+@torch.no_grad()
+def propagate(
+    weights: Path,
+    classification: Classification,
+    compressed: Path,
+    moments: MomentStore,
+    windows: Int64[Tensor, "windows window"],
+    settings: PropagateSettings,
+    fit: FitSettings,
+    checkpoint: Checkpoint,
+    target: Path,
+    device: torch.device,
+) -> Propagation:
+    """Refit a compressed model as `settings.by` says and write it anew; whole or not at all.
+
+    It stores as many numbers as before, and is what it was where held-out windows like that
+    better. Memory holds both models; block by block, also the hidden states of both for the whole
+    text and what the original's sublayers of one block are given.
+
+    Block by block, a group is refitted if all its parts read one input, and what layers share stays
+    as it is; so do, always, what `fit.exclude` names, what is tied to another weight, and experts,
+    to which the two models may send different tokens. In an MLP that lacks neurons, those that are
+    left learn anew to say what all of them said.
+
+    Args:
+        weights: artifacts/weights.
+        classification: of its sublayers.
+        compressed: artifacts/compressed.
+        moments: artifacts/moments, for those of the gradients.
+        windows: from `propagation_windows`.
+        settings: of the stage.
+        fit: metric, damping and exceptions of the fit before, and the size of shards.
+        checkpoint: where a run that was killed goes on from.
+        target: artifacts/propagated.
+        device: for both models.
+
+    Raises:
+        PropagationError: the blocks cannot be run one by one.
+        CalibrationError, WeightsError, StoreError, ResourceError: what is read is not usable, or
+            does not fit.
+    """
+    index = load_record(compressed / INDEX_FILE, CompressedIndex)
+    original = load_model(weights, settings.dtype, device)
+    model = load_compressed(compressed, DTYPES[settings.dtype], device)
+    turn_original(original, index, TensorReader(compressed, index.files))
+    text, held_out = windows.to(device).split([settings.windows, settings.held_out])
+    sublayers = [one for one in classification.selected if _may_change(one, fit)]
+    refitter = Refitter(original, moments, settings, fit, index.mlps)
+    distances: list[float] = []
+    with matmul.FastestLinear():
+        if settings.by == "update":
+            before = divergence_on(held_out, original, model)
+            names = [one.name for one in sublayers]
+            found = update(model, index, names, refitter, text, settings.batch, checkpoint)
+        else:
+            blocks = Blocks(original, block_names(original, classification), text, settings.batch)
+            own = Propagator(original, model, index, blocks, sublayers, refitter, settings)
+            state = pass_blocks(own, text, held_out, checkpoint)
+            before, found, distances = state.before, state.found, state.distances
+        after = divergence_on(held_out, original, model)
+    if not is_better(before, after):
+        found = {}
+    refitted = sum(group.parts[0].coefficient in found for group in index.groups)
+    left = len(index.groups) - refitted
+    result = Propagation(refitted, left, tuple(distances), before, after)
+    with writing(target) as out:
+        rewrite(out, compressed, index, found, fit.shard_bytes)
+        save_record(out / PROPAGATION, result)
+    checkpoint.remove()
+    return result

@@ -1,0 +1,43 @@
+"""The residual streams of two models between two blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.stages.propagate.refit import Tensors
+
+
+@dataclass
+class Streams:
+    """The hidden states of the original and of the compressed model at one depth, on the CPU."""
+
+    original: Float[Tensor, "windows window d_model"]
+    compressed: Float[Tensor, "windows window d_model"]
+
+    @property
+    def distance(self) -> float:
+        """Median over tokens of ‖h - ĥ‖² / ‖h‖²."""
+        one, other = self.original.float(), self.compressed.float()
+        return ((one - other).square().sum(-1) / one.square().sum(-1)).median().item()
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    before: float | None
+    """Divergence on held-out windows."""
+    distances: list[float]
+    found: Tensors
+    """New ones, of the blocks that were passed."""
+    streams: Streams
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """The streams count as tensors, too."""
+        both = [("original", self.streams.original), ("compressed", self.streams.compressed)]
+        record = {"before": self.before, "distances": self.distances}
+        checkpoint.save(record, [*both, *self.found.items()])

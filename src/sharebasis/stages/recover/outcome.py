@@ -1,0 +1,40 @@
+"""What `recover` has found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharebasis.io.atomic import writing
+from sharebasis.io.records import save_record
+
+RECOVERY = "recovery.json"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the held-out windows said."""
+
+    step: int
+    """Steps taken before it."""
+    divergence: float
+    """Mean KL(original || compressed) over their positions, in nats."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a training went. Without a step, nothing but this lies in its directory."""
+
+    steps: int
+    """Taken, until the end or the stop."""
+    best: int
+    """The step whose factors were kept."""
+    tokens: int
+    """Trained on, repeats included."""
+    looks: tuple[Look, ...]
+
+
+def write_unrecovered(target: Path) -> None:
+    """Write that no step was taken."""
+    with writing(target) as out:
+        save_record(out / RECOVERY, Recovery(0, 0, 0, ()))

@@ -1,0 +1,122 @@
+"""artifacts/compressed and text -> artifacts/recovered: the factors, distilled for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.rewrite import rewrite
+from sharebasis.config.data import DataSettings
+from sharebasis.config.refine import RecoverSettings
+from sharebasis.data.windows import cut, read_windows
+from sharebasis.io.atomic import writing
+from sharebasis.io.checkpoint import Checkpoint
+from sharebasis.io.hashing import identity_of
+from sharebasis.io.manifest import MANIFEST
+from sharebasis.io.records import load_record, save_record
+from sharebasis.model.hub import load_model
+from sharebasis.stages.recover.distill import distill
+from sharebasis.stages.recover.outcome import RECOVERY, Recovery
+from sharebasis.stages.recover.trainable import TrainableGroup, trainable
+
+
+def recovery_identity(
+    weights: Path, compressed: Path, windows: Tensor, settings: RecoverSettings, **others: object
+) -> dict[str, object]:
+    """All that the trained factors depend on, for `Checkpoint`.
+
+    Args:
+        weights: artifacts/weights, which its manifest stands for.
+        compressed: artifacts/compressed.
+        windows: token ids.
+        settings: of the training.
+        others: whatever else changes the numbers.
+    """
+    models = {"weights": weights / MANIFEST, "compressed": compressed}
+    return {**identity_of(settings, windows, **models), **others}
+
+
+def recovery_windows(
+    tokenizer: PreTrainedTokenizerBase, data: DataSettings, settings: RecoverSettings, seed: int
+) -> Int64[Tensor, "windows window"]:
+    """The windows to train on and then those held out, all of the calibration text.
+
+    Raises:
+        TextError: there is too little of it.
+    """
+    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
+    return read_windows(tokenizer, own, "calibration", seed, "recover")
+
+
+def recover(
+    weights: Path,
+    compressed: Path,
+    windows: Int64[Tensor, "windows window"],
+    settings: RecoverSettings,
+    seed: int,
+    checkpoint: Checkpoint,
+    target: Path,
+    shard_bytes: int,
+    device: torch.device,
+) -> Recovery:
+    """Train the factors of a compressed model and write it anew; whole or not at all.
+
+    Args:
+        weights: artifacts/weights.
+        compressed: artifacts/compressed.
+        windows: from `recovery_windows`.
+        settings: of the training; without a step, only that is written.
+        seed: of the order of the windows.
+        checkpoint: where a run that was killed goes on from.
+        target: artifacts/recovered.
+        shard_bytes: size at which a shard is closed.
+        device: for the training.
+
+    Raises:
+        RecoveryError: there is nothing to train, or training went astray.
+        WeightsError, StoreError, ResourceError: what is read is not usable, or does not fit.
+    """
+    index = load_record(compressed / INDEX_FILE, CompressedIndex)
+    model = load_compressed(compressed, torch.float32, device)
+    groups = trainable(model, index)
+    factors = {name: own for group in groups for name, own in group.named()}
+    original = load_model(weights, settings.dtype, device)
+    kept = {name: own for group in groups for name, own in group.kept.items()}
+    found = distill(original, model, factors, windows, settings, seed, checkpoint, kept)
+    write_recovered(target, compressed, index, groups, found, shard_bytes)
+    checkpoint.remove()
+    return found
+
+
+def write_recovered(
+    target: Path,
+    source: Path,
+    index: CompressedIndex,
+    groups: Sequence[TrainableGroup],
+    recovery: Recovery,
+    shard_bytes: int,
+) -> None:
+    """Write a compressed directory with trained factors in the place of others.
+
+    Args:
+        target: artifacts/recovered.
+        source: artifacts/compressed, whose other tensors go along.
+        index: of `source`.
+        groups: trained.
+        recovery: how that went.
+        shard_bytes: size at which a shard is closed.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    factors = {name: own for group in groups for name, own in group.named()}
+    with writing(target) as out:
+        rewrite(out, source, index, factors, shard_bytes)
+        save_record(out / RECOVERY, recovery)

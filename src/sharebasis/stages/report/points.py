@@ -1,0 +1,199 @@
+"""What experiments have measured, in one file each that outlives them.
+
+Experiments are refs, which `dvc exp gc` and a fresh clone lose:
+
+    python -m sharebasis.stages.report.points NAME PATTERN...
+
+writes those whose names match to results/NAME/points.json, and the stage `report` goes by that.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from sharebasis.io.atomic import write_text
+from sharebasis.io.records import load_record
+from sharebasis.pipeline.paths import METRICS, PLOTS, RESULTS
+
+FILE = "points.json"
+
+
+PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
+
+
+RANKS, SPECTRUM = PLOTS / "fit" / "ranks.csv", PLOTS / "fit" / "spectrum.csv"
+
+
+OWN = ("classify", "calibrate", "fit", "verify")
+"""Stages whose metrics the workspace's own point has."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A family of a layer, after `fit`."""
+
+    family: str
+    layer: int
+    parts: int
+    dense: int
+    """Of the parts, those stored as they were."""
+    rank: float
+    """Mean over the parts."""
+    full_rank: float
+    stored: int
+    original: int
+    width: float = 1.0
+    """Of an MLP, the fraction of its neurons that it has; the ranks are those of what is left."""
+    sparse: int = 0
+    """Of the parts, those that lack entries; their rank is the full one."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the pipeline. What is missing or not finite is absent or None."""
+
+    name: str
+    commit: str | None
+    """Of the experiment; None for what the workspace holds."""
+    command: str
+    """Does it again."""
+    parameters: Mapping[str, Any]
+    """params.yaml."""
+    metrics: Mapping[str, Any]
+    """By stage, with their provenance."""
+    artefacts: Mapping[str, str]
+    """Path -> the MD5 by which DVC keeps it."""
+    cells: tuple[Cell, ...] = ()
+    spectrum: Mapping[str, tuple[float, ...]] | None = None
+    """Family -> relative loss left at evenly spaced fractions of the full rank, from 0."""
+    error: str | None = None
+    """What stopped it."""
+
+    def metric(self, stage: str, *keys: str) -> Any:
+        """A number of a metrics file; None where there is none."""
+        found: Any = self.metrics.get(stage)
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    def parameter(self, key: str) -> Any:
+        """The value at a dotted key; None where there is none."""
+        found: Any = self.parameters
+        for step in key.split("."):
+            found = found.get(step) if isinstance(found, Mapping) else None
+        return found
+
+
+@dataclass(frozen=True)
+class Points:
+    """What results/NAME/points.json holds."""
+
+    points: tuple[Point, ...]
+
+
+_POINT = TypeAdapter(Point)
+
+
+def workspace_point(stages: Sequence[str] = OWN) -> Point:
+    """What the files here say; not dvc.lock, which belongs to no stage.
+
+    Args:
+        stages: whose metrics are read.
+    """
+
+    def read(path: Path) -> str:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    return Point(
+        "workspace",
+        None,
+        "dvc repro",
+        yaml.safe_load(read(PARAMS)) or {},
+        {stage: as_json(text) for stage in stages if (text := read(METRICS / f"{stage}.json"))},
+        {},
+        family_cells(read(RANKS)),
+        mean_spectrum(read(SPECTRUM)),
+    )
+
+
+def write_points(name: str, points: Sequence[Point], results: Path = RESULTS) -> Path:
+    """Write results/NAME/points.json, a line for each point."""
+    path = results / name / FILE
+    lines = (json.dumps(_POINT.dump_python(point, mode="json")) for point in points)
+    write_text(path, '{"points": [\n' + ",\n".join(lines) + "\n]}\n")
+    return path
+
+
+def read_points(path: Path) -> tuple[Point, ...]:
+    """Read what `write_points` wrote.
+
+    Raises:
+        StoreError: the file is missing or was written by another version.
+    """
+    return load_record(path, Points).points
+
+
+def is_json(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+def as_json(text: str) -> Any:
+    try:
+        return _finite(json.loads(text))
+    except json.JSONDecodeError:
+        return {}
+
+
+def _finite(tree: Any) -> Any:
+    """The same with None for what is no number."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def artefact_hashes(lock: str) -> dict[str, str]:
+    stages = (yaml.safe_load(lock) or {}).get("stages", {})
+    outs = (out for stage in stages.values() for out in stage.get("outs", ()))
+    return {out["path"]: out["md5"] for out in outs if "md5" in out}
+
+
+def family_cells(table: str) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(
+            row["family"],
+            int(row["layer"]),
+            int(row["parts"]),
+            int(row["dense"]),
+            float(row["rank"]),
+            float(row["full_rank"]),
+            int(row["stored"]),
+            int(row["original"]),
+            float(row.get("width", 1.0)),
+            int(row.get("sparse", 0)),
+        )
+        for row in csv.DictReader(io.StringIO(table))
+    )
+
+
+def mean_spectrum(table: str) -> dict[str, tuple[float, ...]] | None:
+    """The mean over layers, family by family."""
+    losses: dict[str, dict[float, list[float]]] = {}
+    for row in csv.DictReader(io.StringIO(table)):
+        steps = losses.setdefault(row["family"], {})
+        steps.setdefault(float(row["rank_fraction"]), []).append(float(row["loss"]))
+    return {
+        family: tuple(float(f"{sum(own) / len(own):.4g}") for _, own in sorted(steps.items()))
+        for family, steps in losses.items()
+    } or None

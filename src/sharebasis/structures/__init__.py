@@ -1,0 +1,1 @@
+"""What may become of the parts of a model."""

@@ -1,0 +1,114 @@
+"""What a group costs and loses, as a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharebasis.architecture.groups import Group
+from sharebasis.config.types import Storage
+from sharebasis.errors import BudgetError
+from sharebasis.structures.limits import Limit
+
+DENSE = -1
+"""In the place of a rank: the weights stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What a group may cost and lose: entry k is rank k + 1; the last entry is dense."""
+
+    name: str
+    stored: NDArray[np.int64]
+    """Numbers stored."""
+    loss: NDArray[np.float64]
+    """Infinite where a limit forbids the entry."""
+    known: int = 0
+    """Numbers of the original that need not be stored even if all of it is dense."""
+
+    @property
+    def original(self) -> int:
+        """How many numbers there were."""
+        return int(self.stored[-1]) + self.known
+
+    def beside(self, other: Curve, known: int) -> Curve:
+        """Together with another group that is dense, of which so many numbers are not stored."""
+        stored = self.stored + other.stored[-1] - known
+        return replace(
+            self, stored=stored, loss=self.loss + other.loss[-1], known=self.known + known
+        )
+
+    def rank(self, entry: int) -> int:
+        return DENSE if entry == len(self.stored) - 1 else entry + 1
+
+    def within(self, limit: Limit) -> Curve:
+        """Without what the limit forbids.
+
+        Raises:
+            BudgetError: nothing is left.
+        """
+        limited = self.limited(limit)
+        if not np.isfinite(limited.loss).any():
+            n = len(self.stored) - 1
+            least = (self.stored / self.stored[n]).min()
+            raise BudgetError(
+                f"{self.name} can be stored in no way that its limits allow ({limit}); dense and "
+                f"the ranks 1 to {n} store fractions of {least:.4g} to 1. Widen fit.limits."
+            )
+        return limited
+
+    def offered(self, limits: Collection[Limit]) -> Curve:
+        """That of a group which may take the place of others: where all its parts have one limit,
+        its ranks within that, else nothing. Dense it would be what the others are.
+        """
+        if len(limits) != 1:
+            return replace(self, loss=np.full_like(self.loss, np.inf))
+        (limit,) = limits
+        limited = self.limited(limit)
+        return replace(limited, loss=np.append(limited.loss[:-1], np.inf))
+
+    def limited(self, limit: Limit, original: int | None = None) -> Curve:
+        """Without what a limit forbids, be that all.
+
+        Args:
+            limit: in fractions of the original numbers.
+            original: how many those are; None: as many as the last entry stores.
+        """
+        n = len(self.stored) - 1
+        kept = self.stored / (original or self.original)
+        allowed = kept >= limit.floor
+        if limit.cap < 1:  # what stores more than dense is never chosen, and needs no cap
+            allowed &= kept <= limit.cap
+        allowed[:n] &= np.arange(1, n + 1) % limit.multiple == 0
+        if limit.dense:
+            allowed = np.arange(n + 1) == n
+        return replace(self, loss=np.where(allowed, self.loss, np.inf))
+
+    @property
+    def allowed(self) -> NDArray[np.int64]:
+        """Numbers stored by the entries that no limit forbids."""
+        return self.stored[np.isfinite(self.loss)]
+
+
+def curve_of(
+    group: Group, energies: NDArray[np.float64], storage: Storage, limit: Limit | None = None
+) -> Curve:
+    """What every rank of a group stores and loses.
+
+    Args:
+        group: with its sizes.
+        energies: what each direction saves, the largest first; its full rank of them.
+        storage: form of the factors.
+        limit: what the group may store.
+
+    Raises:
+        BudgetError: the limit allows no rank, nor dense.
+    """
+    ranks = range(1, len(energies) + 1)
+    stored = [*(group.n_stored(rank, storage) for rank in ranks), group.n_weights]
+    tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
+    curve = Curve(group.name, np.array(stored), tails)
+    return curve.within(limit) if limit else curve

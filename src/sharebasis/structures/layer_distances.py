@@ -1,0 +1,40 @@
+"""artifacts/variation.csv: a row for each pair of layers and family."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from sharebasis.errors import StoreError
+
+COLUMNS = ("first", "second", "family", "unaligned", "aligned", "random")
+
+Pair = tuple[int, int]
+"""The numbers of two layers, the smaller first."""
+
+
+def read_table(path: Path) -> Mapping[str, Mapping[str, Mapping[Pair, float]]]:
+    """Read the distances: `unaligned`, `aligned` or `random` -> family -> pair -> distance.
+
+    Raises:
+        StoreError: the file is missing or no such table.
+    """
+    found: Mapping[str, dict[str, dict[Pair, float]]] = {name: {} for name in COLUMNS[3:]}
+    try:
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            pair = int(row["first"]), int(row["second"])
+            for name, families in found.items():
+                if row[name]:
+                    families.setdefault(row["family"], {})[pair] = float(row[name])
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing; run the stage that writes it (dvc repro).") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is no table of distances ({error}); remove it and run dvc repro."
+        ) from None
+    return found
+
+
+LayerDistances = Mapping[str, Mapping[tuple[int, int], float]]
+"""Family -> two layers, the smaller number first -> how far its weights are from each other."""

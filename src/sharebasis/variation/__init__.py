@@ -1,1 +1,0 @@
-"""What layers share: their distances once the freedoms of gauge are removed."""
