@@ -29,12 +29,13 @@ from sharebasis.architecture.roles import FAMILIES
 from sharebasis.gauge.alignment import Aligned, act, align
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.units import Layer, Unit
-from sharebasis.linalg.shared_basis import Member, energies, pooled_basis
+from sharebasis.linalg.objective import Problem
+from sharebasis.linalg.shared_basis import energies, pooled_basis
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, meta_model
 from sharebasis.model.part_weights import read_part
-from sharebasis.moments.problems import Metric
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_settings
 from sharebasis.pipeline.paths import MOMENTS, VARIATION, WEIGHTS
@@ -62,42 +63,41 @@ def action(unit: Unit, aligned: Aligned, name: str, family: str) -> Tensor:
     return rows[:, : len(rows)].double()
 
 
-def moved(member: Member, turn: Tensor) -> Member:
+def moved(problem: Problem, turn: Tensor) -> Problem:
     """On the inner side: the weight's columns move by T, the moment there by its inverse."""
-    assert member.shared is not None
     back = torch.linalg.inv(turn)
-    total = back.T @ member.shared.total @ back
-    shared = replace(member.shared, total=total, sum=member.shared.sum @ back)
-    return replace(member, weight=member.weight @ turn.T, shared=shared)
+    total = back.T @ problem.input_moment.total @ back
+    inputs = replace(problem.input_moment, total=total, sum=problem.input_moment.sum @ back)
+    return replace(problem, weight=problem.weight @ turn.T, inputs=inputs)
 
 
-def curve(group: Group, members: Sequence[Member]) -> Curve:
-    saved = energies(members, pooled_basis(members)).clamp_min(0)
+def curve(group: Group, problems: Sequence[Problem]) -> Curve:
+    saved = energies(problems, pooled_basis(problems)).clamp_min(0)
     return curve_of(group, saved[: group.full_rank].numpy(), "interpolative")
 
 
 @dataclass(frozen=True)
 class Model:
     dense: DenseWeights
-    metric: Metric
+    problems: Problems
     layers: Layers
 
-    def members(self, group: Group) -> Sequence[Member]:
-        found = self.metric.members(group, [read_part(self.dense, part) for part in group.parts])
+    def of(self, group: Group) -> Sequence[Problem]:
+        found = self.problems.of(group, [read_part(self.dense, part) for part in group.parts])
         assert found is not None  # calibration has seen it
         return found
 
     def alone(self, part: Part) -> Curve:
         group = Group((part,), side_of(part, inner=False))  # either side gives the optimum
-        return curve(group, self.members(group))
+        return curve(group, self.of(group))
 
     def together(self, pair: Line) -> Iterator[Curve]:
         """In each of the ways."""
         for inner in (False, True):
             group = Group(tuple(pair), side_of(pair[0], inner))
-            members = self.members(group)
-            yield curve(group, members)
-        first, second = members
+            problems = self.of(group)
+            yield curve(group, problems)
+        first, second = problems
         yield curve(group, [first, moved(second, self.turn(pair))])
 
     def turn(self, pair: Line) -> Tensor:
@@ -170,8 +170,8 @@ def main() -> None:
         lines.setdefault(part.family, []).append(part)
     twins = {part.sublayer.name: () for line in lines.values() for part in line}
     dense = DenseWeights(arguments.weights)
-    metric = Metric(MomentStore(arguments.moments), twins, fit, CPU)
-    model = Model(dense, metric, Layers(dense, found, config))
+    problems = Problems(MomentStore(arguments.moments), twins, fit, CPU)
+    model = Model(dense, problems, Layers(dense, found, config))
     distances = read_table(arguments.distances)["aligned"]
     header = ("removed", "family", "layers", "distance", "pairs", *WAYS)
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}", flush=True)

@@ -6,7 +6,7 @@
 Takes what the stages up to `decompose` and `vary` have written, measures the groups that each offer
 adds to those in artifacts/spectra, and lets the allocation choose. An offer is
 structures=families, both with commas. Losses are to second order, and before groups that are
-chosen are refined for the moments of their members.
+chosen are refined for the moments of their parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sharebasis.io.records import load_record
 from sharebasis.linalg.shared_basis import energies, pooled_basis
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.part_weights import read_part
-from sharebasis.moments.problems import Metric
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_settings
 from sharebasis.pipeline.paths import MOMENTS, SPECTRA, SUBLAYERS, VARIATION, WEIGHTS
@@ -44,12 +44,12 @@ from sharebasis.structures.shared import offered_groups
 Energies = np.ndarray
 
 
-def measured(groups: Sequence[Group], dense: DenseWeights, metric: Metric) -> list[Energies]:
+def measured(groups: Sequence[Group], dense: DenseWeights, problems: Problems) -> list[Energies]:
     found = []
     for group in groups:
-        members = metric.members(group, [read_part(dense, part) for part in group.parts])
-        assert members is not None  # calibration has seen it
-        found.append(energies(members, pooled_basis(members)).numpy())
+        of_group = problems.of(group, [read_part(dense, part) for part in group.parts])
+        assert of_group is not None  # calibration has seen it
+        found.append(energies(of_group, pooled_basis(of_group)).numpy())
     return found
 
 
@@ -96,7 +96,7 @@ def main() -> None:
         source.mlps = ()
     if SPARSE in arguments.without:
         source.sparse = ()
-    metric = Metric(MomentStore(moments), source.twins, settings, torch.device("cpu"))
+    problems = Problems(MomentStore(moments), source.twins, settings, torch.device("cpu"))
     given, known = source.groups, source.energies()
     print("| offered | removed | loss | picked |\n| --- | --- | --- | --- |")
     for offer in ("nothing", *arguments.offers):
@@ -108,7 +108,7 @@ def main() -> None:
         )
         groups = offered_groups(parts, own, distances)
         source.groups = (*given, *groups)
-        every = [*known, *measured(groups, dense, metric)]
+        every = [*known, *measured(groups, dense, problems)]
         for removed in arguments.removed:
             loss, picked = row_of(source, every, replace(own, removed=removed))
             print(f"| `{offer}` | {removed} | {loss} | {picked} |", flush=True)

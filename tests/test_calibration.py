@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeDirectory, MakeSettings, RunPython, contents, fit_at_once
+from low_rank_fits import fit_rank
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,6 @@ from sharebasis.compressed.loader import load_compressed
 from sharebasis.errors import CalibrationError
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import save_record
-from sharebasis.linalg.factorize import fit_read_basis
 from sharebasis.linalg.moments import Moment
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import unstack
@@ -438,7 +438,7 @@ def test_an_expert_that_no_token_went_to_is_fitted(
             (moments.read(moments.site(name)) for name in names[1:]), moments.read(names[0])
         )
         factors = [small.get_submodule(name).parts[0] for name in names]
-        expected = fit_read_basis(
+        expected = fit_rank(
             [dense.get_submodule(name).weight for name in names],
             pooled if share_experts else None,  # without tokens there is nothing to whiten by
             len(factors[0].basis),

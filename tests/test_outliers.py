@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import split_selected
 from sharebasis.config.calibrate import EVERY_TOKEN, Outliers, OutlierSettings
 from sharebasis.errors import CalibrationError
@@ -22,7 +21,7 @@ from sharebasis.linalg.moments import MomentAccumulator
 from sharebasis.linalg.outliers import tame
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.problems import Metric
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import Accumulators, MomentStore, trimmed_of, write_moments
 from sharebasis.stages.calibrate.calibrate import calibrate
 from sharebasis.stages.calibrate.track import ALL_COUNT
@@ -169,10 +168,10 @@ def test_trimmed_gradients_count_as_the_others_do_on_average(
     classification = classify_model(meta_model(load_config(directory)))
     (part,) = (one for one in split_selected(classification, "none") if one.sublayer.name == GATE)
     chosen = make_settings({"fit.two_sided": True, "fit.damping_gradients": 0.0}).fit
-    metric = Metric(store, {GATE: ()}, chosen, torch.device("cpu"))
-    members = metric.members(Group((part,)), [torch.zeros(part.sublayer.shape)])
-    assert members is not None
-    gradient, kept = members[0].own, sums[f"{GATE}.gradient"].moment()
+    problems = Problems(store, {GATE: ()}, chosen, torch.device("cpu"))
+    problem = problems.of_part(part, torch.zeros(part.sublayer.shape))
+    assert problem is not None
+    gradient, kept = problem.gradients, sums[f"{GATE}.gradient"].moment()
     assert gradient is not None
     assert 0 < kept.n_tokens < WINDOWS.numel()
     torch.testing.assert_close(gradient.second, kept.second, rtol=1e-12, atol=0)

@@ -29,6 +29,7 @@ from conftest import (
     small_config,
     with_changes,
 )
+from low_rank_fits import fit_rank
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -50,7 +51,6 @@ from sharebasis.forms.share_linear import ShareLinear, State
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import load_record, save_record
-from sharebasis.linalg.factorize import fit_read_basis
 from sharebasis.linalg.moments import Moment
 from sharebasis.linalg.rows import Rows
 from sharebasis.model import surgery
@@ -361,7 +361,7 @@ def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(r
         own = {part.sublayer: moments[part.sublayer] for part in group.parts}.values()
         pooled = sum(one.total for one in own) / sum(one.n_tokens for one in own)
         moment = Moment(pooled, torch.zeros(len(pooled)).double(), 1, "pooled")
-        factors = fit_read_basis(weights, moment if whitened else None, group.rank)
+        factors = fit_rank(weights, moment if whitened else None, group.rank)
         expected = torch.cat(factors.coefficients) @ factors.basis
         product = run.product(group)
         assert _close(product, expected, 1e-4), group.name
@@ -443,7 +443,7 @@ def test_half_precision_weights_become_half_precision_factors(
     for group in run.index.groups:
         (part,) = group.parts
         weight = run.dense_rows(model, part.sublayer, part.rows)
-        factors = fit_read_basis([weight], None, group.rank)
+        factors = fit_rank([weight], None, group.rank)
         expected = factors.coefficients[0] @ factors.basis
         assert _close(run.product(group), expected, 4 * torch.finfo(torch.bfloat16).eps)
 

@@ -6,11 +6,13 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from low_rank_fits import problems_of
 from torch import Tensor
 
-from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.moments import Moment, MomentAccumulator
-from sharebasis.linalg.neuron_pruning import narrow, refit
+from sharebasis.linalg.neuron_pruning import prune, refit
+from sharebasis.linalg.objective import Problem
 
 
 def _moment(rows: Tensor) -> Moment:
@@ -43,16 +45,18 @@ def test_weights_are_the_regression_on_what_stays_and_losses_those_of_the_output
     gradient = _moment(gradients) if two_sided else None
     g = gradient.second if gradient else torch.eye(6, dtype=torch.float64)
     widths = (24, 17, 8, 3)
-    found = list(narrow(weight, _moment(neurons), widths, gradient))
+    problem = Problem(weight, _moment(neurons), gradient)
+    found = list(prune(problem, widths))
     assert tuple(len(one.kept) for one in found) == widths
     for one in found:
         wanted = torch.linalg.lstsq(neurons[:, one.kept], neurons @ weight.T).solution.T
-        narrowed = refit(weight, _moment(neurons), one.kept)
+        narrowed = refit(problem, one.kept)
         torch.testing.assert_close(narrowed, wanted, rtol=1e-5, atol=1e-6)
         measured = _loss(weight, narrowed, one.kept, neurons, g)
         assert one.loss == pytest.approx(measured, rel=1e-6, abs=1e-6)
-        every = decompose_reads([narrowed], _moment(neurons).at(one.kept), gradient and [gradient])
-        torch.testing.assert_close(one.energies, every.energies, rtol=1e-5, atol=1e-6)
+        kept_inputs = _moment(neurons).at(one.kept)
+        spectrum = decompose(problems_of([narrowed], kept_inputs, gradient and [gradient]))
+        torch.testing.assert_close(one.energies, spectrum.energies, rtol=1e-5, atol=1e-6)
     losses = [one.loss for one in found]
     assert losses == sorted(losses)
     for larger, smaller in pairwise(found):
@@ -63,10 +67,11 @@ def test_it_is_hardly_worse_than_the_best_of_all_choices() -> None:
     ratios = []
     for seed in range(10):
         weight, neurons, gradients = _draw(3, 8, seed=seed)
-        moment, gradient = _moment(neurons), _moment(gradients)
-        (one,) = narrow(weight, moment, [4], gradient)
+        gradient = _moment(gradients)
+        problem = Problem(weight, _moment(neurons), gradient)
+        (one,) = prune(problem, [4])
         every = [
-            _loss(weight, refit(weight, moment, kept), kept, neurons, gradient.second)
+            _loss(weight, refit(problem, kept), kept, neurons, gradient.second)
             for kept in map(torch.tensor, combinations(range(8), 4))
         ]
         assert one.loss >= min(every) * (1 - 1e-9)
@@ -80,7 +85,7 @@ def test_neurons_that_are_combinations_of_others_cost_nothing() -> None:
     neurons[:, 4:] = neurons[:, :4] @ torch.randn(4, 8, dtype=torch.float64)
     weight[:, 0] = 0  # a neuron that nobody reads
     energy = _loss(weight, 0 * weight, torch.arange(12), neurons, _moment(gradients).second)
-    four, three = narrow(weight, _moment(neurons), [4, 3], _moment(gradients))
+    four, three = prune(Problem(weight, _moment(neurons), _moment(gradients)), [4, 3])
     assert four.loss < 1e-6 * energy
     assert three.loss > 1e-3 * energy
 
@@ -88,7 +93,8 @@ def test_neurons_that_are_combinations_of_others_cost_nothing() -> None:
 def test_neurons_that_never_fire_go_first() -> None:
     weight, neurons, _ = _draw(5, 12)
     neurons[:, [2, 7]] = 0
-    (one,) = narrow(weight, _moment(neurons), [10])
+    problem = Problem(weight, _moment(neurons), None)
+    (one,) = prune(problem, [10])
     assert set(range(12)) - set(one.kept.tolist()) == {2, 7}
-    narrowed = refit(weight, _moment(neurons), one.kept)
+    narrowed = refit(problem, one.kept)
     torch.testing.assert_close(narrowed, weight[:, one.kept], rtol=1e-6, atol=1e-6)

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.moments import Moment
+from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.shared_basis import (
-    Member,
-    SharedFactors,
+    Factors,
+    best_coefficients,
     energies,
     fit_shared_basis,
-    loss_of,
     pooled_basis,
     refine,
 )
@@ -33,35 +33,48 @@ def _moment(d: int, seed: int, n_tokens: int = 200) -> Moment:
     return Moment(x.T @ x, x.sum(0), n_tokens, f"site{seed}").damped(1e-4)
 
 
-def _members(
+def _problems(
     owns: Sequence[int], shared: int = SHARED, seed: int = 0, one: bool = False, bare: bool = False
-) -> list[Member]:
+) -> list[Problem]:
     """With moments that differ, or (one) the same on the shared side, or (bare) none."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(own, shared, dtype=torch.float64, generator=generator) for own in owns]
     if bare:
-        return [Member(weight, None, None) for weight in weights]
+        return [Problem(weight, None, None) for weight in weights]
     single = _moment(shared, seed + 1)
     return [
-        Member(w, single if one else _moment(shared, seed + 10 + i), _moment(len(w), seed + 30 + i))
+        Problem(
+            w, single if one else _moment(shared, seed + 10 + i), _moment(len(w), seed + 30 + i)
+        )
         for i, w in enumerate(weights)
     ]
 
 
-def _loss(members: Sequence[Member], products: Sequence[Tensor]) -> float:
+def _loss(problems: Sequence[Problem], products: Sequence[Tensor]) -> float:
     """By the roots: ‖G^½ (W - Ŵ) C^½‖², Cholesky factors in the place of roots."""
     total = 0.0
-    for member, product in zip(members, products, strict=True):
-        error = member.weight - product
-        if member.own is not None:
-            error = torch.linalg.cholesky(member.own.second).T @ error
-        if member.shared is not None:
-            error = error @ torch.linalg.cholesky(member.shared.second)
+    for problem, product in zip(problems, products, strict=True):
+        error = problem.weight - product
+        if problem.gradients is not None:
+            error = torch.linalg.cholesky(problem.gradients.second).T @ error
+        if problem.inputs is not None:
+            error = error @ torch.linalg.cholesky(problem.inputs.second)
         total += error.square().sum().item()
     return total
 
 
-def _products(factors: SharedFactors) -> list[Tensor]:
+def _fit(problems: Sequence[Problem], rank: int, refined: bool) -> Factors:
+    """Without refinement, with the pooled basis and what is best for it."""
+    if refined:
+        return fit_shared_basis(problems, rank)
+    basis = pooled_basis(problems)[:rank]
+    coefficients = best_coefficients(problems, basis)
+    products = [coefficient @ basis for coefficient in coefficients]
+    energy = _loss(problems, [torch.zeros_like(problem.weight) for problem in problems])
+    return Factors(basis, coefficients, _loss(problems, products), energy)
+
+
+def _products(factors: Factors) -> list[Tensor]:
     return [coefficient @ factors.basis for coefficient in factors.coefficients]
 
 
@@ -75,17 +88,17 @@ CASES = {"tall": (9, 11, 8), "wide": (4, 5), "one": (20,)}
 def test_the_loss_told_is_that_of_the_dense_products_at_every_rank(
     owns: Sequence[int], one: bool, refined: bool
 ) -> None:
-    members = _members(owns, one=one)
-    saved = energies(members, pooled_basis(members))
-    total = _loss(members, [torch.zeros_like(member.weight) for member in members])
+    problems = _problems(owns, one=one)
+    saved = energies(problems, pooled_basis(problems))
+    total = _loss(problems, [torch.zeros_like(problem.weight) for problem in problems])
     assert len(saved) == min(sum(owns), SHARED)
     assert saved.sum().item() == pytest.approx(total, rel=1e-7)
     losses = []
     for rank in range(1, len(saved) + 1):
-        factors = fit_shared_basis(members, rank, refined)
+        factors = _fit(problems, rank, refined)
         told = factors.loss
         assert factors.energy == pytest.approx(total, rel=1e-9)
-        losses.append(_loss(members, _products(factors)))
+        losses.append(_loss(problems, _products(factors)))
         assert told == pytest.approx(losses[-1], rel=1e-9, abs=1e-9 * total)
         predicted = saved[rank:].sum().item()
         if refined:
@@ -94,16 +107,15 @@ def test_the_loss_told_is_that_of_the_dense_products_at_every_rank(
             assert told == pytest.approx(predicted, rel=1e-6, abs=1e-9 * total)
     assert all(more <= less * (1 + 1e-9) + 1e-9 * total for less, more in pairwise(losses))
     torch.testing.assert_close(
-        torch.cat(_products(factors)), torch.cat([m.weight for m in members]), rtol=0, atol=1e-5
+        torch.cat(_products(factors)), torch.cat([p.weight for p in problems]), rtol=0, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("owns", CASES.values(), ids=CASES)
 def test_with_one_moment_it_is_the_exact_solution_which_reads_have(owns: Sequence[int]) -> None:
-    members = _members(owns, one=True)
-    gradients = [member.own for member in members if member.own is not None]
-    exact = decompose_reads([m.weight for m in members], members[0].shared, gradients).energies
-    found = energies(members, pooled_basis(members))
+    problems = _problems(owns, one=True)
+    exact = decompose(problems).energies
+    found = energies(problems, pooled_basis(problems))
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9 * exact.sum().item())
 
 
@@ -111,12 +123,12 @@ def test_with_one_moment_it_is_the_exact_solution_which_reads_have(owns: Sequenc
 def test_without_moments_it_is_the_truncated_svd_of_the_stacked_weights(
     owns: Sequence[int],
 ) -> None:
-    members = _members(owns, bare=True)
-    stacked = torch.cat([member.weight for member in members])
+    problems = _problems(owns, bare=True)
+    stacked = torch.cat([problem.weight for problem in problems])
     u, s, v = torch.linalg.svd(stacked, full_matrices=False)
-    found = energies(members, pooled_basis(members))
+    found = energies(problems, pooled_basis(problems))
     torch.testing.assert_close(found, s.square(), rtol=1e-6, atol=1e-9)
-    factors = fit_shared_basis(members, 3)
+    factors = fit_shared_basis(problems, 3)
     torch.testing.assert_close(
         torch.cat(_products(factors)), (u[:, :3] * s[:3]) @ v[:3], rtol=0, atol=1e-8
     )
@@ -127,8 +139,9 @@ def test_writes_are_the_same_problem_transposed() -> None:
     gradient, inputs = _moment(SHARED, 3), [_moment(9, 4), _moment(7, 5)]
     generator = torch.Generator().manual_seed(6)
     weights = [torch.randn(SHARED, d, dtype=torch.float64, generator=generator) for d in (9, 7)]
-    members = [Member(w.T, gradient, c) for w, c in zip(weights, inputs, strict=True)]
-    factors = fit_shared_basis(members, 4)
+    pairs = zip(weights, inputs, strict=True)
+    problems = [Problem(weight, moment, gradient).transposed() for weight, moment in pairs]
+    factors = fit_shared_basis(problems, 4)
     root = torch.linalg.cholesky(gradient.second).T
     scaled = torch.cat(
         [root @ w @ torch.linalg.cholesky(c.second) for w, c in zip(weights, inputs, strict=True)],
@@ -154,42 +167,43 @@ def test_writes_are_the_same_problem_transposed() -> None:
 def test_refinement_never_loses(
     owns: list[int], shared: int, seed: int, data: st.DataObject
 ) -> None:
-    members = _members(owns, shared, seed)
+    problems = _problems(owns, shared, seed)
     rank = data.draw(st.integers(1, min(sum(owns), shared)))
-    pooled, refined = (fit_shared_basis(members, rank, which).loss for which in (False, True))
-    energy = _loss(members, [torch.zeros_like(member.weight) for member in members])
+    pooled, refined = (_fit(problems, rank, which).loss for which in (False, True))
+    energy = _loss(problems, [torch.zeros_like(problem.weight) for problem in problems])
     assert refined <= pooled + 1e-9 * energy
 
 
 def test_refinement_gains_where_moments_differ_and_ends_where_nothing_near_is_better() -> None:
-    members = _members((9, 11, 8))
-    pooled, refined = (fit_shared_basis(members, 4, which) for which in (False, True))
+    problems = _problems((9, 11, 8))
+    pooled, refined = (_fit(problems, 4, which) for which in (False, True))
     assert refined.loss < 0.97 * pooled.loss
     generator = torch.Generator().manual_seed(1)
     for size in (3e-1, 1e-1):
         noise = torch.randn(4, SHARED, dtype=torch.float64, generator=generator)
         moved = refined.basis * (1 + size * noise)
-        assert loss_of(members, moved, refined.coefficients) > refined.loss
+        products = [coefficient @ moved for coefficient in refined.coefficients]
+        assert _loss(problems, products) > refined.loss
 
 
 def test_refinement_leaves_alone_what_is_exact() -> None:
-    members = _members((9, 11), one=True)
-    basis = pooled_basis(members)[:4]
-    assert refine(members, basis) is basis
+    problems = _problems((9, 11), one=True)
+    basis = pooled_basis(problems)[:4]
+    assert refine(problems, basis) is basis
 
 
-def test_a_basis_that_all_members_have_is_found() -> None:
+def test_a_basis_that_all_weights_have_is_found() -> None:
     generator = torch.Generator().manual_seed(2)
     basis = torch.randn(3, SHARED, dtype=torch.float64, generator=generator)
-    members = [
-        Member(
-            torch.randn(len(m.weight), 3, dtype=torch.float64, generator=generator) @ basis,
-            m.shared,
-            m.own,
+    problems = [
+        Problem(
+            torch.randn(len(p.weight), 3, dtype=torch.float64, generator=generator) @ basis,
+            p.inputs,
+            p.gradients,
         )
-        for m in _members((9, 11, 8))
+        for p in _problems((9, 11, 8))
     ]
-    saved = energies(members, pooled_basis(members))
+    saved = energies(problems, pooled_basis(problems))
     assert saved[3:].sum() < 1e-8 * saved.sum()
     assert saved[2] > 1e-4 * saved.sum()
 
@@ -197,10 +211,10 @@ def test_a_basis_that_all_members_have_is_found() -> None:
 def test_a_moment_that_fewer_tokens_than_dimensions_made_is_no_special_case() -> None:
     x = torch.randn(2, 5, SHARED, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     singular = [Moment(own.T @ own, own.sum(0), 5, "few") for own in x]
-    pairs = zip(_members((9, 11)), singular, strict=True)
-    members = [Member(member.weight, own, member.own) for member, own in pairs]
+    pairs = zip(_problems((9, 11)), singular, strict=True)
+    problems = [Problem(problem.weight, own, problem.gradients) for problem, own in pairs]
     # Two sets of five tokens span ten directions, and a basis of ten can have all of them.
-    factors = fit_shared_basis(members, 10)
+    factors = fit_shared_basis(problems, 10)
     assert torch.cat(_products(factors)).isfinite().all()
     assert factors.loss < 1e-6 * factors.energy
-    assert fit_shared_basis(members, 4).loss > 1e-3 * factors.energy
+    assert fit_shared_basis(problems, 4).loss > 1e-3 * factors.energy

@@ -14,7 +14,6 @@ from conftest import MakeSettings
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import split_selected
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import load_compressed
@@ -25,7 +24,7 @@ from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.problems import Metric
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.residual.cache import run_with_cache
 from sharebasis.stages.calibrate.calibrate import calibrate
@@ -204,10 +203,11 @@ def test_the_fit_weighs_the_gradients_of_all_that_use_it(
     part = split_selected(classify_model(load_model(weights, "float32", CPU)), "none")[0]
     assert part.sublayer.name == "model.layers.0.self_attn.q_proj"
     twins = {part.sublayer.name: tuple(f"model.layers.{i}.self_attn.q_proj" for i in (1, 2))}
-    metric = Metric(moments, twins, replace(settings, damping_inputs=0.0), CPU)
-    (member,) = metric.members(Group((part,)), [torch.zeros(part.shape)]) or ()
-    assert member.own is not None
-    ours = member.own.second
+    problems = Problems(moments, twins, replace(settings, damping_inputs=0.0), CPU)
+    problem = problems.of_part(part, torch.zeros(part.shape))
+    assert problem is not None
+    assert problem.gradients is not None
+    ours = problem.gradients.second
     dense = load_model(weights, "float32", CPU)
     found = torch.zeros_like(ours)
 

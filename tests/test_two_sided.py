@@ -10,6 +10,7 @@ import pytest
 import torch
 from calibrated import fit_settings, maker
 from conftest import MakeDirectory, MakeSettings
+from low_rank_fits import fit_rank, problems_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from sharebasis.architecture.sublayers import Sublayer
 from sharebasis.config.types import Labels
 from sharebasis.errors import CalibrationError
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.linalg.factorize import decompose_reads, fit_read_basis
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.moments import Moment
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_model
@@ -52,10 +53,10 @@ def test_a_group_has_no_more_directions_than_its_stacked_weight(
 ) -> None:
     d_outs, d_in = case
     weights, gradients = _weights(*d_outs, d_in=d_in), [_moment(d, d).damped(1.0) for d in d_outs]
-    every = decompose_reads(weights, None, gradients)
-    assert every.full_rank == min(sum(d_outs), d_in)
+    spectrum = decompose(problems_of(weights, None, gradients))
+    assert len(spectrum.energies) == min(sum(d_outs), d_in)
     torch.testing.assert_close(
-        every.coefficient @ every.basis, torch.cat(weights).double(), rtol=0, atol=1e-8
+        spectrum.coefficient @ spectrum.basis, torch.cat(weights).double(), rtol=0, atol=1e-8
     )
 
 
@@ -69,15 +70,15 @@ def test_the_reported_loss_is_that_of_the_product_at_every_rank(
     d_outs, d_in = case
     weights, moment = _weights(*d_outs, d_in=d_in), _moment(d_in, 1)
     gradients = [_moment(d, 2 + i) for i, d in enumerate(d_outs)]
-    every = decompose_reads(weights, moment, gradients)
-    assert every.full_rank == min(sum(d_outs), d_in)
-    assert (every.energies.diff() <= 0).all()
+    spectrum = decompose(problems_of(weights, moment, gradients))
+    assert len(spectrum.energies) == min(sum(d_outs), d_in)
+    assert (spectrum.energies.diff() <= 0).all()
     stacked = torch.cat(weights).double()
-    for rank in range(1, every.full_rank + 1):
-        errors = stacked - every.coefficient[:, :rank] @ every.basis[:rank]
+    for rank in range(1, len(spectrum.energies) + 1):
+        errors = stacked - spectrum.coefficient[:, :rank] @ spectrum.basis[:rank]
         loss = _loss(errors.split(d_outs), moment, gradients)
-        predicted = every.energies[rank:].sum().item()
-        assert loss == pytest.approx(predicted, rel=1e-7, abs=1e-9 * every.energies.sum().item())
+        predicted = spectrum.energies[rank:].sum().item()
+        assert loss == pytest.approx(predicted, rel=1e-7, abs=1e-9 * spectrum.energies.sum().item())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -85,7 +86,7 @@ def test_no_neighbour_of_the_factors_is_better(case: tuple[tuple[int, ...], int]
     d_outs, d_in = case
     weights, moment = _weights(*d_outs, d_in=d_in), _moment(d_in, 1)
     gradients = [_moment(d, 2 + i) for i, d in enumerate(d_outs)]
-    fitted = fit_read_basis(weights, moment, 3, gradients)
+    fitted = fit_rank(weights, moment, 3, gradients)
     generator = torch.Generator().manual_seed(5)
     for size in (1e-1, 1e-2, 1e-3):
         basis = fitted.basis * (1 + size * torch.randn(3, d_in, generator=generator))
@@ -95,7 +96,7 @@ def test_no_neighbour_of_the_factors_is_better(case: tuple[tuple[int, ...], int]
 
 def test_it_beats_the_loss_of_one_side_in_its_own_metric() -> None:
     weights, moment, gradient = _weights(30, d_in=16), _moment(16, 1), _moment(30, 2)
-    two, one = (fit_read_basis(weights, moment, 5, gradients) for gradients in ([gradient], None))
+    two, one = (fit_rank(weights, moment, 5, gradients) for gradients in ([gradient], None))
     losses = [
         _loss([weights[0] - fit.coefficients[0] @ fit.basis], moment, [gradient])
         for fit in (two, one)
@@ -106,7 +107,7 @@ def test_it_beats_the_loss_of_one_side_in_its_own_metric() -> None:
 def test_an_identity_moment_of_gradients_changes_nothing() -> None:
     weights, moment = _weights(30, d_in=16), _moment(16, 1)
     eye = Moment(torch.eye(30, dtype=torch.float64), torch.zeros(30).double(), 1, "eye")
-    two, one = (fit_read_basis(weights, moment, 5, gradients) for gradients in ([eye], None))
+    two, one = (fit_rank(weights, moment, 5, gradients) for gradients in ([eye], None))
     assert two.loss == pytest.approx(one.loss, rel=1e-10)
     torch.testing.assert_close(
         two.coefficients[0] @ two.basis, one.coefficients[0] @ one.basis, rtol=0, atol=1e-9

@@ -39,10 +39,6 @@ class CalibrationError(ShareBasisError):
     """A moment is not usable: no tokens, not finite, or of the wrong width."""
 
 
-class RankError(ShareBasisError):
-    """A rank lies outside what the weights allow."""
-
-
 class BudgetError(ShareBasisError):
     """No rank meets the removed fraction that was asked for."""
 

@@ -16,18 +16,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from sharebasis.linalg.gram import cholesky, spectrum
-from sharebasis.linalg.moments import RIDGE, Moment, whitening
+from sharebasis.linalg.moments import RIDGE, whitening
+from sharebasis.linalg.objective import Problem
 
-STEPS = 48
+N_BLOCKS = 48
 """Neurons go in about so many blocks, as products of blocks are what makes this fast."""
 
 
 @dataclass(frozen=True, slots=True)
-class Narrowed:
+class Pruned:
     """What some of the neurons can do."""
 
     kept: Int64[Tensor, " kept"]
@@ -38,12 +39,7 @@ class Narrowed:
     """tr(G E[(y − Ŵ h_S)(y − Ŵ h_S)ᵀ]), with or without G."""
 
 
-def narrow(
-    weight: Float[Tensor, "d_model d_mlp"],
-    neurons: Moment,
-    widths: Collection[int],
-    gradient: Moment | None = None,
-) -> Iterator[Narrowed]:
+def prune(problem: Problem, widths: Collection[int]) -> Iterator[Pruned]:
     """Let neurons go, those first that are missed least, and yield what is left at some widths.
 
     Backward elimination in blocks. With P = C[S, S]⁻¹ and Ŵ = W C[:, S] P, letting the neurons J
@@ -51,10 +47,8 @@ def narrow(
     by one. What stays at one width is part of what stays at a larger one. `refit` makes Ŵ.
 
     Args:
-        weight: of down.
-        neurons: C, the moment of what down reads.
+        problem: of down, whose inputs are the neurons.
         widths: neurons to stay, each in [1, d_mlp]; yielded from the largest down.
-        gradient: G, of the gradients of what down puts out; None stands for the identity.
 
     Raises:
         CalibrationError: a moment has no positive eigenvalue.
@@ -63,24 +57,32 @@ def narrow(
         arXiv:2108.00065) and of MoDeGPT's Nyström step (arXiv:2408.09632); elimination by the
         inverse is Optimal Brain Surgeon's (Hassibi and Stork 1993).
     """
-    own, second = weight.to(torch.float64), neurons.damped(RIDGE).second
-    scaled = own if gradient is None else whitening(gradient)[0] @ own
+    weight, gradients = problem.weight, problem.gradients
+    second = problem.input_moment.damped(RIDGE).second
+    scaled = weight if gradients is None else whitening(gradients)[0] @ weight
     target = scaled @ second
     energy = (target * scaled).sum().item()
-    kept = torch.arange(len(second), device=own.device)
-    most = max(1, len(kept) // STEPS)
+    kept = torch.arange(len(second), device=weight.device)
+    block = max(1, len(kept) // N_BLOCKS)
     factor = cholesky(second)
     for width in sorted(widths, reverse=True):
-        kept = _eliminate(scaled, factor, kept, width, most)
+        kept = _eliminate(scaled, factor, kept, width, block)
         # Anew for every width: in a nearly singular C, what updates leave of the inverse is noise.
         factor = cholesky(second[kept][:, kept])
         scaled = torch.cholesky_solve(target[:, kept].T, factor).T
         saved = scaled @ target[:, kept].T
         loss = max(0.0, energy - saved.trace().item())
-        yield Narrowed(kept, spectrum(saved, width), loss)
+        yield Pruned(kept, spectrum(saved, width), loss)
 
 
-def _eliminate(scaled: Tensor, factor: Tensor, kept: Tensor, width: int, most: int) -> Tensor:
+def refit(problem: Problem, kept: Int64[Tensor, " kept"]) -> Float64[Tensor, "d_model kept"]:
+    """The weight of down that does best with some of the neurons: W C[:, S] C[S, S]⁻¹."""
+    second = problem.input_moment.damped(RIDGE).second
+    products = second[kept] @ problem.weight.T
+    return torch.cholesky_solve(products, cholesky(second[kept][:, kept])).T
+
+
+def _eliminate(scaled: Tensor, factor: Tensor, kept: Tensor, width: int, block: int) -> Tensor:
     """`width` of the neurons `kept`, at most so many at once gone.
 
     Args:
@@ -89,22 +91,13 @@ def _eliminate(scaled: Tensor, factor: Tensor, kept: Tensor, width: int, most: i
     """
     precision = torch.cholesky_inverse(factor)
     while len(kept) > width:
-        n = min(most, len(kept) - width)
+        n = min(block, len(kept) - width)
         gone = ((scaled**2).sum(0) / precision.diagonal()).argsort()[:n]
         stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
         stays[gone] = False
-        theirs = precision[:, gone]
-        taken = torch.linalg.solve(theirs[gone], theirs.T)[:, stays]
-        scaled = scaled[:, stays] - scaled[:, gone] @ taken
-        precision = precision[stays][:, stays] - theirs[stays] @ taken
+        columns = precision[:, gone]
+        transfer = torch.linalg.solve(columns[gone], columns.T)[:, stays]
+        scaled = scaled[:, stays] - scaled[:, gone] @ transfer
+        precision = precision[stays][:, stays] - columns[stays] @ transfer
         kept = kept[stays]
     return kept
-
-
-def refit(
-    weight: Float[Tensor, "d_model d_mlp"], neurons: Moment, kept: Int64[Tensor, " kept"]
-) -> Float64[Tensor, "d_model kept"]:
-    """The weight of down that does best with some of the neurons: W C[:, S] C[S, S]⁻¹."""
-    second = neurons.damped(RIDGE).second
-    answers = second[kept] @ weight.to(torch.float64).T
-    return torch.cholesky_solve(answers, cholesky(second[kept][:, kept])).T

@@ -1,4 +1,4 @@
-"""artifacts/moments -> the metric in which a method measures what a group loses."""
+"""artifacts/moments -> the problems whose losses a method measures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import Part
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.methods import METHODS
-from sharebasis.linalg.factorize import Decomposition, decompose_reads
+from sharebasis.linalg.low_rank import Spectrum, decompose
 from sharebasis.linalg.moments import Moment
-from sharebasis.linalg.shared_basis import Member
+from sharebasis.linalg.objective import Problem
 from sharebasis.moments.store import MomentStore, gradient_site
 
 NOTHING = 1e-20
@@ -25,8 +25,8 @@ output matrix, say, whose values are zero), and gradients of outputs that no los
 of an expert, say, which the last token of a window alone went to)."""
 
 
-class Metric:
-    """The moments in which a group's loss is measured."""
+class Problems:
+    """Weights with the moments by which a method measures their losses."""
 
     def __init__(
         self,
@@ -41,32 +41,38 @@ class Metric:
         self._pool = lru_cache(maxsize=1)(self._read_pool)
         self._each = lru_cache(maxsize=1)(self._read_each)
 
-    def decompose(self, group: Group, originals: Sequence[Tensor]) -> tuple[Decomposition, bool]:
-        """The factors, and whether calibration has seen what the group reads."""
-        if self._moments is None:
-            return decompose_reads(originals, None), True
-        inputs, gradients = self._inputs(group), None
+    def decompose(self, group: Group, weights: Sequence[Tensor]) -> tuple[Spectrum, bool]:
+        """The factors of all ranks by the pool of what a group reads, and whether calibration has
+        seen any of it; where it has not, those of plain SVD."""
+        inputs = None if self._moments is None else self._inputs(group)
         if inputs is None:
-            return decompose_reads(originals, None), False
-        if self._settings.two_sided:
-            gradients = [self._gradient(part) for part in group.parts]
+            bare = [Problem(weight.double(), None, None) for weight in weights]
+            return decompose(bare), self._moments is None
         counted = None if self._own.inputs == "none" else inputs
-        return decompose_reads(originals, counted, gradients), True
+        problems = [
+            Problem(weight.double(), counted, self._gradients(part))
+            for part, weight in zip(group.parts, weights, strict=True)
+        ]
+        return decompose(problems), True
 
-    def members(self, group: Group, originals: Sequence[Tensor]) -> Sequence[Member] | None:
-        """The parts of a group, each with moments of its own; None where calibration has not seen
-        what one of them reads."""
+    def of(self, group: Group, weights: Sequence[Tensor]) -> Sequence[Problem] | None:
+        """The parts of a group, each with moments of its own, turned so that columns are on the
+        side that the group shares; None where calibration has not seen what one of them reads."""
         inputs = self._each(tuple(self._sites(part) for part in group.parts))
         if inputs is None:
             return None
-        found = []
-        for part, weight, read in zip(group.parts, originals, inputs, strict=True):
-            put_out = self._gradient(part) if self._settings.two_sided else None
-            if group.side == "output":
-                found.append(Member(weight.double().T, put_out, read))
-            else:
-                found.append(Member(weight.double(), read, put_out))
-        return found
+        problems = [
+            Problem(weight.double(), moment, self._gradients(part))
+            for part, weight, moment in zip(group.parts, weights, inputs, strict=True)
+        ]
+        if group.side == "output":
+            return [problem.transposed() for problem in problems]
+        return problems
+
+    def of_part(self, part: Part, weight: Tensor) -> Problem | None:
+        """A part by itself; None where calibration has not seen what it reads."""
+        problems = self.of(Group((part,)), [weight])
+        return problems[0] if problems else None
 
     def _read_each(
         self, sites: tuple[tuple[str, ...], ...]
@@ -101,8 +107,10 @@ class Metric:
         damped = _something(moment).damped(self._settings.damping_inputs)
         return damped.diagonal(self._own.alpha) if self._own.inputs == "diagonal" else damped
 
-    def _gradient(self, part: Part) -> Moment:
+    def _gradients(self, part: Part) -> Moment | None:
         """Of what a part puts out under all of its names, weighed by how often it runs."""
+        if not self._settings.two_sided:
+            return None
         assert self._moments is not None
         moments, name = self._moments, part.sublayer.name
         whole = moments.gradient(name)
@@ -123,16 +131,3 @@ def _something(moment: Moment) -> Moment:
         return moment
     unit = torch.eye(len(moment.sum), dtype=torch.float64, device=moment.total.device)
     return replace(moment, total=NOTHING * moment.n_tokens * unit)
-
-
-def member_of(
-    part: Part, original: Tensor, metric: Metric
-) -> tuple[Tensor, Moment, Moment | None] | None:
-    """A weight, the moment of what it reads and that of its gradients; None where calibration has
-    not seen what it reads."""
-    members = metric.members(Group((part,)), [original])
-    if members is None:
-        return None
-    (member,) = members
-    assert member.shared is not None  # sparse weights are offered to methods that look at inputs
-    return member.weight, member.shared, member.own

@@ -14,7 +14,7 @@ from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import Part
 from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.linalg.optimal_brain_surgeon import Sparsities
+from sharebasis.linalg.sparsity_curve import SparsityCurve
 from sharebasis.linalg.value_gauge import ValueOutput
 from sharebasis.structures.neurons import Mlp, Widths
 
@@ -97,9 +97,9 @@ class Spectra:
         """The neurons of MLP `j` that stay at a width, ascending."""
         return self.neurons(j)[:width].sort().values
 
-    def sparsities(self, j: int) -> Sparsities:
+    def sparsities(self, j: int) -> SparsityCurve:
         """What the part `sparse[j]` loses as its entries go."""
-        return Sparsities(*self._reader.read(f"sparse{j}").tolist())
+        return SparsityCurve(*self._reader.read(f"sparse{j}").tolist())
 
     def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
         """(basis, coefficient) of a given group `i` and a rank, in float64."""

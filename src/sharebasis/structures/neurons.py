@@ -16,9 +16,9 @@ from sharebasis.architecture.parts import Part
 from sharebasis.config.fit import NARROWED
 from sharebasis.linalg.gram import spectrum
 from sharebasis.linalg.moments import whitening
-from sharebasis.linalg.neuron_pruning import narrow, refit
+from sharebasis.linalg.neuron_pruning import prune, refit
+from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.rows import Rows, rows_at
-from sharebasis.linalg.shared_basis import Member
 
 WIDTHS = 8
 """Widths that an MLP may have, evenly spaced; the largest of them is the original. The ranks of
@@ -157,16 +157,15 @@ class Widths:
         return Widths(self.neurons, losses, tuple(energies))
 
 
-def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
+def measure(mlp: Mlp, problems: Sequence[Problem]) -> Widths:
     """Work out what is lost at every width and rank.
 
     Args:
         mlp: to be narrowed.
-        members: its parts' weights, and moments of what they read and put out.
+        problems: its parts' weights, and moments of what they read and put out.
     """
-    *reads, down = members
-    assert down.shared is not None
-    narrowed = list(narrow(down.weight, down.shared, mlp.widths, down.own))
+    *reads, down = problems
+    narrowed = list(prune(down, mlp.widths))
     order = [narrowed[-1].kept]
     for larger, smaller in zip(narrowed[-2::-1], narrowed[:0:-1], strict=True):
         order.append(_without(larger.kept, smaller.kept))
@@ -183,13 +182,13 @@ def measure(mlp: Mlp, members: Sequence[Member]) -> Widths:
     return Widths(torch.cat(order), tuple(one.loss for one in narrowed), energies)
 
 
-def _read_energies(part: Part, read: Member, every: Sequence[Tensor]) -> list[Tensor]:
+def _read_energies(part: Part, read: Problem, every: Sequence[Tensor]) -> list[Tensor]:
     """What the directions of a read save with its rows for some neurons, for each choice of them.
 
     With S S = C they are the eigenvalues of S W_Sᵀ G[S, S] W_S S, which is as wide as the input.
     """
-    whitened = read.weight if read.shared is None else read.weight @ whitening(read.shared)[0]
-    second, found = None if read.own is None else read.own.second, []
+    whitened = read.weight if read.inputs is None else read.weight @ whitening(read.inputs)[0]
+    second, found = None if read.gradients is None else read.gradients.second, []
     for kept in every:
         rows = _rows_of(part, kept)
         own = whitened[rows]
@@ -198,13 +197,12 @@ def _read_energies(part: Part, read: Member, every: Sequence[Tensor]) -> list[Te
     return found
 
 
-def narrowed_members(
-    mlp: Mlp, members: Sequence[Member], kept: Int64[Tensor, " kept"]
-) -> Sequence[Member]:
+def narrowed_problems(
+    mlp: Mlp, problems: Sequence[Problem], kept: Int64[Tensor, " kept"]
+) -> Sequence[Problem]:
     """The parts of an MLP with some of its neurons; down makes up for the others."""
-    *reads, down = members
-    assert down.shared is not None
-    weight = refit(down.weight, down.shared, kept)
+    *reads, down = problems
+    weight = refit(down, kept)
     narrowed = (_rows(part, own, kept) for part, own in zip(mlp.reads, reads, strict=True))
     return [*narrowed, _columns(down, kept, weight)]
 
@@ -218,12 +216,11 @@ def _rows_of(part: Part, kept: Tensor) -> Tensor:
     return rows_at(kept, part.gate_up) if part.gate_up else kept
 
 
-def _rows(part: Part, read: Member, kept: Tensor) -> Member:
+def _rows(part: Part, read: Problem, kept: Tensor) -> Problem:
     rows = _rows_of(part, kept)
-    own = None if read.own is None else read.own.at(rows)
-    return Member(read.weight[rows], read.shared, own)
+    gradients = None if read.gradients is None else read.gradients.at(rows)
+    return Problem(read.weight[rows], read.inputs, gradients)
 
 
-def _columns(down: Member, kept: Tensor, weight: Tensor) -> Member:
-    assert down.shared is not None
-    return Member(weight, down.shared.at(kept), down.own)
+def _columns(down: Problem, kept: Tensor, weight: Tensor) -> Problem:
+    return Problem(weight, down.input_moment.at(kept), down.gradients)

@@ -7,7 +7,7 @@ import torch
 
 from sharebasis.architecture.parts import Part
 from sharebasis.forms.mask import n_stored
-from sharebasis.linalg.optimal_brain_surgeon import Sparsities
+from sharebasis.linalg.sparsity_curve import SparsityCurve
 from sharebasis.structures.curve import Curve
 
 SPARSITIES = 256
@@ -15,7 +15,7 @@ SPARSITIES = 256
 less than the budget has to be exact to."""
 
 
-def curve_of_sparse(part: Part, points: Sparsities, weight: float = 1.0) -> Curve:
+def curve_of_sparse(part: Part, points: SparsityCurve, weight: float = 1.0) -> Curve:
     """Numbers of entries as entries of a curve; the last one, which nobody may choose, is all.
 
     Args:

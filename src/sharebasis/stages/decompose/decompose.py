@@ -16,14 +16,14 @@ from sharebasis.config.fit import NARROWED, SPARSE, FitSettings
 from sharebasis.io.atomic import require_disk, writing
 from sharebasis.io.records import save_record
 from sharebasis.io.tensor_files import TensorWriter
-from sharebasis.linalg import optimal_brain_surgeon
-from sharebasis.linalg.optimal_brain_surgeon import Sparsities
+from sharebasis.linalg import sparsity_curve
 from sharebasis.linalg.shared_basis import energies, pooled_basis
+from sharebasis.linalg.sparsity_curve import SparsityCurve
 from sharebasis.linalg.value_gauge import ValueOutput, fix_values
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.neuron_independence import neurons_are_apart
 from sharebasis.model.part_weights import read_part, read_parts
-from sharebasis.moments.problems import Metric, member_of
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore
 from sharebasis.runtime.progress import progress
 from sharebasis.runtime.threads import in_parallel
@@ -70,7 +70,7 @@ def decompose(
     own = [part for part in parts if part.sublayer.tied_to is None]
     given = _by_layer(given_groups(own, settings, distances))
     offered = _by_layer(offered_groups(own, settings, distances))
-    dense, metric = DenseWeights(weights), Metric(moments, twins, settings, device)
+    dense, problems = DenseWeights(weights), Problems(moments, twins, settings, device)
     mlps = _find_mlps(given, twins, dense) if NARROWED in settings.structures else ()
     fixed = _fixable(values, [*given, *offered], twins, dense)
     offered_sparse = own if SPARSE in settings.structures else []
@@ -80,7 +80,7 @@ def decompose(
     with writing(target) as out, progress("decompose", n_groups, "groups") as advance:
         require_disk(out, sum(map(factor_bytes, given)))
         writer, unseen = TensorWriter(out, "spectra", SHARD_BYTES), []
-        tasks = (partial(metric.decompose, group, originals(group.parts)) for group in given)
+        tasks = (partial(problems.decompose, group, originals(group.parts)) for group in given)
         for i, (every, seen) in enumerate(in_parallel(tasks, workers)):
             if not seen:
                 unseen.append(i)
@@ -89,7 +89,7 @@ def decompose(
             writer.add(f"{i}.coefficient", every.coefficient.to("cpu", torch.float32))
             advance()
         groups = [*given]
-        offers = (partial(_saved, metric, group, originals(group.parts)) for group in offered)
+        offers = (partial(_saved, problems, group, originals(group.parts)) for group in offered)
         n_at_once = workers_of(offered, device)
         for group, saved in zip(offered, in_parallel(offers, n_at_once), strict=True):
             if saved is not None:
@@ -97,14 +97,16 @@ def decompose(
                 groups.append(group)
             advance()
         narrowed: list[Mlp] = []
-        measures = (partial(_measured, metric, mlp, originals(mlp.parts)) for mlp in mlps)
+        measures = (partial(_measured, problems, mlp, originals(mlp.parts)) for mlp in mlps)
         for mlp, found in zip(mlps, in_parallel(measures, workers), strict=True):
             if found is not None:
                 _write_widths(writer, f"mlp{len(narrowed)}", mlp, found)
                 narrowed.append(mlp)
             advance()
         sparse: list[Part] = []
-        prices = (partial(_sparsities, metric, part, originals([part])) for part in offered_sparse)
+        prices = (
+            partial(_sparsities, problems, part, originals([part])) for part in offered_sparse
+        )
         for part, points in zip(offered_sparse, in_parallel(prices, workers), strict=True):
             if points is not None:
                 rows = points.removed, points.losses, points.prices
@@ -171,23 +173,22 @@ def _fixable(
     return tuple(found)
 
 
-def _saved(metric: Metric, group: Group, originals: Sequence[Tensor]) -> Tensor | None:
+def _saved(problems: Problems, group: Group, originals: Sequence[Tensor]) -> Tensor | None:
     """What each direction of an offered group saves."""
-    members = metric.members(group, originals)
-    return energies(members, pooled_basis(members)) if members else None
+    of_group = problems.of(group, originals)
+    return energies(of_group, pooled_basis(of_group)) if of_group else None
 
 
-def _measured(metric: Metric, mlp: Mlp, originals: Sequence[Tensor]) -> Widths | None:
-    members = metric.members(Group(mlp.parts), originals)
-    return measure(mlp, members) if members else None
+def _measured(problems: Problems, mlp: Mlp, originals: Sequence[Tensor]) -> Widths | None:
+    of_mlp = problems.of(Group(mlp.parts), originals)
+    return measure(mlp, of_mlp) if of_mlp else None
 
 
-def _sparsities(metric: Metric, part: Part, originals: Sequence[Tensor]) -> Sparsities | None:
-    member = member_of(part, originals[0], metric)
-    if member is None:
-        return None
-    weight, inputs, gradient = member
-    return optimal_brain_surgeon.measure(weight, inputs, gradient)
+def _sparsities(
+    problems: Problems, part: Part, originals: Sequence[Tensor]
+) -> SparsityCurve | None:
+    problem = problems.of_part(part, originals[0])
+    return sparsity_curve.measure(problem) if problem else None
 
 
 def _write_widths(writer: TensorWriter, stem: str, mlp: Mlp, found: Widths) -> None:

@@ -24,13 +24,13 @@ from sharebasis.errors import CalibrationError
 from sharebasis.forms.mask import n_kept
 from sharebasis.io.atomic import writing
 from sharebasis.linalg import optimal_brain_surgeon
-from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.optimal_brain_surgeon import Sparse
 from sharebasis.linalg.shared_basis import fit_shared_basis
 from sharebasis.linalg.value_gauge import FixedValues
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.part_weights import read_part
-from sharebasis.moments.problems import Metric, member_of
+from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore
 from sharebasis.runtime.progress import progress
 from sharebasis.runtime.threads import in_parallel
@@ -40,7 +40,7 @@ from sharebasis.stages.fit.gauge_fixing import GaugeFixing
 from sharebasis.stages.fit.metrics import FittedGroup, FittedModel
 from sharebasis.structures.curve import DENSE
 from sharebasis.structures.neuron_plans import Plan
-from sharebasis.structures.neurons import Mlp, narrowed_members
+from sharebasis.structures.neurons import Mlp, narrowed_problems
 
 
 def fit(
@@ -74,11 +74,11 @@ def fit(
     source = Spectra(spectra)
     energies = source.energies()
     chosen = choose(source, energies, settings, sensitivity, offered=moments is not None)
-    metric, dense = Metric(moments, source.twins, settings, device), DenseWeights(weights)
+    problems, dense = Problems(moments, source.twins, settings, device), DenseWeights(weights)
     with writing(target) as out:
         writer = CompressedWriter(out, settings.shard_bytes)
         gauge = GaugeFixing(source, dense, chosen.fixed, device)
-        one = _Fit(source, energies, dense, gauge, metric, settings, sensitivity, writer, device)
+        one = _Fit(source, energies, dense, gauge, problems, settings, sensitivity, writer, device)
         mlps = {j: _index_of(source, j, plan) for j, plan in chosen.plans.items()}
         n_others = one.add_others(mlps.values())
         n_stored = writer.n_numbers
@@ -119,7 +119,7 @@ class _Fit:
     energies: Sequence[NDArray[np.float64]]
     dense: DenseWeights
     gauge: GaugeFixing
-    metric: Metric
+    problems: Problems
     settings: FitSettings
     sensitivity: Sensitivity
     writer: CompressedWriter
@@ -151,7 +151,7 @@ class _Fit:
         if i < self.source.n_given:
             basis, stacked = (own.to(self.device) for own in self.source.factors(i, rank))
         else:
-            basis, stacked, lost = _shared(group, rank, self.dense, self.metric, self.device)
+            basis, stacked, lost = _shared(group, rank, self.dense, self.problems, self.device)
             loss = lost * energy
         factors = self.gauge.factors(group, basis, stacked)
         return self._add(group, rank, group.n_weights, loss, energy, factors)
@@ -160,7 +160,7 @@ class _Fit:
         """What is to be done for an MLP that lacks neurons; its weights are read at once."""
         mlp, kept = self.source.mlps[j], self.source.kept(j, plan.width)
         originals = [read_part(self.dense, part).to(self.device) for part in mlp.parts]
-        return partial(_narrowed, mlp, originals, self.metric, plan, kept.to(self.device))
+        return partial(_narrowed, mlp, originals, self.problems, plan, kept.to(self.device))
 
     def add_mlp(self, mlp: Mlp, plan: Plan, made_of: Sequence[MadeOf]) -> Iterator[FittedGroup]:
         """An MLP that lacks neurons, of what `narrowing` found."""
@@ -183,9 +183,9 @@ class _Fit:
         price = self.source.sparsities(j).price_at(1 - left / n)
 
         def work() -> Sparse:
-            member = member_of(part, original, self.metric)
-            assert member is not None  # it was measured
-            return optimal_brain_surgeon.sparsify(*member, left, price)
+            problem = self.problems.of_part(part, original)
+            assert problem is not None  # it was measured
+            return optimal_brain_surgeon.sparsify(problem, left, price)
 
         return work
 
@@ -249,33 +249,29 @@ def _index_of(source: Spectra, j: int, plan: Plan) -> NarrowedMlp:
 
 
 def _narrowed(
-    mlp: Mlp, originals: Sequence[Tensor], metric: Metric, plan: Plan, kept: Tensor
+    mlp: Mlp, originals: Sequence[Tensor], problems: Problems, plan: Plan, kept: Tensor
 ) -> Sequence[MadeOf]:
     """What each part of an MLP becomes without some neurons."""
-    members = metric.members(Group(mlp.parts), originals)
-    assert members is not None  # it was measured
+    of_mlp = problems.of(Group(mlp.parts), originals)
+    assert of_mlp is not None  # it was measured
     found: list[MadeOf] = []
-    for member, rank in zip(narrowed_members(mlp, members, kept), plan.ranks, strict=True):
-        if rank == DENSE:
-            found.append(member.weight)
-            continue
-        gradients = None if member.own is None else [member.own]
-        every = decompose_reads([member.weight], member.shared, gradients)
-        found.append((every.basis[:rank], every.coefficient[:, :rank]))
+    for problem, rank in zip(narrowed_problems(mlp, of_mlp, kept), plan.ranks, strict=True):
+        dense = rank == DENSE
+        found.append(problem.weight if dense else decompose([problem]).truncated(rank))
     return found
 
 
 def _shared(
-    group: Group, rank: int, dense: DenseWeights, metric: Metric, device: torch.device
+    group: Group, rank: int, dense: DenseWeights, problems: Problems, device: torch.device
 ) -> tuple[Tensor, Tensor, float]:
     """(basis, coefficients stacked, fraction of the energy that is lost) of an offered group."""
     originals = [read_part(dense, part).to(device) for part in group.parts]
-    members = metric.members(group, originals)
-    if members is None:
+    of_group = problems.of(group, originals)
+    if of_group is None:
         raise CalibrationError(
             f"There is no moment for all of {group.name}; run calibrate and decompose again."
         )
-    found = fit_shared_basis(members, rank)
+    found = fit_shared_basis(of_group, rank)
     lost = found.loss / found.energy if found.energy else 0.0  # weights that are zero lose nothing
     return found.basis, torch.cat(found.coefficients), lost
 

@@ -16,8 +16,9 @@ from sharebasis.config.refine import PropagateSettings
 from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.linalg import neuron_pruning, optimal_brain_surgeon
 from sharebasis.linalg.drift_regression import PairedMoment, regressed
-from sharebasis.linalg.factorize import decompose_reads
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.moments import Moment
+from sharebasis.linalg.objective import Problem
 from sharebasis.model.surgery import weight_of
 from sharebasis.moments.store import MomentStore
 
@@ -65,16 +66,16 @@ class Refitter:
             for part, target in zip(group.parts, targets, strict=True):
                 now = linears[part.coefficient]
                 if (kept := now.kept) is not None:
-                    (gradient,) = self._gradients(group) or (None,)
-                    target = optimal_brain_surgeon.refit(
-                        target, now.dense().detach(), kept, inputs, gradient
-                    )
+                    (gradients,) = self._gradients(group)
+                    problem = Problem(target, inputs, gradients)
+                    target = optimal_brain_surgeon.refit(problem, now.dense().detach(), kept)
                 found[part.coefficient] = target
             return found
-        every = decompose_reads(targets, inputs, self._gradients(group))
-        lengths = [len(part.rows) for part in group.parts]
-        coefficients = every.coefficient[:, : group.rank].split(lengths)
-        found = {group.basis: every.basis[: group.rank]}
+        pairs = zip(targets, self._gradients(group), strict=True)
+        problems = [Problem(target.double(), inputs, gradients) for target, gradients in pairs]
+        basis, stacked = decompose(problems).truncated(group.rank)
+        found = {group.basis: basis}
+        coefficients = stacked.split([len(part.rows) for part in group.parts])
         for part, own in zip(group.parts, coefficients, strict=True):
             found[part.coefficient] = own
         return found
@@ -152,7 +153,7 @@ class Refitter:
             return weight
         inputs = self.moments.read(self.moments.site(part.sublayer)).to(weight.device)
         damped = inputs.damped(self.fit.damping_inputs)
-        return neuron_pruning.refit(weight, damped, kept.to(weight.device))
+        return neuron_pruning.refit(Problem(weight.double(), damped, None), kept.to(weight.device))
 
     def neurons_in(self, sublayer: str) -> Tensor | None:
         """The numbers of those that a sublayer reads, if there are fewer than there were."""
@@ -163,10 +164,10 @@ class Refitter:
         """The MLP for whose neurons a part reads, if there are fewer than there were."""
         return next((mlp for mlp in self.mlps if part.sublayer in mlp.reads), None)
 
-    def _gradients(self, group: CompressedGroup) -> Sequence[Moment] | None:
+    def _gradients(self, group: CompressedGroup) -> Sequence[Moment | None]:
         metric = METHODS[self.fit.method].gradients
         if not self.fit.two_sided or metric == "none":
-            return None
+            return [None] * len(group.parts)
         found = [self._gradient(part) for part in group.parts]
         return [own.diagonal() for own in found] if metric == "diagonal" else found
 

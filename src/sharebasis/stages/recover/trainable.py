@@ -13,7 +13,7 @@ from sharebasis.compressed.index import CompressedGroup, CompressedIndex
 from sharebasis.compressed.loader import linears_by_group
 from sharebasis.errors import RecoveryError
 from sharebasis.forms.share_linear import ShareLinear
-from sharebasis.linalg.factorize import balance
+from sharebasis.linalg.low_rank import balance
 
 
 @dataclass(frozen=True, slots=True)
