@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sharebasis.forms.mask import n_kept
 
 from sharebasis.allocation.choose import choose
 from sharebasis.allocation.sensitivity import UNWEIGHED
@@ -26,7 +27,6 @@ from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.fit import NARROWED, SPARSE, FitSettings
-from sharebasis.forms.mask import n_kept
 from sharebasis.io.records import load_record
 from sharebasis.linalg.shared_basis import energies, pooled_basis
 from sharebasis.model.checkpoint_weights import DenseWeights

@@ -13,7 +13,6 @@ from sharebasis.runtime.devices import pick_device
 from sharebasis.runtime.matmul import use_onednn
 from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.structures.layer_distances import read_table
-from sharebasis.structures.value_outputs import value_outputs
 
 
 @report_errors
@@ -26,8 +25,8 @@ def main() -> None:
     distances = None
     if settings.grouping.by == "by_distance":
         distances = read_table(Path(settings.grouping.tracked))["aligned"]
-    artefacts = WEIGHTS, parts, MomentStore(MOMENTS), settings.fit, SPECTRA
-    decompose(*artefacts, device, distances, value_outputs(WEIGHTS, classification))
+    artefacts = WEIGHTS, classification, parts, MomentStore(MOMENTS), settings.fit, SPECTRA
+    decompose(*artefacts, device, distances)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ def main() -> None:
     sensitivity = load_record(SENSITIVITY, Sensitivity)
     fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments, sensitivity)
     source = Spectra(SPECTRA)
-    energies = source.energies()
-    given = source.groups[: source.n_given]
+    energies = list(source.energies().values())
     with writing(PLOTS / "fit") as out:
         write_text(out / RANKS, ranks_csv(fitted))
-        write_text(out / SPECTRUM, spectrum_csv(given, energies[: len(given)]))
-    spectra = torch.cat([torch.from_numpy(own) for own in energies])
+        write_text(out / SPECTRUM, spectrum_csv(source.baseline, energies))
+    spectra = torch.cat([torch.from_numpy(of_cell) for of_cell in energies])
     metrics = fit_metrics(fitted, settings.fit)
     write_metrics("fit", metrics, settings, device, weights=WEIGHTS, spectra=spectra)
 

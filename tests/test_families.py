@@ -20,7 +20,7 @@ from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, NarrowedMlp
 from sharebasis.compressed.loader import load_compressed
-from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model

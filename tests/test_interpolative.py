@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.compressed.writer import CompressedWriter
-from sharebasis.forms.share_linear import ShareLinear, SplitLinear
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg import interpolative

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from propagating import AUTO as PROPAGATING
 from propagating import Case, MakeCase, n_stored
 from propagating import maker as case_maker
+from sharebasis.forms.mask import n_kept, pack, unpack, whole
+from sharebasis.forms.mask import n_stored as n_with_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,8 +31,6 @@ from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import BudgetError, CalibrationError, SettingsError, StateError
-from sharebasis.forms.mask import n_kept, pack, unpack, whole
-from sharebasis.forms.mask import n_stored as n_with_mask
 from sharebasis.forms.share_linear import ShareLinear, State
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record

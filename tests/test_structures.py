@@ -24,7 +24,7 @@ from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.errors import SettingsError
-from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.gauge.units import Layer

@@ -1,4 +1,4 @@
-"""A parameter budget -> which groups there are, and a rank for each."""
+"""A budget -> which offers are taken, and which point of each, at one price for all."""
 
 from __future__ import annotations
 
@@ -18,59 +18,43 @@ SLACK = Fraction(1, 1000)
 """Fraction of the dense numbers by which caps may fall short of the budget."""
 
 
-def allocate(curves: Sequence[Curve], removed: float) -> list[int]:
-    """Choose an entry of every curve so that the sum of losses is least within the budget.
+def allocate(
+    curves: Sequence[Curve], cover: Cover, n_baseline: int, removed: float
+) -> dict[int, int]:
+    """Choose offers that cover every part once, and an entry of each: those of least loss.
 
-    Minimises Σ loss + λ Σ stored in every group alone; the largest λ whose choice fits is
-    found by bisection. What is left of the budget, less than one step of one curve, goes to
-    the steps that save most per number.
+    Minimises Σ loss + λ Σ stored; the largest λ whose choice fits is found by bisection. What is
+    left of the budget, less than one step of one curve, goes to the steps that save most per
+    number.
+
+    Where the baseline alone loses no more, it is that: it may spend what is left of the budget
+    better.
 
     Args:
-        curves: of groups; entries need neither be convex nor monotone in what they store.
+        curves: of the offers of the baseline, and after them of those in their place; entries need
+            neither be convex nor monotone in what they store.
+        cover: of the parts, by all offers.
+        n_baseline: how many are the baseline's.
         removed: fraction of the dense numbers to remove, in (0, 1).
 
     Returns:
-        Index of the chosen entry of every curve.
+        Number of every chosen offer, ascending -> index of the chosen entry of its curve.
 
     Raises:
         BudgetError: the least that is allowed everywhere stores too much, or the most too little.
     """
-    cells = [Alone(i, curve) for i, curve in enumerate(curves)]
-    return [pick.entry for pick in picks_within(cells, removed)]
-
-
-def allocate_structures(
-    curves: Sequence[Curve], cover: Cover, n_given: int, removed: float
-) -> dict[int, int]:
-    """Choose groups that cover every part once, too: those of least Σ loss + λ Σ stored.
-
-    Where the given groups alone lose no more, it is those: they may spend what is left of the
-    budget better.
-
-    Args:
-        curves: of the given groups, and after them of those that are offered (`Curve.offered`).
-        cover: of the parts, by all groups.
-        n_given: how many are given.
-        removed: fraction of the dense numbers to remove, in (0, 1).
-
-    Returns:
-        Number of every chosen group, ascending -> index of the chosen entry of its curve.
-
-    Raises:
-        BudgetError: as `allocate`.
-    """
-    found = picks_within([Together(curves, cover)], removed)
-    if all(pick.number < n_given for pick in found):
-        return _entries(found)
-    alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_given])]
-    if not all(np.isfinite(one.curve.loss).any() for one in alone):  # limits allow others alone
-        return _entries(found)
+    picks = picks_within([Together(curves, cover)], removed)
+    if all(pick.number < n_baseline for pick in picks):
+        return _entries(picks)
+    alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_baseline])]
+    if not all(np.isfinite(cell.curve.loss).any() for cell in alone):  # limits allow others alone
+        return _entries(picks)
     try:
-        given = picks_within(alone, removed)
+        baseline = picks_within(alone, removed)
     except BudgetError:  # only what shares stores so little
-        return _entries(found)
-    better = sum(pick.loss for pick in given) <= sum(pick.loss for pick in found)
-    return _entries(given if better else found)
+        return _entries(picks)
+    is_better = sum(pick.loss for pick in baseline) <= sum(pick.loss for pick in picks)
+    return _entries(baseline if is_better else picks)
 
 
 @dataclass(frozen=True, slots=True)

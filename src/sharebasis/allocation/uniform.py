@@ -5,12 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 
 from sharebasis.architecture.groups import Group
 from sharebasis.config.types import Storage
 from sharebasis.errors import BudgetError
-from sharebasis.structures.curve import DENSE
+from sharebasis.structures.curve import DENSE, factor_numbers
 from sharebasis.structures.limits import Limit
 
 
@@ -43,11 +42,11 @@ def uniform_ranks(
         allowed = range(limit.multiple, group.full_rank + 1, limit.multiple)
         budget = int(kept * group.n_weights)
         # What a rank costs grows with the rank in either form.
-        n = bisect_right(allowed, budget, key=partial(group.n_stored, storage=storage))
+        n = bisect_right(allowed, budget, key=lambda rank: factor_numbers(group, rank, storage))
         if n < 1:
             least = limit.multiple
             why = (
-                f"rank {least} already stores {group.n_stored(least, storage)} of "
+                f"rank {least} already stores {factor_numbers(group, least, storage)} of "
                 f"{group.n_weights} numbers. Lower fit.removed or use a coarser split."
                 if least <= group.full_rank
                 else f"fit.rank_multiple={least} is more than its full rank, {group.full_rank}."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sharebasis.architecture.parts import Part
 from sharebasis.architecture.roles import expert_slot
-from sharebasis.config.types import Family, Side, Storage
+from sharebasis.config.types import Family, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Group:
     def name(self) -> str:
         """The common name of the parts, with ranges for the numbers of layers and experts."""
         first, last = self.parts[0], self.parts[-1]
-        if self.structure == "joint":
+        if len({part.family for part in self.parts}) > 1:
             return self._joint_name
         slot, label = first.sublayer.slot, f".{first.label}" if first.label else ""
         if first.sublayer.expert != last.sublayer.expert:
@@ -71,12 +71,6 @@ class Group:
     @property
     def full_rank(self) -> int:
         return min(self.d_in, self.d_out)
-
-    def n_stored(self, rank: int, storage: Storage = "plain") -> int:
-        """Numbers in one basis and a coefficient for each part; the index of a pivot is one."""
-        if storage == "plain":
-            return rank * (self.d_in + self.d_out)
-        return rank * (self.d_in + self.d_out - rank) + rank
 
 
 def _numbers(layers: Sequence[int]) -> str:

@@ -40,6 +40,11 @@ class Part:
     def name(self) -> str:
         return self.sublayer.part_name(self.label)
 
+    @property
+    def stem(self) -> str:
+        """What the names of its tensors begin with."""
+        return self.sublayer.name + (f".{self.label}" if self.label else "")
+
 
 def split_selected(model: Classification, strategy: SplitStrategy) -> tuple[Part, ...]:
     """Cut every selected sublayer of a model; see `split_sublayer`."""

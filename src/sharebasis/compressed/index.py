@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
 
+from sharebasis.compressed.former_formats import upgraded
 from sharebasis.config.types import Family, Side
-from sharebasis.linalg.rows import Rows, rows_at
+from sharebasis.forms.form import Form, RoleTensors
+from sharebasis.forms.table import FORMS
+from sharebasis.io.records import read_json, record_of
+from sharebasis.linalg.rows import Rows
 
 INDEX_FILE = "sharebasis.json"
-"""The index, as JSON."""
 
-FORMAT = 5
-"""Of the index and what it says of tensors; older ones lack fields, and can be read."""
+FORMAT = 6
+"""Of the index and what it says of tensors; older ones can be read."""
 
 
 def present(models: Sequence[Path]) -> Sequence[Path]:
@@ -23,95 +27,86 @@ def present(models: Sequence[Path]) -> Sequence[Path]:
 
     A stage that is left out writes none; if the first is missing, loading it says so.
     """
-    return [*models[:1], *(one for one in models[1:] if (one / INDEX_FILE).exists())]
+    return [*models[:1], *(model for model in models[1:] if (model / INDEX_FILE).exists())]
 
 
 @dataclass(frozen=True)
-class CompressedPart:
-    """Rows of a sublayer and the tensors that hold them."""
+class StoredPart:
+    """Rows of a sublayer."""
 
-    sublayer: str
+    sublayers: tuple[str, ...]
+    """The HF names of the sublayer: its own and those of sublayers that are tied to it."""
     rows: Rows
-    coefficient: str
-    """Of a group without a basis: the rows themselves."""
-    pivots: str | None = None
-    """Interpolative form: the rows of the part that are rows of the basis. Of a group that shares
-    on the output side, one tensor of all parts: the rows that are those of the coefficients. Of
-    values without a basis: the columns of every head that are the identity."""
-    first: int = 0
-    """The row of the basis that is the first of them."""
-    mask: str | None = None
-    """Of a weight that lacks entries: a bit for each of them that says whether it is there. The
-    coefficient holds those alone, row by row."""
+    tensors: Mapping[str, str]
+    """What the part has for itself: role in the form -> name of the tensor."""
+
+    @property
+    def sublayer(self) -> str:
+        """The first name."""
+        return self.sublayers[0]
 
 
 @dataclass(frozen=True)
-class CompressedGroup:
-    """A basis and the parts that use it."""
+class StoredGroup:
+    """Parts that are stored together."""
 
     name: str
     family: Family
-    rank: int
-    basis: str | None
-    """None: the parts are stored as they are."""
-    parts: tuple[CompressedPart, ...]
+    form: str
+    """The kind of their form."""
+    parts: tuple[StoredPart, ...]
+    tensors: Mapping[str, str]
+    """What the parts share: role in the form -> name of the tensor."""
+    rank: int | None = None
+    """Of a form of factors."""
     side: Side = "input"
-    """input: a part is coefficient @ basis; output: basis @ coefficient."""
+    """Where what they share lies."""
 
     @property
-    def tensors(self) -> tuple[str, ...]:
-        """The names of all its tensors, that of the basis first."""
-        own = (name for part in self.parts for name in (part.coefficient, part.pivots, part.mask))
-        return tuple(dict.fromkeys(name for name in (self.basis, *own) if name))
+    def tensor_names(self) -> tuple[str, ...]:
+        """Of all its tensors, those that are shared first."""
+        of_parts = (name for part in self.parts for name in part.tensors.values())
+        return tuple(dict.fromkeys((*self.tensors.values(), *of_parts)))
 
+    def named(self, tensors: RoleTensors) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a form, by the names that they have in files."""
+        for role, tensor in tensors.shared.items():
+            yield self.tensors[role], tensor
+        for part, by_role in zip(self.parts, tensors.parts, strict=True):
+            for role, tensor in by_role.items():
+                yield part.tensors[role], tensor
 
-@dataclass(frozen=True)
-class NarrowedMlp:
-    """An MLP without some of its neurons."""
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        shapes: Sequence[tuple[int, int]],
+        kind: type[Form] | None = None,
+    ) -> Form:
+        """The form of what files hold.
 
-    reads: tuple[str, ...]
-    """Sublayers that lack their rows: up, and gate where there is one; or the one that is both."""
-    down: str
-    """The sublayer that lacks their columns."""
-    kept: tuple[int, ...]
-    """The original numbers of the neurons that are there, in their order."""
-    gate_up: tuple[Rows, ...] = ()
-    """Of the one sublayer that is gate and up: the original rows of each."""
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """The original numbers of the rows that each of `reads` has, in their order."""
-        if not self.gate_up:
-            return self.kept
-        return tuple(rows_at(torch.tensor(self.kept), self.gate_up).tolist())
-
-    def original(self, part: Rows) -> Rows | None:
-        """Where gate or up lay, if `part` is what is left of it alone; None: it is all there is."""
-        before, after = sum(map(len, self.gate_up)), len(self.gate_up) * len(self.kept)
-        return next((own for own in self.gate_up if own.resized(before, after) == part), None)
-
-
-@dataclass(frozen=True)
-class TurnedOutput:
-    """Values that lack the columns which the output of their heads has taken in."""
-
-    value: str
-    """The tensor of their coefficient."""
-    output: str
-    """A sublayer."""
+        Args:
+            tensors: by name, and perhaps others.
+            shapes: (d_out, d_in) of each part.
+            kind: another form whose tensors have the same names; None: the group's own.
+        """
+        shared = {role: tensors[name] for role, name in self.tensors.items() if name in tensors}
+        parts = (
+            {role: tensors[name] for role, name in part.tensors.items() if name in tensors}
+            for part in self.parts
+        )
+        by_role = RoleTensors(shared, tuple(parts), self.side)
+        return (kind or FORMS[self.form]).load(by_role, shapes)
 
 
 @dataclass(frozen=True)
 class CompressedIndex:
-    """Which part uses which basis, and where the tensors are."""
+    """Which part has which form, and where the tensors are."""
 
-    groups: tuple[CompressedGroup, ...]
+    groups: tuple[StoredGroup, ...]
     files: Mapping[str, str]
     """Tensor name -> file name."""
-    mlps: tuple[NarrowedMlp, ...] = ()
-    """Those that are narrower than the model's config says."""
-    values: tuple[TurnedOutput, ...] = ()
-    """In another gauge than the original's."""
+    edits: tuple[Mapping[str, Any], ...] = ()
+    """What is changed around the weights, each with its `kind`: see `compressed.edits`."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -120,12 +115,26 @@ class CompressedIndex:
                 f"format {self.format} is of a later version of sharebasis, this one reads up to "
                 f"{FORMAT}"
             )
+        if unknown := {group.form for group in self.groups} - FORMS.keys():
+            raise ValueError(
+                f"there is no form {', '.join(sorted(unknown))}, only {', '.join(FORMS)}"
+            )
 
-    def part(self, coefficient: str) -> CompressedPart:
-        """The (first) part of a tensor."""
-        parts = (part for group in self.groups for part in group.parts)
-        return next(part for part in parts if part.coefficient == coefficient)
-
-    def group_of(self, sublayer: str) -> CompressedGroup:
+    def group_of(self, sublayer: str) -> StoredGroup:
         """The (first) group that a part of a sublayer is in."""
-        return next(g for g in self.groups if any(p.sublayer == sublayer for p in g.parts))
+        return next(g for g in self.groups if any(sublayer in p.sublayers for p in g.parts))
+
+    def find_tensor(self, name: str) -> tuple[StoredGroup, StoredPart]:
+        """The part that a tensor belongs to, and its group."""
+        pairs = ((group, part) for group in self.groups for part in group.parts)
+        return next(pair for pair in pairs if name in pair[1].tensors.values())
+
+
+def load_index(directory: Path) -> CompressedIndex:
+    """The index of a compressed model, of this or an older format.
+
+    Raises:
+        StoreError: it is missing, or of a later version.
+    """
+    path = directory / INDEX_FILE
+    return record_of(path, upgraded(read_json(path)), CompressedIndex)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -11,15 +13,23 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed.edits import Edit, edits_of
+from sharebasis.compressed.index import (
+    INDEX_FILE,
+    CompressedIndex,
+    StoredGroup,
+    StoredPart,
+    load_index,
+)
 from sharebasis.errors import StoreError
-from sharebasis.forms.mask import BITS
-from sharebasis.forms.share_linear import ShareLinear, SplitLinear
-from sharebasis.io.records import load_record
+from sharebasis.forms.form import Form
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.forms.split_linear import SplitLinear
+from sharebasis.forms.table import FORMS
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.linalg.value_gauge import whole_values
+from sharebasis.linalg.rows import Rows
 from sharebasis.model.hub import empty_model, load_config, repeated
-from sharebasis.model.surgery import Modules, narrow, wrap
+from sharebasis.model.surgery import wrap
 from sharebasis.runtime.devices import require_memory
 
 
@@ -30,8 +40,8 @@ def load_compressed(
 ) -> PreTrainedModel:
     """Load a compressed model; `generate` and all else work as on the original's class.
 
-    Tensors are read one at a time and never exist in their dense form, but for weights that lack
-    entries, which have zeros there, and values without some columns. The model is in eval mode;
+    Tensors are read one at a time and never exist in their dense form, but for masked weights,
+    which have zeros in memory, and values without some columns. The model is in eval mode;
     parameters do not require gradients until they are told to.
 
     Args:
@@ -44,118 +54,145 @@ def load_compressed(
         WeightsError: a file of tensors is missing or truncated.
         ResourceError: the model does not fit into memory.
     """
+    return open_compressed(directory, dtype, device).model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A compressed model with its index, to be refitted or trained."""
+
+    model: PreTrainedModel
+    index: CompressedIndex
+    reader: TensorReader
+    """Of the tensors as they are stored."""
+    edits: Sequence[Edit]
+    forms: dict[str, Form] = field(default_factory=dict)
+    """By the names of groups: what the model runs."""
+
+    @cached_property
+    def places(self) -> Mapping[str, Sequence[Rows]]:
+        """The rows of the parts of every sublayer, in the order in which it has them."""
+        rows: dict[str, list[Rows]] = {}
+        for group in self.index.groups:
+            for part in group.parts:
+                for sublayer in part.sublayers:
+                    rows.setdefault(sublayer, []).append(part.rows)
+        return {name: sorted(own, key=lambda part: part.start) for name, own in rows.items()}
+
+    def linears(self, group: StoredGroup) -> Sequence[ShareLinear]:
+        """The modules of a group's parts."""
+        return [self.modules(part)[0].parts[self._place(part)] for part in group.parts]
+
+    def modules(self, part: StoredPart) -> Sequence[SplitLinear]:
+        """The sublayers that a part belongs to."""
+        modules = [self.model.get_submodule(name) for name in part.sublayers]
+        return [module for module in modules if isinstance(module, SplitLinear)]
+
+    def tie(self, part: StoredPart) -> None:
+        """Let all sublayers of one weight have one module for a part."""
+        first, *others = self.modules(part)
+        place = self._place(part)
+        for module in others:
+            module.use(
+                [first.parts[place] if i == place else own for i, own in enumerate(module.parts)]
+            )
+
+    def _place(self, part: StoredPart) -> int:
+        return self.places[part.sublayer].index(part.rows)
+
+    def install(self, group: StoredGroup, form: Form) -> None:
+        """Let the model run another form of a group."""
+        self.forms[group.name] = form
+        for linear, module in zip(self.linears(group), form.modules(), strict=True):
+            linear.compress(module)
+
+    def shapes(self, group: StoredGroup) -> list[tuple[int, int]]:
+        """(d_out, d_in) of a group's parts."""
+        return [(linear.out_features, linear.in_features) for linear in self.linears(group)]
+
+    def is_fitted(self, group: StoredGroup) -> bool:
+        """Whether an edit has made other weights of the group's, even if they are dense."""
+        return any(edit.is_fitted(group.parts[0].sublayer) for edit in self.edits)
+
+
+def open_compressed(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """`load_compressed`, with the forms that the model runs and the index."""
     directory, device = Path(directory), torch.device(device)
-    index = load_record(directory / INDEX_FILE, CompressedIndex)
-    reader = TensorReader(directory, index.files)
-    size = sum(_sizes(index, reader, dtype))
-    require_memory(size, f"The compressed model in {directory}", device)
+    index = load_index(directory)
+    reader, edits = TensorReader(directory, index.files), edits_of(index)
     model = empty_model(load_config(directory))
     tied = repeated(model)
-    parts = _parts_by_sublayer(index)
-    rows = {name: [part.rows for part in own] for name, own in parts.items()}
-    for mlp in index.mlps:
-        narrow(model, mlp.reads, mlp.down, len(mlp.rows), len(mlp.kept))
-    modules = wrap(model, rows)
-    names = {name for group in index.groups for name in group.tensors}
+    for edit in edits:
+        edit.shape(model)
+    loaded = LoadedModel(model, index, reader, edits)
+    wrap(model, loaded.places)
+    size = sum(_sizes(loaded, dtype))
+    require_memory(size, f"The compressed model in {directory}", device)
+    found = _read(loaded, directory, dtype, device)
+    for group in index.groups:
+        loaded.install(group, _load(loaded, group, found))
+        for part in group.parts:
+            loaded.tie(part)
+    others = {alias: first for alias, first in tied.items() if not _is_in(loaded.places, alias)}
+    _tie(model, others)
+    _finish(model, directory, device)
+    return loaded
+
+
+def _read(
+    loaded: LoadedModel, directory: Path, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of all groups; the others go to the model at once."""
+    names = {name for group in loaded.index.groups for name in group.tensor_names}
     found: dict[str, Tensor] = {}
-    for name, tensor in reader.stream():
+    for name, tensor in loaded.reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
         if name in names:
             found[name] = _parameter(tensor)
         else:
-            set_module_tensor_to_device(model, name, device, value=tensor, dtype=tensor.dtype)
+            put = set_module_tensor_to_device
+            put(loaded.model, name, device, value=tensor, dtype=tensor.dtype)
     if lacking := names - found.keys():
         raise StoreError(
             f"{directory} lacks {len(lacking)} tensors that {INDEX_FILE} names, "
             f"{min(lacking)} among them; write it again (dvc repro fit)."
         )
-    group_of = {part.coefficient: group for group in index.groups for part in group.parts}
-    filled: dict[str, ShareLinear] = {}
-    for name, module in modules.items():
-        for linear, part in zip(module.parts, parts[name], strict=True):
-            if part.coefficient not in filled:
-                filled[part.coefficient] = linear
-                values = found.pop(part.coefficient)
-                _fill(linear, part, group_of[part.coefficient], found, values)
-        # Sublayers of one weight have one part: what becomes of it becomes of all.
-        module.use([filled[part.coefficient] for part in parts[name]])
-    _tie(model, {alias: first for alias, first in tied.items() if not _is_in(modules, alias)})
-    return _finish(model, directory, device)
+    return found
 
 
-def _sizes(
-    index: CompressedIndex, reader: TensorReader, dtype: torch.dtype | None
-) -> Iterator[int]:
-    """Bytes of every tensor in memory, where weights that lack entries are whole."""
-    masks = {part.coefficient: part.mask for group in index.groups for part in group.parts}
-    layout = {name: (shape, stored) for name, shape, stored in reader.layout()}
-    for name, (shape, stored) in layout.items():
-        mask = masks.get(name)
-        n = prod(layout[mask][0]) * BITS if mask else prod(shape)
-        yield n * (dtype if dtype and stored.is_floating_point else stored).itemsize
+def _load(loaded: LoadedModel, group: StoredGroup, found: dict[str, Tensor]) -> Form:
+    """The form of a group; what it does not use as it is can be released."""
+    tensors = {name: found.pop(name) for name in group.tensor_names if name in found}
+    return group.load(tensors, loaded.shapes(group))
 
 
-def linears_by_group(
-    model: PreTrainedModel, index: CompressedIndex
-) -> Iterator[tuple[CompressedGroup, Mapping[str, ShareLinear]]]:
-    """Every group, and its parts by the tensors of their coefficients.
+def _sizes(loaded: LoadedModel, dtype: torch.dtype | None) -> Iterator[int]:
+    """Bytes of every tensor in memory."""
+    layout = {name: (shape, stored) for name, shape, stored in loaded.reader.layout()}
 
-    Args:
-        model: from `load_compressed`.
-        index: of the directory that it was loaded from.
-    """
-    linears = linears_by_tensor(model, index)
-    for group in index.groups:
-        yield group, {part.coefficient: linears[part.coefficient] for part in group.parts}
+    def size(n: int, stored: torch.dtype) -> int:
+        return n * (dtype if dtype and stored.is_floating_point else stored).itemsize
 
-
-def linears_by_tensor(model: PreTrainedModel, index: CompressedIndex) -> Mapping[str, ShareLinear]:
-    """The parts of a model by the tensors of their coefficients; arguments as above."""
-    linears: dict[str, ShareLinear] = {}
-    for name, own in _parts_by_sublayer(index).items():
-        module = model.get_submodule(name)
-        assert isinstance(module, SplitLinear)
-        for part, linear in zip(own, module.parts, strict=True):
-            linears.setdefault(part.coefficient, linear)
-    return linears
-
-
-def _parts_by_sublayer(index: CompressedIndex) -> dict[str, list[CompressedPart]]:
-    """The parts of every sublayer."""
-    parts: dict[str, list[CompressedPart]] = {}
-    for group in index.groups:
-        for part in group.parts:
-            parts.setdefault(part.sublayer, []).append(part)
-    return {name: sorted(own, key=lambda part: part.rows.start) for name, own in parts.items()}
+    for group in loaded.index.groups:
+        own = [layout.pop(name) for name in group.tensor_names if name in layout]
+        in_memory = FORMS[group.form].n_in_memory(loaded.shapes(group))
+        if in_memory is not None and own:
+            yield size(in_memory, own[0][1])
+        else:
+            yield from (size(prod(shape), stored) for shape, stored in own)
+    yield from (size(prod(shape), stored) for shape, stored in layout.values())
 
 
 def _parameter(tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
 
 
-def _fill(
-    linear: ShareLinear,
-    part: CompressedPart,
-    group: CompressedGroup,
-    found: Mapping[str, Tensor],
-    coefficient: Tensor,
-) -> None:
-    """Give a part what was stored for it."""
-    if part.mask:
-        linear.leave_out(coefficient, found[part.mask])
-        return
-    if group.basis is None:
-        if part.pivots:
-            coefficient = _parameter(whole_values(found[part.pivots], coefficient.detach()))
-        assert isinstance(coefficient, nn.Parameter)
-        linear.weight = coefficient
-        return
-    pivots = found[part.pivots] if part.pivots else None
-    linear.compress(found[group.basis], coefficient, pivots, part.first, group.side)
-
-
-def _is_in(modules: Modules, tensor: str) -> bool:
-    return tensor.rpartition(".")[0] in modules
+def _is_in(sublayers: Mapping[str, object], tensor: str) -> bool:
+    return tensor.rpartition(".")[0] in sublayers
 
 
 def _tie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
@@ -168,7 +205,7 @@ def _tie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
             setattr(model.get_submodule(owner), last, value)
 
 
-def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> PreTrainedModel:
+def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> None:
     """See to it that nothing is left without a value."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
@@ -179,4 +216,3 @@ def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> Pr
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     nn.Module.to(model, device)  # buffers that no file holds, such as rotary frequencies
-    return model

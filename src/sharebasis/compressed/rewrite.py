@@ -1,99 +1,94 @@
-"""A compressed directory, written anew with other tensors in the place of some."""
+"""A compressed directory, written anew with other weights in the place of some."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sharebasis.compressed.index import CompressedIndex
+from sharebasis.compressed.edits import edits_of
+from sharebasis.compressed.index import CompressedIndex, StoredGroup
 from sharebasis.compressed.writer import CompressedWriter
-from sharebasis.forms.mask import unpack
+from sharebasis.forms.form import Form
+from sharebasis.forms.table import FORMS
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.linalg.value_gauge import fix_values, turned_bias, turned_output
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is to be written in the place of what is there; edits add to it."""
+
+    index: CompressedIndex
+    reader: TensorReader
+    """Of the tensors that are there."""
+    forms: dict[str, Form]
+    """By group: editable ones, or of the kind that the group is stored in."""
+    tensors: dict[str, Tensor]
+    """By name: other than of groups."""
+
+    def form(self, group: StoredGroup) -> Form:
+        """A new one, or the one that is there."""
+        if group.name in self.forms:
+            return self.forms[group.name]
+        stored = {name: self.reader.read(name) for name in group.tensor_names}
+        return group.load(stored, [])
+
+    def tensor(self, name: str) -> Tensor:
+        """A new one, or the one that is there."""
+        return self.tensors[name] if name in self.tensors else self.reader.read(name)
 
 
 def rewrite(
     out: Path,
     source: Path,
     index: CompressedIndex,
-    replaced: Mapping[str, Tensor],
+    forms: Mapping[str, Form],
+    tensors: Mapping[str, Tensor],
     shard_bytes: int,
 ) -> None:
-    """Copy a compressed directory, with other tensors in the place of some.
+    """Copy a compressed directory, with other weights in the place of some.
 
     Args:
-        out: to write into, from `store.writing`.
+        out: to write into, from `io.atomic.writing`.
         source: artifacts/compressed.
         index: of `source`.
-        replaced: by name, the factors of a group in plain form (all of them or none), or the rows
-            of one that has no basis (all columns of values; of a weight that lacks entries, zeros
-            in their place), or any other tensor.
+        forms: by the names of groups, editable.
+        tensors: by name, other than of groups.
         shard_bytes: size at which a shard is closed.
 
     Raises:
         StoreError: the disk is full.
     """
     reader = TensorReader(source, index.files)
-    replaced = _without_zeros(index, reader, _fixed_again(index, reader, replaced))
-    of_groups = {name for group in index.groups for name in group.tensors}
+    rewriting = Rewriting(index, reader, dict(forms), dict(tensors))
+    edits = edits_of(index)
+    for edit in edits:
+        edit.settle(rewriting)
+    of_groups = {name for group in index.groups for name in group.tensor_names}
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
     for name, tensor in TensorReader(source, others).stream():
-        writer.add(name, replaced[name].to("cpu", tensor.dtype) if name in replaced else tensor)
+        new = rewriting.tensors.get(name)
+        writer.add(name, tensor if new is None else new.to("cpu", tensor.dtype))
     for group in index.groups:
-        dtype = reader.read(group.tensors[0], slice(0, 1)).dtype
-        names = dict.fromkeys(part.coefficient for part in group.parts)
-        if group.basis is not None and replaced.keys() >= {group.basis, *names}:
-            plain = {name: replaced[name].detach().double() for name in (group.basis, *names)}
-            if group.side == "output":
-                plain = {name: factor.T for name, factor in plain.items()}
-            writer.add_factors(group, plain.pop(group.basis), plain, dtype)
-        else:
-            new = {
-                name: own.detach().to("cpu", dtype if own.is_floating_point() else torch.int32)
-                for name in group.tensors
-                if (own := replaced.get(name)) is not None
-            }
-            kept = (name for name in group.tensors if name not in replaced)
-            writer.add_dense(group, new | {name: reader.read(name) for name in kept})
-    writer.finish(source, index.mlps, index.values)
-
-
-def _fixed_again(
-    index: CompressedIndex, reader: TensorReader, replaced: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """What is to be stored where new values do not have the known columns any more."""
-    found = dict(replaced)
-    for own in index.values:
-        if own.value not in replaced:
+        form = rewriting.forms.get(group.name)
+        if form is None:
+            writer.copy_group(group, [(name, reader.read(name)) for name in group.tensor_names])
             continue
-        part, group = index.part(own.value), index.group_of(own.output)
-        assert part.pivots is not None
-        values = fix_values(replaced[own.value].detach(), reader.shape(part.pivots)[0])
-        found |= {part.pivots: values.pivots, own.value: values.coefficient}
-        (output,) = (one for one in group.parts if one.sublayer == own.output)
-        on_inputs = group.basis if group.basis and group.side == "input" else output.coefficient
-        weight = found[on_inputs] if on_inputs in found else reader.read(on_inputs)
-        found[on_inputs] = turned_output(weight.detach(), values.turn)
-        name = f"{part.sublayer}.bias"
-        if name in index.files:
-            bias = found[name] if name in found else reader.read(name)
-            found[name] = turned_bias(bias, part.rows.numbers, values.turn)
-    return found
+        dtype = reader.read(group.tensor_names[0], slice(0, 1)).dtype
+        writer.add_group(group, _stored(form, group), dtype)
+    writer.finish(source, edits)
 
 
-def _without_zeros(
-    index: CompressedIndex, reader: TensorReader, replaced: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """What is to be stored of weights that lack entries."""
-    found = dict(replaced)
-    parts = {part.coefficient: part for group in index.groups for part in group.parts}
-    for name, part in parts.items():
-        if part.mask and name in replaced:
-            weight = replaced[name].detach().cpu()
-            d_out, d_in = weight.shape
-            found[name] = weight[unpack(reader.read(part.mask), (d_out, d_in))]
-    return found
+def _stored(form: Form, group: StoredGroup) -> Form:
+    """In the kind that a group is stored in; what is computed for that, in float64."""
+    if form.kind == group.form:
+        return form
+    return FORMS[group.form].of(form.map(_float64))
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64)

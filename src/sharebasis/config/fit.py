@@ -12,16 +12,6 @@ from sharebasis.config.types import Family, Method, PositiveInt, Storage
 Nearness = Literal["adjacent", "by_distance"]
 
 
-FIXED, PRIVATE, NARROWED, SPARSE = "fixed", "private", "narrowed", "sparse"
-
-
-_N = r"([2-9]|[1-9]\d+)"
-STRUCTURE = (
-    rf"fixed|private|narrowed|sparse|joint|experts|(shared:(all|{_N})|by_distance:{_N})(:inner)?"
-)
-"""Regular expression of what `fit.structures` may hold."""
-
-
 @dataclass(frozen=True)
 class LimitSettings:
     """How much of some sublayers is stored, as fractions of the original numbers.
@@ -67,9 +57,9 @@ class FitSettings:
     the same expert of adjacent layers."""
     structures: tuple[str, ...]
     """What the allocation chooses from, by least loss. private: every part alone, which is always
-    there; narrowed: MLPs without some of their neurons, down refitted to the others; sparse:
-    weights without some of their entries, the others refitted; joint: q, k and v of a layer, gate
-    and up, o and down; shared:N, shared:all: the same part of N adjacent
+    there; neurons: MLPs without some of their neurons, down refitted to the others; sparse:
+    unstructured sparsity, weights without some of their entries, the others refitted; joint: q, k
+    and v of a layer, gate and up, o and down; shared:N, shared:all: the same part of N adjacent
     layers, of the families `shared`; by_distance:N: of N layers that are near each other (needs
     grouping=by_distance); experts: the same matrix of all experts of a layer. What shares over
     layers has its basis on the side of the residual stream, with `:inner` behind it on that of

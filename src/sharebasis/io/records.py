@@ -44,8 +44,17 @@ def load_record(path: Path, record_type: type[Record]) -> Record:
     Raises:
         StoreError: the file is missing, or another version of the code wrote it.
     """
+    return record_of(path, read_json(path), record_type)
+
+
+def record_of(path: Path, content: Any, record_type: type[Record]) -> Record:
+    """A record, of what a file holds.
+
+    Raises:
+        StoreError: another version of the code wrote it.
+    """
     try:
-        return TypeAdapter(record_type).validate_python(read_json(path))
+        return TypeAdapter(record_type).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -82,6 +82,11 @@ class DenseWeights:
         )
         """Every tensor that the checkpoint holds; of tied ones the first."""
         self._converted: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of HF."""
+        return self._model.config
 
     def read(self, name: str, rows: Rows | None = None, transposed: bool = False) -> Tensor:
         """Read a tensor, or some rows of it.

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.forms.share_linear import ShareLinear, SplitLinear
+from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.linalg.rows import Rows, inverse_order
 from sharebasis.model.experts import unstack
 

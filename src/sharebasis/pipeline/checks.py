@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sharebasis.config.fit import FIXED, NARROWED, PRIVATE, SPARSE, STRUCTURE, FitSettings
+from sharebasis.config.fit import FitSettings
 from sharebasis.config.methods import METHODS
 from sharebasis.config.schema import Settings
+from sharebasis.config.structures import STRUCTURES, structure_name
 from sharebasis.errors import SettingsError
-
-OVER_LAYERS = ("shared:", "by_distance:")
-"""How structures begin in which layers share."""
 
 
 def check_together(settings: Settings, where: str) -> None:
@@ -76,22 +74,20 @@ def _check_sides(fit: FitSettings, where: str) -> None:
 
 def _check_structures(fit: FitSettings, where: str) -> None:
     """Whether there are such structures, and a choice between them."""
-    for one in fit.structures:
-        if not re.fullmatch(STRUCTURE, one):
-            raise SettingsError(
-                f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, "
-                "narrowed, sparse, joint, experts, shared:N (N from 2), shared:all and "
-                "by_distance:N, the last three with :inner behind them or without."
-            )
-    if fit.structures == (FIXED,):
+    try:
+        entries = {spec: STRUCTURES[structure_name(spec)] for spec in fit.structures}
+    except SettingsError as error:
+        raise SettingsError(f"{where} is not valid: {error}") from None
+    baselines = [spec for spec, entry in entries.items() if spec == entry.baseline]
+    if len(fit.structures) == len(baselines) == 1 and baselines != ["private"]:
         return
-    for one, what in {NARROWED: "narrowed MLPs", SPARSE: "sparse weights"}.items():
-        if one in fit.structures and METHODS[fit.method].inputs != "full":
+    for spec, entry in entries.items():
+        if entry.reads_correlations and METHODS[fit.method].inputs != "full":
             raise SettingsError(
-                f"{where} is not valid: fit.structures offers {what}, but {fit.method} does not "
+                f"{where} is not valid: fit.structures offers {spec}, but {fit.method} does not "
                 "look at how what is read is correlated."
             )
-    if PRIVATE not in fit.structures or FIXED in fit.structures:
+    if baselines != ["private"]:
         raise SettingsError(
             f"{where} is not valid: fit.structures={list(fit.structures)} has to be [fixed], or to "
             "have private among what the allocation may choose."
@@ -106,7 +102,10 @@ def _check_structures(fit: FitSettings, where: str) -> None:
             f"{where} is not valid: fit.group_size and fit.share_experts go with "
             "fit.structures=[fixed]; offer shared:N, by_distance:N and experts instead."
         )
-    if not fit.shared and any(one.startswith(OVER_LAYERS) for one in fit.structures):
+    over_layers = (
+        spec for spec, entry in entries.items() if re.fullmatch(entry.over_layers or "", spec)
+    )
+    if not fit.shared and any(over_layers):
         raise SettingsError(
             f"{where} is not valid: fit.structures offers layers to share, but fit.shared names no "
             "family that may."

@@ -23,7 +23,7 @@ from sharebasis.architecture.roles import Role
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.config.types import Family
 from sharebasis.errors import SelectionError, SplitError
-from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.linalg.rows import Rows
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import slices

@@ -1,51 +1,50 @@
-"""artifacts/spectra: what each part or group would lose, for every budget."""
+"""artifacts/spectra: what cells of a model would lose, measured once for every budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import TypeAdapter
 
 from sharebasis.architecture.groups import Group
-from sharebasis.architecture.parts import Part
 from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.linalg.sparsity_curve import SparsityCurve
-from sharebasis.linalg.value_gauge import ValueOutput
-from sharebasis.structures.neurons import Mlp, Widths
+from sharebasis.structures.structure import MeasuredCell, Structure
+from sharebasis.structures.table import structure
 
 SPECTRA_INDEX = "spectra.json"
 
-SHARD_BYTES = 500 * 2**20
+
+@dataclass(frozen=True)
+class StoredStructure:
+    """A structure, and the cells that it was measured on."""
+
+    name: str
+    """In the table of structures."""
+    specs: tuple[str, ...]
+    """The entries of `fit.structures` that name it."""
+    cells: tuple[Mapping[str, Any], ...]
+    """Records of its own type."""
 
 
 @dataclass(frozen=True)
 class SpectraIndex:
-    """What artifacts/spectra holds: for group i `i.energies`, and for a given one `i.basis` and
-    `i.coefficient`, too."""
+    """What artifacts/spectra holds. Cells are numbered as they come, and the tensors of cell i are
+    `i.NAME`."""
 
-    groups: tuple[Group, ...]
-    n_given: int
-    """How many of them, from the first on, are given: they cover every part once. The others are
-    offered in their place, and `fit` makes the factors of those that it takes."""
-    twins: Mapping[str, tuple[str, ...]]
-    """Sublayer -> those that use its weight, too."""
+    structures: tuple[StoredStructure, ...]
+    """The first one is the baseline, whose cells cover every part once."""
+    tied_names: Mapping[str, tuple[str, ...]]
+    """Sublayer -> those that are tied to it."""
     unseen: tuple[int, ...]
-    """Groups whose inputs calibration never saw; their energies are in units of their own."""
+    """Cells whose inputs calibration never saw."""
     files: Mapping[str, str]
     """Tensor name -> file name."""
-    mlps: tuple[Mlp, ...] = ()
-    """Offered with fewer neurons, too: of MLP j there is `mlpj.neurons`, `mlpj.losses` by width,
-    and `mlpj.WIDTH.i` for the energies of its part i."""
-    values: tuple[ValueOutput, ...] = ()
-    """That may be stored without some of their columns."""
-    sparse: tuple[Part, ...] = ()
-    """Offered without some of their entries, too: of part j there is `sparsej`, by price how many
-    are removed, what is lost and that price."""
 
 
 class Spectra:
@@ -56,53 +55,49 @@ class Spectra:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._index = load_record(directory / SPECTRA_INDEX, SpectraIndex)
-        self._reader = TensorReader(directory, self._index.files)
-        self.groups, self.twins = self._index.groups, self._index.twins
-        self.n_given, self.mlps = self._index.n_given, self._index.mlps
-        self.values, self.sparse = self._index.values, self._index.sparse
+        index = load_record(directory / SPECTRA_INDEX, SpectraIndex)
+        self._files, reader = index.files, TensorReader(directory, index.files)
+        self.tied_names = index.tied_names
+        self.by_structure: list[tuple[Structure, Sequence[MeasuredCell]]] = []
+        """The cells of every structure, those of the baseline first."""
+        number = 0
+        for stored in index.structures:
+            kind = structure(stored.name, stored.specs)
+            adapter: TypeAdapter[Any] = TypeAdapter(kind.cell_type)
+            cells = []
+            for record in stored.cells:
+                cell, seen = adapter.validate_python(record), number not in index.unseen
+                cells.append(MeasuredCell(number, kind, cell, seen, reader))
+                number += 1
+            self.by_structure.append((kind, cells))
 
-    def energies(self) -> Sequence[NDArray[np.float64]]:
-        """What each direction of every group saves of the loss, the largest first.
+    @property
+    def cells(self) -> Sequence[MeasuredCell]:
+        """All of them, by number."""
+        return [cell for _, cells in self.by_structure for cell in cells]
 
-        A group that calibration never saw is taken to matter as much as the average one of
-        its family.
+    @property
+    def baseline(self) -> Sequence[Group]:
+        """The groups that cover every part once."""
+        return [cell.cell for cell in self.by_structure[0][1]]
+
+    def energies(self) -> Mapping[int, NDArray[np.float64]]:
+        """By the number of a cell, what each direction of it saves of the loss, the largest first.
+
+        A group that calibration never saw is taken to matter as much as the average one of its
+        family.
         """
-        found = [self._reader.read(f"{i}.energies").numpy() for i in range(len(self.groups))]
-        for i in self._index.unseen:
-            peers = [
-                own.sum()
-                for j, own in enumerate(found[: self.n_given])
-                if j not in self._index.unseen and self.groups[j].family == self.groups[i].family
-            ]
-            if peers and found[i].any():
-                found[i] = found[i] * (np.mean(peers) / found[i].sum())
-        return found
-
-    def widths(self, j: int) -> Widths:
-        """What MLP `j` loses at each of its widths."""
-        mlp, stem = self.mlps[j], f"mlp{j}"
-        energies = tuple(
-            tuple(self._reader.read(f"{stem}.{width}.{i}").numpy() for i in range(len(mlp.parts)))
-            for width in mlp.widths
-        )
-        losses = self._reader.read(f"{stem}.losses").tolist()
-        return Widths(self.neurons(j), tuple(losses), energies)
-
-    def neurons(self, j: int) -> Tensor:
-        """Of MLP `j`: at every width, the first so many of these stay."""
-        return self._reader.read(f"mlp{j}.neurons").long()
-
-    def kept(self, j: int, width: int) -> Tensor:
-        """The neurons of MLP `j` that stay at a width, ascending."""
-        return self.neurons(j)[:width].sort().values
-
-    def sparsities(self, j: int) -> SparsityCurve:
-        """What the part `sparse[j]` loses as its entries go."""
-        return SparsityCurve(*self._reader.read(f"sparse{j}").tolist())
-
-    def factors(self, i: int, rank: int) -> tuple[Tensor, Tensor]:
-        """(basis, coefficient) of a given group `i` and a rank, in float64."""
-        basis = self._reader.read(f"{i}.basis", slice(0, rank))
-        coefficient = self._reader.read(f"{i}.coefficient", columns=slice(0, rank))
-        return basis.double(), coefficient.double()
+        energies = {
+            cell.number: cell.read("energies").numpy()
+            for cell in self.cells
+            if f"{cell.number}.energies" in self._files
+        }
+        baseline = self.by_structure[0][1]
+        seen = [cell for cell in baseline if cell.seen]
+        for cell in baseline:
+            family = cell.cell.family
+            peers = [energies[c.number].sum() for c in seen if c.cell.family == family]
+            own = energies[cell.number]
+            if not cell.seen and peers and own.any():
+                energies[cell.number] = own * (np.mean(peers) / own.sum())
+        return energies

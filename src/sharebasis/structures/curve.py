@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sharebasis.architecture.groups import Group
 from sharebasis.config.types import Storage
 from sharebasis.errors import BudgetError
+from sharebasis.forms.table import LOW_RANK_FORMS
 from sharebasis.structures.limits import Limit
 
 DENSE = -1
@@ -87,28 +88,21 @@ class Curve:
             allowed = np.arange(n + 1) == n
         return replace(self, loss=np.where(allowed, self.loss, np.inf))
 
-    @property
-    def allowed(self) -> NDArray[np.int64]:
-        """Numbers stored by the entries that no limit forbids."""
-        return self.stored[np.isfinite(self.loss)]
 
-
-def curve_of(
-    group: Group, energies: NDArray[np.float64], storage: Storage, limit: Limit | None = None
-) -> Curve:
+def curve_of(group: Group, energies: NDArray[np.float64], storage: Storage) -> Curve:
     """What every rank of a group stores and loses.
 
     Args:
         group: with its sizes.
         energies: what each direction saves, the largest first; its full rank of them.
         storage: form of the factors.
-        limit: what the group may store.
-
-    Raises:
-        BudgetError: the limit allows no rank, nor dense.
     """
     ranks = range(1, len(energies) + 1)
-    stored = [*(group.n_stored(rank, storage) for rank in ranks), group.n_weights]
+    stored = [*(factor_numbers(group, rank, storage) for rank in ranks), group.n_weights]
     tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
-    curve = Curve(group.name, np.array(stored), tails)
-    return curve.within(limit) if limit else curve
+    return Curve(group.name, np.array(stored), tails)
+
+
+def factor_numbers(group: Group, rank: int, storage: Storage) -> int:
+    """Numbers in one basis and a coefficient for each part."""
+    return LOW_RANK_FORMS[storage].n_numbers(group.d_out, group.d_in, rank)

@@ -1,226 +1,161 @@
-"""MLPs that may lose neurons: what they lose at every width, and what they are made of then."""
+"""Neuron pruning: an MLP without some of its neurons, and perhaps low-rank factors of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-import numpy as np
 import torch
-from jaxtyping import Int64
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sharebasis.architecture.groups import Group
-from sharebasis.architecture.parts import Part
-from sharebasis.config.fit import NARROWED
-from sharebasis.linalg.gram import spectrum
-from sharebasis.linalg.moments import whitening
-from sharebasis.linalg.neuron_pruning import prune, refit
+from sharebasis.compressed.edits import PrunedNeurons
+from sharebasis.forms.dense import Dense
+from sharebasis.forms.form import Form
+from sharebasis.forms.low_rank import LowRank
+from sharebasis.linalg.low_rank import decompose
 from sharebasis.linalg.objective import Problem
-from sharebasis.linalg.rows import Rows, rows_at
+from sharebasis.model.checkpoint_weights import DenseWeights
+from sharebasis.model.neuron_independence import neurons_are_apart
+from sharebasis.moments.problems import Problems
+from sharebasis.structures.curve import DENSE
+from sharebasis.structures.mlps import Mlp, find_mlps
+from sharebasis.structures.pruning_points import PruningPoint, curve_of_points, pruning_points
+from sharebasis.structures.structure import (
+    Built,
+    FittedEdit,
+    Measured,
+    MeasuredCell,
+    ModelParts,
+    Offer,
+    Structure,
+    Task,
+    Terms,
+    Workshop,
+)
+from sharebasis.structures.width_curve import WidthCurve, measure, pruned_problems
 
-WIDTHS = 8
-"""Widths that an MLP may have, evenly spaced; the largest of them is the original. The ranks of
-what is left fill the steps."""
-
-READS = ("gate_up", "gate", "up")
-"""What neurons are read by."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """The sublayers between which neurons lie."""
-
-    reads: tuple[Part, ...]
-    """gate where there is one, and up: a row for each neuron; or both in one: two rows."""
-    down: Part
-    """A column for each neuron."""
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return (*self.reads, self.down)
-
-    @property
-    def gate_up(self) -> tuple[Rows, ...]:
-        """The rows of gate and of up in the one sublayer that is both; none where there is none."""
-        one = len({part.sublayer.name for part in self.reads}) == 1 < len(self.reads)
-        return tuple(part.rows for part in self.reads) if one else self.reads[0].gate_up
-
-    @property
-    def d_mlp(self) -> int:
-        return self.down.shape[1]
-
-    @property
-    def n_weights(self) -> int:
-        return sum(part.n_weights for part in self.parts)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The numbers of neurons that it may have instead of all, the largest first."""
-        widths = {round(self.d_mlp * i / WIDTHS) for i in range(1, WIDTHS)}
-        return tuple(sorted(widths - {0, self.d_mlp}, reverse=True))
-
-    def groups(self, width: int) -> tuple[Group, ...]:
-        """One for each part, of the sizes that it has with so many neurons."""
-        reads = (_narrower(part, self.d_mlp, width) for part in self.reads)
-        shape = self.down.shape[0], width
-        down = replace(self.down, sublayer=replace(self.down.sublayer, shape=shape))
-        return tuple(Group((part,), structure=NARROWED) for part in (*reads, down))
+log = logging.getLogger(__name__)
 
 
-def find_mlps(
-    groups: Sequence[Group],
-    twins: Mapping[str, Sequence[str]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Sequence[Mlp]:
-    """The MLPs that may lose neurons: one up, one down and at most one gate of the same neurons.
+class Neurons(Structure):
+    """The neurons that are missed least go, and down makes up for them."""
 
-    Each is a group of its own and a whole sublayer, but for gate and up that are one sublayer, cut
-    or not. There, the rows of each are a block, or rows of both take turns: groups of rows that do
-    would not all lose as many. The module that they are in has nothing else that is as wide as the
-    neurons: a norm of theirs would let them know of each other.
+    cell_type = Mlp
 
-    Args:
-        groups: that cover every part once.
-        twins: sublayer -> those that use its weight, too.
-        shapes: of every tensor of the model.
-    """
-    found: dict[str, dict[str, Part]] = {}
-    for group in groups:
-        part, name = group.parts[0], group.parts[0].sublayer.name
-        role = "write" if part.family == "down" else "read"
-        alone = len(group.parts) == 1 and not twins[name]
-        family = "gate_up" if part.gate_up else part.family
-        if alone and family in (*READS, "down") and part.sublayer.role == role:
-            found.setdefault(name.rpartition(".")[0], {})[family] = part
-    mlps = []
-    for module, parts in found.items():
-        reads = tuple(parts[family] for family in READS if family in parts)
-        if reads and {"up", "gate_up"} & set(parts) and "down" in parts:
-            mlp = Mlp(reads, parts["down"])
-            if _is_whole(mlp) and not _others(mlp, module, shapes):
-                mlps.append(mlp)
-    return mlps
+    def cells(self, model: ModelParts) -> Sequence[Mlp]:
+        mlps = find_mlps(model.baseline, model.tied_names, model.dense.shapes)
+        apart = [mlp for mlp in mlps if not mlp.gate_up or _are_apart(mlp, model.dense)]
+        if n_others := len(mlps) - len(apart):
+            log.warning(
+                "%d MLPs keep all their neurons: by their own forward pass, a neuron is not made "
+                "of the rows of gate and up that gate_up_order and interleave of their weight type "
+                "say.",
+                n_others,
+            )
+        return apart
+
+    def measure(self, cell: Mlp, weights: Sequence[Tensor], problems: Problems) -> Measured | None:
+        """`neurons`: at every width, the first so many stay; `losses` by width; and `WIDTH.i`, what
+        every direction of part i saves at a width."""
+        parts = problems.of(Group(cell.parts), weights)
+        if parts is None:
+            return None
+        curve = measure(cell, parts)
+        tensors = {
+            "neurons": curve.neurons.to("cpu", torch.int32),
+            "losses": torch.tensor(curve.losses, dtype=torch.float64),
+        }
+        for width, energies in zip(cell.widths, curve.energies, strict=True):
+            for i, of_part in enumerate(energies):
+                tensors[f"{width}.{i}"] = torch.from_numpy(of_part.copy())
+        return Measured(tensors)
+
+    def offers(self, cells: Sequence[MeasuredCell], terms: Terms) -> Iterator[Offer]:
+        storage = terms.settings.storage
+        for cell in cells:
+            mlp: Mlp = cell.cell
+            limits = [terms.limits[part.name] for part in mlp.parts]
+            curve = _read(cell).weighed([terms.weight([part]) for part in mlp.parts])
+            points = pruning_points(mlp, curve, limits, storage)
+            if points:
+                whole = curve_of_points(mlp.down.name, mlp.n_weights, points)
+                # A loss of a point is a weighed one, and `build` tells it without the weight.
+                weights = [terms.weight([part]) for part in mlp.parts]
+                yield Offer(mlp.parts, whole, cell, [(point, weights) for point in points])
+
+    def expand(
+        self, cell: MeasuredCell, point: tuple[PruningPoint, Sequence[float]], workshop: Workshop
+    ) -> Sequence[Task]:
+        mlp: Mlp = cell.cell
+        kept = tuple(_kept(cell, point[0].width).tolist())
+        reads = tuple(dict.fromkeys(part.sublayer.name for part in mlp.reads))
+        edit = PrunedNeurons(reads, mlp.down.sublayer.name, kept, mlp.gate_up)
+        rows = edit.rows.tolist()
+        biases = {f"{name}.bias": partial(_take, rows) for name in reads}
+        return [Task(cell, point, edits=[FittedEdit(edit, biases)])]
+
+    def build(
+        self, cell: MeasuredCell, point: tuple[PruningPoint, Sequence[float]], workshop: Workshop
+    ) -> Callable[[], Sequence[Built]]:
+        weights = workshop.weights(cell.cell.parts)
+        kept = _kept(cell, point[0].width).to(workshop.device)
+        return partial(_build, cell.cell, *point, weights, kept, workshop)
 
 
-def _is_whole(mlp: Mlp) -> bool:
-    d_model, gate_up = mlp.down.shape[0], mlp.gate_up
-    names = {part.sublayer.name for part in mlp.reads}
-    shapes = {part.sublayer.shape for part in mlp.reads}
-    if gate_up:
-        placed = all(len(own) == mlp.d_mlp and own.resizable for own in gate_up)
-        whole = len(names) == 1 and len(gate_up) == 2 and placed
-    else:
-        whole = len(names) == len(mlp.reads) and not any(part.label for part in mlp.reads)
-    n_rows = len(gate_up or [0]) * mlp.d_mlp
-    return bool(mlp.widths) and whole and shapes == {(n_rows, d_model)}
-
-
-def _others(mlp: Mlp, module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What else there is under a module that is as wide as the neurons."""
-    own = {f"{part.sublayer.name}.{last}" for part in mlp.parts for last in ("weight", "bias")}
+def _build(
+    mlp: Mlp,
+    point: PruningPoint,
+    counted: Sequence[float],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    workshop: Workshop,
+) -> Sequence[Built]:
+    parts = workshop.problems.of(Group(mlp.parts), weights)
+    assert parts is not None  # it was measured
+    pruned = pruned_problems(mlp, parts, kept)
     return [
-        name
-        for name, shape in shapes.items()
-        if name.startswith(f"{module}.") and name not in own and mlp.d_mlp in shape
-    ]
-
-
-def _narrower(read: Part, d_mlp: int, width: int) -> Part:
-    """What reads for so many neurons of all."""
-    before, d_model = read.sublayer.shape
-    after = before // d_mlp * width
-    rows, *gate_up = (own.resized(before, after) for own in (read.rows, *read.gate_up))
-    sublayer = replace(read.sublayer, shape=(after, d_model))
-    return replace(read, sublayer=sublayer, rows=rows, gate_up=tuple(gate_up))
-
-
-@dataclass(frozen=True, slots=True)
-class Widths:
-    """What an MLP loses at each of its widths."""
-
-    neurons: Int64[Tensor, " d_mlp"]
-    """At every width, the first so many of these stay."""
-    losses: tuple[float, ...]
-    """What the neurons that went take along, by width."""
-    energies: tuple[tuple[NDArray[np.float64], ...], ...]
-    """By width and part: what each direction saves, the largest first."""
-
-    def weighed(self, weights: Sequence[float]) -> Widths:
-        """With losses of every part times a weight; what went with the neurons is down's."""
-        losses = tuple(weights[-1] * loss for loss in self.losses)
-        energies = (
-            tuple(weight * own for weight, own in zip(weights, of_parts, strict=True))
-            for of_parts in self.energies
+        Built(group, _form(problem, rank), part.n_weights, loss / weight, workshop.energy(part))
+        for part, group, problem, rank, loss, weight in zip(
+            mlp.parts,
+            mlp.groups(point.width),
+            pruned,
+            point.ranks,
+            point.losses,
+            counted,
+            strict=True,
         )
-        return Widths(self.neurons, losses, tuple(energies))
-
-
-def measure(mlp: Mlp, problems: Sequence[Problem]) -> Widths:
-    """Work out what is lost at every width and rank.
-
-    Args:
-        mlp: to be narrowed.
-        problems: its parts' weights, and moments of what they read and put out.
-    """
-    *reads, down = problems
-    narrowed = list(prune(down, mlp.widths))
-    order = [narrowed[-1].kept]
-    for larger, smaller in zip(narrowed[-2::-1], narrowed[:0:-1], strict=True):
-        order.append(_without(larger.kept, smaller.kept))
-    every = torch.arange(mlp.d_mlp, device=down.weight.device)
-    order.append(_without(every, narrowed[0].kept))
-    of_parts = [
-        _read_energies(part, read, [one.kept for one in narrowed])
-        for part, read in zip(mlp.reads, reads, strict=True)
     ]
-    of_parts.append([one.energies for one in narrowed])
+
+
+def _form(problem: Problem, rank: int) -> Form:
+    if rank == DENSE:
+        return Dense((problem.weight,))
+    basis, coefficient = decompose([problem]).truncated(rank)
+    return LowRank(basis, (coefficient,))
+
+
+def _read(cell: MeasuredCell) -> WidthCurve:
+    mlp: Mlp = cell.cell
     energies = tuple(
-        tuple(own.cpu().numpy() for own in of_width) for of_width in zip(*of_parts, strict=True)
+        tuple(cell.read(f"{width}.{i}").numpy() for i in range(len(mlp.parts)))
+        for width in mlp.widths
     )
-    return Widths(torch.cat(order), tuple(one.loss for one in narrowed), energies)
+    losses = tuple(cell.read("losses").tolist())
+    return WidthCurve(cell.read("neurons").long(), losses, energies)
 
 
-def _read_energies(part: Part, read: Problem, every: Sequence[Tensor]) -> list[Tensor]:
-    """What the directions of a read save with its rows for some neurons, for each choice of them.
-
-    With S S = C they are the eigenvalues of S W_Sᵀ G[S, S] W_S S, which is as wide as the input.
-    """
-    whitened = read.weight if read.inputs is None else read.weight @ whitening(read.inputs)[0]
-    second, found = None if read.gradients is None else read.gradients.second, []
-    for kept in every:
-        rows = _rows_of(part, kept)
-        own = whitened[rows]
-        weighed = own if second is None else second[rows][:, rows] @ own
-        found.append(spectrum(own.T @ weighed, min(own.shape)))
-    return found
+def _kept(cell: MeasuredCell, width: int) -> Tensor:
+    """The neurons that stay at a width, ascending."""
+    return cell.read("neurons").long()[:width].sort().values
 
 
-def narrowed_problems(
-    mlp: Mlp, problems: Sequence[Problem], kept: Int64[Tensor, " kept"]
-) -> Sequence[Problem]:
-    """The parts of an MLP with some of its neurons; down makes up for the others."""
-    *reads, down = problems
-    weight = refit(down, kept)
-    narrowed = (_rows(part, own, kept) for part, own in zip(mlp.reads, reads, strict=True))
-    return [*narrowed, _columns(down, kept, weight)]
+def _take(rows: Sequence[int], tensor: Tensor) -> Tensor:
+    return tensor[list(rows)]
 
 
-def _without(some: Tensor, others: Tensor) -> Tensor:
-    return some[~torch.isin(some, others)]
-
-
-def _rows_of(part: Part, kept: Tensor) -> Tensor:
-    """Those of a read that some neurons have."""
-    return rows_at(kept, part.gate_up) if part.gate_up else kept
-
-
-def _rows(part: Part, read: Problem, kept: Tensor) -> Problem:
-    rows = _rows_of(part, kept)
-    gradients = None if read.gradients is None else read.gradients.at(rows)
-    return Problem(read.weight[rows], read.inputs, gradients)
-
-
-def _columns(down: Problem, kept: Tensor, weight: Tensor) -> Problem:
-    return Problem(weight, down.input_moment.at(kept), down.gradients)
+def _are_apart(mlp: Mlp, dense: DenseWeights) -> bool:
+    names = mlp.reads[0].sublayer.name, mlp.down.sublayer.name
+    (module, _, read), (_, _, down) = (name.rpartition(".") for name in names)
+    return neurons_are_apart(dense.module(module), read, down, mlp.down.shape[0], mlp.gate_up)

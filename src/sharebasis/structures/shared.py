@@ -1,4 +1,9 @@
-"""Which groups the parts of a model may form: what the allocation chooses from."""
+"""Groups of parts that share a basis: as settings say, or as the allocation picks.
+
+Residual reads share on the input side and writes on the output side, that of the residual stream;
+where a structure says `inner`, on the other one, that of heads and neurons. A part that neither
+reads nor writes stays alone.
+"""
 
 from __future__ import annotations
 
@@ -7,72 +12,56 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import Part
 from sharebasis.architecture.roles import expert_slot
-from sharebasis.config.fit import FIXED, PRIVATE, FitSettings
 from sharebasis.config.types import Family, Side
 from sharebasis.errors import SelectionError
-from sharebasis.structures.groups import adjacent_groups, groups_of, nearest
+from sharebasis.structures.factors import FactorStructure, by_layer
+from sharebasis.structures.groups import groups_of, nearest
 from sharebasis.structures.layer_distances import LayerDistances
+from sharebasis.structures.structure import ModelParts
 
 JOINT: Sequence[Collection[Family]] = (("q", "k", "v"), ("gate", "up"), ("o", "down"))
 """Families that may share within a layer: the first two read one input, the last write."""
 
 
-def given_groups(
-    parts: Sequence[Part], settings: FitSettings, distances: LayerDistances | None = None
-) -> Sequence[Group]:
-    """Groups that cover every part once: what there is to choose if nothing else is offered.
+class Shared(FactorStructure):
+    """`fixed`: the groups of `fit.group_size`, `fit.shared` and `fit.share_experts`, which cover
+    every part; others overlap, and may take the place of groups of the baseline."""
 
-    Args:
-        parts: of all selected sublayers.
-        settings: its `structures`, and what says how the fixed ones are made.
-        distances: by which layers are grouped; None groups adjacent ones.
+    @property
+    def is_baseline(self) -> bool:
+        return self.specs == ("fixed",)
 
-    Raises:
+    def cells(self, model: ModelParts) -> Sequence[Group]:
+        """Raises:
         SelectionError: a distance is missing.
-    """
-    if FIXED in settings.structures:
-        size, shared = settings.group_size, settings.shared
-        return groups_of(parts, size, shared, settings.share_experts, distances)
-    return adjacent_groups(parts, 1, (), PRIVATE)
+        """
+        parts, settings, distances = model.parts, model.settings, model.distances
+        if self.is_baseline:
+            size, shared, experts = settings.group_size, settings.shared, settings.share_experts
+            return by_layer(groups_of(parts, size, shared, experts, distances))
+        found: dict[Hashable, Group] = {}
+        for spec in self.specs:
+            for group in _of_spec(spec, parts, settings.shared, distances):
+                key = group.side, frozenset(part.name for part in group.parts)
+                found.setdefault(key, group)
+        return by_layer(found.values())
 
 
-def offered_groups(
-    parts: Sequence[Part], settings: FitSettings, distances: LayerDistances | None = None
-) -> Sequence[Group]:
-    """Groups of several parts that may take the place of given ones; they overlap.
-
-    Residual reads share on the input side and writes on the output side, that of the residual
-    stream; where a structure says `inner`, on the other one, that of heads and neurons. A part
-    that neither reads nor writes stays alone.
-
-    Args: as of `given_groups`.
-
-    Raises:
-        SelectionError: a distance is missing.
-    """
-    found: dict[Hashable, Group] = {}
-    for structure in settings.structures:
-        for group in _of_structure(structure, parts, settings.shared, distances):
-            key = group.side, frozenset(part.name for part in group.parts)
-            found.setdefault(key, group)
-    return list(found.values())
-
-
-def _of_structure(
-    structure: str,
+def _of_spec(
+    spec: str,
     parts: Sequence[Part],
     shared: Collection[Family],
     distances: LayerDistances | None,
 ) -> Iterator[Group]:
-    if structure == "joint":
+    if spec == "joint":
         return _joint(parts)
-    if structure == "experts":
+    if spec == "experts":
         return _experts(parts)
     over_layers = [part for part in parts if part.family in shared]
-    if structure.startswith("shared:"):
-        return _runs(structure, over_layers)
-    if structure.startswith("by_distance:"):
-        return _nearest(structure, over_layers, distances)
+    if spec.startswith("shared:"):
+        return _runs(spec, over_layers)
+    if spec.startswith("by_distance:"):
+        return _nearest(spec, over_layers, distances)
     return iter(())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sharebasis.architecture.groups import Group
 from sharebasis.config.analyse import Sensing
-from sharebasis.config.fit import SPARSE, FitSettings
+from sharebasis.config.fit import FitSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,23 +17,17 @@ class FittedGroup:
     """What became of a group, for metrics."""
 
     group: Group
+    form: str
+    """The kind of its form."""
     n_original: int
     """Numbers in the original weights, of all their neurons."""
-    rank: int
+    rank: int | None
+    """Of a form of factors."""
     n_stored: int
     loss: float
     energy: float
-    dense: bool
-    """Whether its weights are stored as they were, or in another gauge."""
     weight: float = 1.0
     """What its loss counted in the allocation."""
-    gauge_fixed: bool = False
-    """Whether it is values without the columns that their output has taken in."""
-
-    @property
-    def sparse(self) -> bool:
-        """Whether it lacks entries; its rank is the full one, for want of another."""
-        return self.group.structure == SPARSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +46,24 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     """What was stored, in all and by family; counts are of the tensors as written.
 
     The top level is about the selected sublayers, `whole_model` about every tensor. Ranks are of
-    all that does not lack entries, dense weights too; null where everything does. A relative
-    loss is the quadratic one as predicted; that of `sensitivity`, which the allocation minimised,
-    counts every group by its weight.
+    groups that are stored as factors; null where there are none. A relative loss is the quadratic
+    one as predicted; that of `sensitivity`, which the allocation minimised, counts every group by
+    its weight.
     """
     by_family: dict[str, list[FittedGroup]] = {}
-    for one in fitted.groups:
-        by_family.setdefault(one.group.family, []).append(one)
+    for group in fitted.groups:
+        by_family.setdefault(group.group.family, []).append(group)
     selected = _counts(fitted.groups)
     return {
         "method": settings.method,
         **selected,
         "sensitivity": _weighed(fitted),
         "shared": [
-            {"group": one.group.name, "structure": one.group.structure, "rank": one.rank}
-            for one in fitted.groups
-            if len(one.group.parts) > 1
+            {"group": group.group.name, "structure": group.group.structure, "rank": group.rank}
+            for group in fitted.groups
+            if len(group.group.parts) > 1
         ],
-        "families": {family: _counts(own) for family, own in sorted(by_family.items())},
+        "families": {family: _counts(groups) for family, groups in sorted(by_family.items())},
         "whole_model": _removed(
             selected["original_numbers"] + fitted.n_others,
             selected["stored_numbers"] + fitted.n_others_stored,
@@ -78,9 +72,9 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
 
 
 def _weighed(fitted: FittedModel) -> dict[str, Any]:
-    weights = [one.weight for one in fitted.groups]
-    energy = sum(one.weight * one.energy for one in fitted.groups)
-    loss = sum(one.weight * one.loss for one in fitted.groups)
+    weights = [group.weight for group in fitted.groups]
+    energy = sum(group.weight * group.energy for group in fitted.groups)
+    loss = sum(group.weight * group.loss for group in fitted.groups)
     return {
         "by": fitted.weighed_by,
         "min_weight": min(weights),
@@ -89,21 +83,19 @@ def _weighed(fitted: FittedModel) -> dict[str, Any]:
     }
 
 
-def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
-    original = sum(one.n_original for one in fitted)
-    stored = sum(one.n_stored for one in fitted)
-    energy = sum(one.energy for one in fitted)
-    ranks = [one.rank for one in fitted if not one.sparse]
+def _counts(groups: Sequence[FittedGroup]) -> dict[str, Any]:
+    original = sum(group.n_original for group in groups)
+    stored = sum(group.n_stored for group in groups)
+    energy = sum(group.energy for group in groups)
+    ranks = [group.rank for group in groups if group.rank is not None]
     return {
         **_removed(original, stored),
-        "n_groups": len(fitted),
-        "n_dense": sum(one.dense for one in fitted),
-        "n_sparse": sum(one.sparse for one in fitted),
-        "n_gauge_fixed": sum(one.gauge_fixed for one in fitted),
-        "structures": dict(Counter(one.group.structure for one in fitted)),
+        "n_groups": len(groups),
+        "forms": dict(Counter(group.form for group in groups)),
+        "structures": dict(Counter(group.group.structure for group in groups)),
         "min_rank": min(ranks, default=None),
         "max_rank": max(ranks, default=None),
-        "relative_loss": sum(one.loss for one in fitted) / energy if energy else 0.0,
+        "relative_loss": sum(group.loss for group in groups) / energy if energy else 0.0,
     }
 
 

@@ -23,30 +23,32 @@ Cell = tuple[str, int]
 def ranks_csv(fitted: FittedModel) -> str:
     """A row for each family of each layer: what its parts keep.
 
-    Columns: family, layer, parts, dense and sparse (how many of those are stored as they were, and
-    how many lack entries), rank, full_rank and width (their means; the rank of what lacks entries
-    is the full one), stored and original (numbers). A basis counts for each part that uses it by
-    the part's share of the group's weights. The width is the fraction of its neurons that an MLP's
-    matrix still has, 1 for all others; both ranks are of what is left.
+    Columns: family, layer, parts, factored (how many of those are stored as factors), rank,
+    full_rank and width (their means; what is no product of factors has its full rank), stored and
+    original (numbers). A basis counts for each part that uses it by the part's share of the group's
+    weights. The width is the fraction of its neurons that an MLP's matrix still has, 1 for all
+    others; both ranks are of what is left.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
-    for one in fitted.groups:
-        for cell, share in _parts(one.group):
-            width = one.group.n_weights / one.n_original
-            row = [1, one.dense, one.sparse, one.rank, one.group.full_rank, width]
-            row += [share * one.n_stored, share * one.n_original]
+    for fitted_group in fitted.groups:
+        group = fitted_group.group
+        rank = fitted_group.rank or group.full_rank
+        for cell, share in _parts(group):
+            width = group.n_weights / fitted_group.n_original
+            row = [1, fitted_group.rank is not None, rank, group.full_rank, width]
+            row += [share * fitted_group.n_stored, share * fitted_group.n_original]
             cells[cell] = cells.get(cell, 0) + np.array(row, dtype=np.float64)
     rows = [
         [
             *cell,
-            *map(int, (n, dense, sparse)),
+            *map(int, (n, factored)),
             *(f"{mean / n:.6g}" for mean in means),
-            round(own),
-            round(whole),
+            round(stored),
+            round(original),
         ]
-        for cell, (n, dense, sparse, *means, own, whole) in sorted(cells.items())
+        for cell, (n, factored, *means, stored, original) in sorted(cells.items())
     ]
-    counted, means = ("parts", "dense", "sparse"), ("rank", "full_rank", "width")
+    counted, means = ("parts", "factored"), ("rank", "full_rank", "width")
     return csv_text(("family", "layer", *counted, *means, "stored", "original"), rows)
 
 
@@ -57,10 +59,10 @@ def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]
 
     Args:
         groups: that cover every part once.
-        energies: of each, the largest first.
+        energies: of each, the largest first, and perhaps those of further ones.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
-    for group, own in zip(groups, energies, strict=True):
+    for group, own in zip(groups, energies, strict=False):
         for cell, share in _parts(group):
             cells[cell] = cells.get(cell, 0) + share * _left(own, group.full_rank)
     rows = [

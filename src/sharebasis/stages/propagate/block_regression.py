@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sharebasis.architecture.sublayers import Sublayer
-from sharebasis.compressed.index import CompressedGroup, CompressedIndex
-from sharebasis.compressed.loader import linears_by_tensor
+from sharebasis.compressed.index import StoredGroup
+from sharebasis.compressed.loader import LoadedModel
 from sharebasis.config.refine import PropagateSettings
-from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.drift_regression import PairAccumulator, PairedMoment, token_weights
 from sharebasis.model.blocks import Blocks, embed
@@ -24,7 +23,8 @@ from sharebasis.model.held_out import divergence_on
 from sharebasis.model.hooks import first_call, forced, watched
 from sharebasis.model.sites import Site, find_sites
 from sharebasis.runtime.progress import progress
-from sharebasis.stages.propagate.refit import Refitter, Tensors, install, refittable
+from sharebasis.stages.propagate.refit import Refitter, refittable
+from sharebasis.stages.propagate.refitted import Refitted
 from sharebasis.stages.propagate.streams import Progress, Streams
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ class Propagator:
     """Two models, and what it takes to go through their blocks."""
 
     original: PreTrainedModel
-    compressed: PreTrainedModel
-    """From `load_compressed`, of `index`; is given the new factors at once."""
-    index: CompressedIndex
+    loaded: LoadedModel
+    """Compressed; is given the new weights at once."""
     blocks: Blocks
     sublayers: Sequence[Sublayer]
     """Those to refit."""
@@ -62,42 +61,38 @@ class Propagator:
         """The sublayers that write to the residual stream."""
         return {one.name for one in self.sublayers if one.role == "write"}
 
-    def pass_block(self, i: int, streams: Streams) -> Tensors:
+    @property
+    def compressed(self) -> PreTrainedModel:
+        """The model that runs."""
+        return self.loaded.model
+
+    def pass_block(self, i: int, streams: Streams, refitted: Refitted) -> None:
         """Refit the groups of a block, one input after the other, and take both streams past it."""
-        found: Tensors = {}
         groups = self._groups(i, streams.original)
         run = self._run_original(i, groups, streams.original)
         streams.original = run.outputs
-        linears = linears_by_tensor(self.compressed, self.index)
-        for site, own in groups.items():
+        for site, of_site in groups.items():
             pair = self._gather(i, site, run, streams.compressed)
-            for group in own:
-                tensors = self.refitter.tensors(group, pair, linears)
-                found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
-                install(group, found, linears)
+            for group in of_site:
+                form = self.loaded.forms[group.name].editable()
+                refitted.add(self.loaded, group, form.refit(self.refitter.problems(group, pair)))
                 if self.settings.mean and pair.drift is None:
-                    found |= self._biases(group, pair, linears)
+                    self._keep_means(group, pair, refitted)
         block = self.compressed.get_submodule(self.blocks.names[i])
         streams.compressed = torch.cat(
             [self._run(i, block, chunk).cpu() for chunk in self._cut(streams.compressed)]
         )
-        return found
 
-    def _biases(
-        self, group: CompressedGroup, pair: PairedMoment, linears: Mapping[str, ShareLinear]
-    ) -> Tensors:
+    def _keep_means(self, group: StoredGroup, pair: PairedMoment, refitted: Refitted) -> None:
         """New biases of the sublayers of a group that have one, which they are given at once."""
-        found: Tensors = {}
-        for part in group.parts:
+        for part, linear in zip(group.parts, self.loaded.linears(group), strict=True):
             bias = self.compressed.get_submodule(part.sublayer).bias
             if isinstance(bias, Tensor):
-                fitted = linears[part.coefficient].dense()
                 rows = part.rows.numbers.to(bias.device)
-                bias[rows] = self.refitter.bias(part, fitted, pair).to(bias)
-                found[f"{part.sublayer}.bias"] = bias.float().cpu().clone()
-        return found
+                bias[rows] = self.refitter.bias(part, linear.dense(), pair).to(bias)
+                refitted.biases[f"{part.sublayer}.bias"] = bias.float().cpu().clone()
 
-    def _groups(self, i: int, hidden: Tensor) -> Mapping[Site, Sequence[CompressedGroup]]:
+    def _groups(self, i: int, hidden: Tensor) -> Mapping[Site, Sequence[StoredGroup]]:
         """Inputs in a block, in the order in which they come up, and the groups that read them."""
         block, chunk = self.original.get_submodule(self.blocks.names[i]), self._cut(hidden)[0]
         prefix, run = f"{self.blocks.names[i]}.", partial(self._run, i, block, chunk)
@@ -105,7 +100,7 @@ class Propagator:
         with watched({name: self.original.get_submodule(name) for name in own}) as seen:
             run()
         sites = find_sites(self.original, list(seen), run)
-        found = {site: refittable(self.index.groups, site.readers) for site in sites}
+        found = {site: refittable(self.loaded.index.groups, site.readers) for site in sites}
         return {site: groups for site, groups in found.items() if groups}
 
     def _run_original(self, i: int, sites: Iterable[Site], hidden: Tensor) -> _Run:
@@ -125,7 +120,7 @@ class Propagator:
         block = self.compressed.get_submodule(self.blocks.names[i])
         module, device = self.compressed.get_submodule(site.name), self.compressed.device
         accumulator = PairAccumulator(
-            site.name, site.d, self.refitter.neurons_in(site.name), device
+            site.name, site.d, self.refitter.kept_columns(site.name), device
         )
         drift = self._drift_of(i, site, run, hidden) if self.settings.stream else None
         for j, chunk in enumerate(self._cut(hidden)):
@@ -198,11 +193,11 @@ def pass_blocks(
     state = _resumed(propagator, checkpoint) or _first(propagator, text, held_out)
     with progress("propagate", len(names), "blocks", len(state.distances)) as advance:
         for i in range(len(state.distances), len(names)):
-            state.found |= propagator.pass_block(i, state.streams)
+            propagator.pass_block(i, state.streams, state.refitted)
             state.distances.append(state.streams.distance)
             advance()
             if checkpoint.due:
-                state.save(checkpoint)
+                state.save(checkpoint, propagator.loaded.index)
     return state
 
 
@@ -212,7 +207,7 @@ def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> Progress:
     hidden = [embed(propagator.original, first, chunk).cpu() for chunk in text.split(batch)]
     streams = Streams(torch.cat(hidden), torch.cat(hidden))
     before = divergence_on(held_out, propagator.original, propagator.compressed)
-    return Progress(before, [], {}, streams)
+    return Progress(before, [], Refitted(), streams)
 
 
 def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> Progress | None:
@@ -222,12 +217,6 @@ def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> Progress | None:
     record, reader = state
     found = dict(reader.stream())
     streams = Streams(found.pop("original"), found.pop("compressed"))
-    linears = linears_by_tensor(propagator.compressed, propagator.index)
-    for group in propagator.index.groups:
-        if group.parts[0].coefficient in found:
-            install(group, found, linears)
-    for name in found:
-        if name.endswith(".bias"):
-            propagator.compressed.get_parameter(name).copy_(found[name])
+    refitted = Refitted.resumed(propagator.loaded, found)
     log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
-    return Progress(record["before"], list(record["distances"]), found, streams)
+    return Progress(record["before"], list(record["distances"]), refitted, streams)

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sharebasis.architecture.sublayers import Classification, Sublayer
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.loader import open_compressed
 from sharebasis.compressed.rewrite import rewrite
 from sharebasis.config.data import DataSettings
 from sharebasis.config.fit import FitSettings
@@ -29,8 +28,7 @@ from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.hashing import identity_of
 from sharebasis.io.manifest import MANIFEST
-from sharebasis.io.records import load_record, save_record
-from sharebasis.io.tensor_files import TensorReader
+from sharebasis.io.records import save_record
 from sharebasis.model.blocks import Blocks, block_names
 from sharebasis.model.held_out import divergence_on, is_better
 from sharebasis.model.hub import DTYPES, load_model
@@ -39,7 +37,7 @@ from sharebasis.runtime import matmul
 from sharebasis.stages.propagate.block_regression import Propagator, pass_blocks
 from sharebasis.stages.propagate.outcome import PROPAGATION, Propagation
 from sharebasis.stages.propagate.refit import Refitter
-from sharebasis.stages.propagate.turned_original import turn_original
+from sharebasis.stages.propagate.refitted import Refitted
 from sharebasis.stages.propagate.update import update
 
 log = logging.getLogger(__name__)
@@ -127,32 +125,31 @@ def propagate(
         CalibrationError, WeightsError, StoreError, ResourceError: what is read is not usable, or
             does not fit.
     """
-    index = load_record(compressed / INDEX_FILE, CompressedIndex)
     original = load_model(weights, settings.dtype, device)
-    model = load_compressed(compressed, DTYPES[settings.dtype], device)
-    turn_original(original, index, TensorReader(compressed, index.files))
+    model = open_compressed(compressed, DTYPES[settings.dtype], device)
+    for edit in model.edits:
+        edit.follow(original, model.index, model.reader)
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
     sublayers = [one for one in classification.selected if _may_change(one, fit)]
-    refitter = Refitter(original, moments, settings, fit, index.mlps)
+    refitter = Refitter(original, moments, settings, fit, model.edits)
     distances: list[float] = []
     with matmul.FastestLinear():
         if settings.by == "update":
-            before = divergence_on(held_out, original, model)
-            names = [one.name for one in sublayers]
-            found = update(model, index, names, refitter, text, settings.batch, checkpoint)
+            before = divergence_on(held_out, original, model.model)
+            names = [sublayer.name for sublayer in sublayers]
+            refitted = update(model, names, refitter, text, settings.batch, checkpoint)
         else:
             blocks = Blocks(original, block_names(original, classification), text, settings.batch)
-            own = Propagator(original, model, index, blocks, sublayers, refitter, settings)
-            state = pass_blocks(own, text, held_out, checkpoint)
-            before, found, distances = state.before, state.found, state.distances
-        after = divergence_on(held_out, original, model)
+            propagator = Propagator(original, model, blocks, sublayers, refitter, settings)
+            state = pass_blocks(propagator, text, held_out, checkpoint)
+            before, refitted, distances = state.before, state.refitted, state.distances
+        after = divergence_on(held_out, original, model.model)
     if not is_better(before, after):
-        found = {}
-    refitted = sum(group.parts[0].coefficient in found for group in index.groups)
-    left = len(index.groups) - refitted
-    result = Propagation(refitted, left, tuple(distances), before, after)
+        refitted = Refitted()
+    n_refitted, n_groups = len(refitted.forms), len(model.index.groups)
+    result = Propagation(n_refitted, n_groups - n_refitted, tuple(distances), before, after)
     with writing(target) as out:
-        rewrite(out, compressed, index, found, fit.shard_bytes)
+        rewrite(out, compressed, model.index, refitted.forms, refitted.biases, fit.shard_bytes)
         save_record(out / PROPAGATION, result)
     checkpoint.remove()
     return result

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from sharebasis.compressed.index import CompressedIndex
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.stages.propagate.refit import Tensors
+from sharebasis.stages.propagate.refitted import Refitted
 
 
 @dataclass
@@ -32,12 +33,12 @@ class Progress:
     before: float | None
     """Divergence on held-out windows."""
     distances: list[float]
-    found: Tensors
-    """New ones, of the blocks that were passed."""
+    refitted: Refitted
+    """Of the blocks that were passed."""
     streams: Streams
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, index: CompressedIndex) -> None:
         """The streams count as tensors, too."""
         both = [("original", self.streams.original), ("compressed", self.streams.compressed)]
         record = {"before": self.before, "distances": self.distances}
-        checkpoint.save(record, [*both, *self.found.items()])
+        checkpoint.save(record, [*both, *self.refitted.named(index)])

@@ -14,28 +14,27 @@ from operator import add
 
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from sharebasis.compressed.index import CompressedGroup, CompressedIndex
-from sharebasis.compressed.loader import linears_by_group
+from sharebasis.compressed.index import StoredGroup
+from sharebasis.compressed.loader import LoadedModel
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.moments import Moment, MomentAccumulator
 from sharebasis.model.hooks import tracked
 from sharebasis.model.sites import find_sites
 from sharebasis.moments.gather import PROBE_TOKENS, gather, run_blocks
 from sharebasis.runtime.devices import require_memory
-from sharebasis.stages.propagate.refit import Refitter, Tensors, install, refittable
+from sharebasis.stages.propagate.refit import Refitter, refittable
+from sharebasis.stages.propagate.refitted import Refitted
 
 
 def update(
-    model: PreTrainedModel,
-    index: CompressedIndex,
+    model: LoadedModel,
     sublayers: Iterable[str],
     refitter: Refitter,
     text: Int64[Tensor, "windows window"],
     batch: int,
     checkpoint: Checkpoint,
-) -> Tensors:
+) -> Refitted:
     """New coefficients, which the model is given, and their bases.
 
     Left as they are: what has no basis, or one on the side of outputs (its coefficients are the
@@ -43,8 +42,7 @@ def update(
     inputs, too.
 
     Args:
-        model: compressed, from `load_compressed`.
-        index: of its directory.
+        model: compressed.
         sublayers: those to update.
         refitter: knows what they were.
         text: token ids.
@@ -55,14 +53,22 @@ def update(
         CalibrationError: an input is not finite.
         ResourceError: the moments do not fit into memory.
     """
-    groups = [one for one in refittable(index.groups, sublayers) if one.basis is not None]
-    inputs = _own_inputs(model, groups, text, batch, checkpoint)
-    return _updated(model, index, groups, inputs, refitter)
+    candidates = refittable(model.index.groups, sublayers)
+    groups = [group for group in candidates if group.rank is not None]
+    inputs = _inputs(model, groups, text, batch, checkpoint)
+    refitted = Refitted()
+    for group in groups:
+        pooled = reduce(add, (inputs[part.sublayer] for part in group.parts))
+        problems = refitter.undrifted(group, pooled)
+        updated = model.forms[group.name].editable().update(problems)
+        if updated is not None:
+            refitted.add(model, group, updated)
+    return refitted
 
 
-def _own_inputs(
-    model: PreTrainedModel,
-    groups: Sequence[CompressedGroup],
+def _inputs(
+    model: LoadedModel,
+    groups: Sequence[StoredGroup],
     text: Int64[Tensor, "windows window"],
     batch: int,
     checkpoint: Checkpoint,
@@ -71,33 +77,18 @@ def _own_inputs(
     names = dict.fromkeys(part.sublayer for group in groups for part in group.parts)
     if not names:
         return {}
-    sites = find_sites(model, names, lambda: run_blocks(model, text[:1, :PROBE_TOKENS]))
-    require_memory(sum(8 * site.d**2 for site in sites), "The moments", model.device)
-    own = {site.name: MomentAccumulator(site.name, site.d, model.device) for site in sites}
-    with tracked({model.get_submodule(name): one.update for name, one in own.items()}):
-        gather(lambda chunk, _: run_blocks(model, chunk), own, text, batch, checkpoint, "propagate")
-    found = {site: one.moment() for site, one in own.items()}
-    return {reader: found[site.name] for site in sites for reader in site.readers}
-
-
-def _updated(
-    model: PreTrainedModel,
-    index: CompressedIndex,
-    groups: Sequence[CompressedGroup],
-    inputs: Mapping[str, Moment],
-    refitter: Refitter,
-) -> Tensors:
-    """What `update` returns."""
-    found: Tensors = {}
-    wanted = {group.name for group in groups}
-    for group, linears in linears_by_group(model, index):
-        if group.name not in wanted:
-            continue
-        factors = {name: linear.factors() for name, linear in linears.items()}
-        basis = next(iter(factors.values()))[0]
-        coefficients = {name: coefficient for name, (_, coefficient) in factors.items()}
-        pooled = reduce(add, (inputs[part.sublayer].total for part in group.parts))
-        tensors = refitter.updated(group, basis, coefficients, pooled)
-        install(group, tensors, linears)
-        found |= {name: tensor.float().cpu() for name, tensor in tensors.items()}
-    return found
+    own, device = model.model, model.model.device
+    sites = find_sites(own, names, lambda: run_blocks(own, text[:1, :PROBE_TOKENS]))
+    require_memory(sum(8 * site.d**2 for site in sites), "The moments", device)
+    accumulators = {site.name: MomentAccumulator(site.name, site.d, device) for site in sites}
+    with tracked({own.get_submodule(name): sums.update for name, sums in accumulators.items()}):
+        gather(
+            lambda chunk, _: run_blocks(own, chunk),
+            accumulators,
+            text,
+            batch,
+            checkpoint,
+            "propagate",
+        )
+    moments = {site: sums.moment() for site, sums in accumulators.items()}
+    return {reader: moments[site.name] for site in sites for reader in site.readers}

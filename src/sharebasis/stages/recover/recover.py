@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.index import CompressedIndex
+from sharebasis.compressed.loader import open_compressed
 from sharebasis.compressed.rewrite import rewrite
 from sharebasis.config.data import DataSettings
 from sharebasis.config.refine import RecoverSettings
@@ -20,11 +19,16 @@ from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.hashing import identity_of
 from sharebasis.io.manifest import MANIFEST
-from sharebasis.io.records import load_record, save_record
+from sharebasis.io.records import save_record
 from sharebasis.model.hub import load_model
 from sharebasis.stages.recover.distill import distill
 from sharebasis.stages.recover.outcome import RECOVERY, Recovery
-from sharebasis.stages.recover.trainable import TrainableGroup, trainable
+from sharebasis.stages.recover.trainable import (
+    Trainable,
+    named_parameters,
+    supports,
+    trainable,
+)
 
 
 def recovery_identity(
@@ -83,40 +87,38 @@ def recover(
         RecoveryError: there is nothing to train, or training went astray.
         WeightsError, StoreError, ResourceError: what is read is not usable, or does not fit.
     """
-    index = load_record(compressed / INDEX_FILE, CompressedIndex)
-    model = load_compressed(compressed, torch.float32, device)
-    groups = trainable(model, index)
-    factors = {name: own for group in groups for name, own in group.named()}
+    model = open_compressed(compressed, torch.float32, device)
+    forms = trainable(model)
+    factors = dict(named_parameters(model, forms))
     original = load_model(weights, settings.dtype, device)
-    kept = {name: own for group in groups for name, own in group.kept.items()}
-    found = distill(original, model, factors, windows, settings, seed, checkpoint, kept)
-    write_recovered(target, compressed, index, groups, found, shard_bytes)
+    kept = supports(model, forms)
+    outcome = distill(original, model.model, factors, windows, settings, seed, checkpoint, kept)
+    write_recovered(target, compressed, model.index, forms, outcome, shard_bytes)
     checkpoint.remove()
-    return found
+    return outcome
 
 
 def write_recovered(
     target: Path,
     source: Path,
     index: CompressedIndex,
-    groups: Sequence[TrainableGroup],
+    forms: Trainable,
     recovery: Recovery,
     shard_bytes: int,
 ) -> None:
-    """Write a compressed directory with trained factors in the place of others.
+    """Write a compressed directory with trained weights in the place of others.
 
     Args:
         target: artifacts/recovered.
         source: artifacts/compressed, whose other tensors go along.
         index: of `source`.
-        groups: trained.
+        forms: trained.
         recovery: how that went.
         shard_bytes: size at which a shard is closed.
 
     Raises:
         StoreError: the disk is full.
     """
-    factors = {name: own for group in groups for name, own in group.named()}
     with writing(target) as out:
-        rewrite(out, source, index, factors, shard_bytes)
+        rewrite(out, source, index, forms, {}, shard_bytes)
         save_record(out / RECOVERY, recovery)

@@ -1,96 +1,62 @@
-"""The factors of a compressed model as parameters."""
+"""The weights of a compressed model as parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from sharebasis.compressed.index import CompressedGroup, CompressedIndex
-from sharebasis.compressed.loader import linears_by_group
+from sharebasis.compressed.index import StoredGroup
+from sharebasis.compressed.loader import LoadedModel
 from sharebasis.errors import RecoveryError
-from sharebasis.forms.share_linear import ShareLinear
-from sharebasis.linalg.low_rank import balance
+from sharebasis.forms.form import Form
+
+Trainable = Mapping[str, Form]
+"""By the names of groups: forms of Parameters in float32."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainableGroup:
-    """Factors of a group as parameters, in plain form while they are trained."""
-
-    group: CompressedGroup
-    basis: nn.Parameter | None
-    """(rank, d_in), or (d_out, rank) on the output side; None: a weight that lacks neurons or
-    entries."""
-    coefficients: Mapping[str, nn.Parameter]
-    """(d_out, rank), or (rank, d_in), or that weight, by the names of their tensors."""
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    """Which entries a weight has that lacks others, likewise."""
-
-    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        if self.group.basis is not None and self.basis is not None:
-            yield self.group.basis, self.basis
-        yield from self.coefficients.items()
-
-
-def trainable(model: PreTrainedModel, index: CompressedIndex) -> Sequence[TrainableGroup]:
-    """Make parameters of the factors of a compressed model, balanced and in float32.
-
-    So are weights that lack neurons or entries: they are no longer the original's.
+def trainable(model: LoadedModel) -> Trainable:
+    """Make parameters of the weights of a compressed model that are not the original's any more.
 
     Args:
-        model: from `load_compressed`; nothing else of it is trained.
-        index: of its directory.
+        model: compressed, which runs them; nothing else of it is trained.
 
     Raises:
-        RecoveryError: it has no factors.
+        RecoveryError: there are none.
     """
-    model.requires_grad_(False)
-    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
-    groups = []
-    for group, linears in linears_by_group(model, index):
-        if group.basis is None:
-            kept = _kept(linears)
-            if kept or group.parts[0].sublayer in narrowed:
-                groups.append(TrainableGroup(group, None, _weights(linears), kept))
-            continue
-        own = {name: linear.factors() for name, linear in linears.items()}
-        if group.side == "output":  # the same problem, transposed
-            own = {name: (outer.T, inner.T) for name, (inner, outer) in own.items()}
-        stacked = torch.cat([coefficient for _, coefficient in own.values()]).double()
-        basis = next(iter(own.values()))[0].double()
-        lengths = [len(coefficient) for _, coefficient in own.values()]
-        stacked, basis = balance(stacked, basis)
-        shared = nn.Parameter(_stored(group, basis).float().contiguous())
-        coefficients = {}
-        for name, rows in zip(own, stacked.split(lengths), strict=True):
-            coefficients[name] = nn.Parameter(_stored(group, rows).float().contiguous())
-            linears[name].refactor(shared, coefficients[name])
-        groups.append(TrainableGroup(group, shared, coefficients))
-    if not groups:
+    model.model.requires_grad_(False)
+    forms: dict[str, Form] = {}
+    for group in model.index.groups:
+        edited = model.is_fitted(group)
+        form = model.forms[group.name].editable().trainable(edited)
+        if form is not None:
+            forms[group.name] = form
+            model.install(group, form)
+    if not forms:
         raise RecoveryError(
-            "The compressed model has nothing to train: no sublayer lacks directions, entries or "
-            "neurons. Raise fit.removed, or set recover=none."
+            "The compressed model has nothing to train: every weight of it is the original's. "
+            "Raise fit.removed, or set recover=none."
         )
-    return groups
+    return forms
 
 
-def _kept(linears: Mapping[str, ShareLinear]) -> Mapping[str, Tensor]:
-    """Which entries there are of weights that lack others."""
-    every = {name: linear.kept for name, linear in linears.items()}
-    return {name: kept for name, kept in every.items() if kept is not None}
+def named_parameters(model: LoadedModel, forms: Trainable) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters, by the names of the tensors that they become."""
+    for group, form in _groups(model, forms):
+        for name, tensor in group.named(form.parameters()):
+            assert isinstance(tensor, nn.Parameter)
+            yield name, tensor
 
 
-def _weights(linears: Mapping[str, ShareLinear]) -> Mapping[str, nn.Parameter]:
-    """Weights that are stored as they are, as parameters in float32."""
-    found = {}
-    for name, linear in linears.items():
-        found[name] = linear.weight = nn.Parameter(linear.dense().detach().float())
-    return found
+def supports(model: LoadedModel, forms: Trainable) -> Mapping[str, Tensor]:
+    """Which entries of a parameter may be other than zero, where not all may, by its name."""
+    return {
+        name: form.support
+        for group, form in _groups(model, forms)
+        if form.support is not None
+        for name, _ in group.named(form.parameters())
+    }
 
 
-def _stored(group: CompressedGroup, factor: Tensor) -> Tensor:
-    """(rank, shared) or (own, rank) <-> what is stored of it."""
-    return factor.T if group.side == "output" else factor
+def _groups(model: LoadedModel, forms: Trainable) -> Iterator[tuple[StoredGroup, Form]]:
+    return ((g, forms[g.name]) for g in model.index.groups if g.name in forms)

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis.architecture.groups import Group
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed.edits import edits_of
+from sharebasis.compressed.index import StoredPart, load_index
 from sharebasis.config.fit import FitSettings
-from sharebasis.forms.mask import unpack, whole
+from sharebasis.forms.dense import DenseModule
+from sharebasis.forms.form import FormModule
 from sharebasis.forms.share_linear import ShareLinear
-from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.rows import Rows
 from sharebasis.model.surgery import wrap
@@ -39,65 +40,50 @@ class Draft:
     """
 
     def __init__(self, directory: Path, fitted: Sequence[FittedGroup]) -> None:
-        index = load_record(directory / INDEX_FILE, CompressedIndex)
+        index = load_index(directory)
         self._reader = TensorReader(directory, index.files)
-        self._entries, self._fitted, self._mlps = index.groups, fitted, index.mlps
+        self._stored, self._fitted = index.groups, fitted
+        self._edits = edits_of(index)
 
     @property
     def groups(self) -> Sequence[Group]:
-        return [one.group for one in self._fitted]
+        return [fitted.group for fitted in self._fitted]
 
     @property
     def losses(self) -> Sequence[float]:
         """Predicted, quadratic, of each group."""
-        return [one.loss for one in self._fitted]
+        return [fitted.loss for fitted in self._fitted]
 
-    def weights(self, i: int) -> Iterator[tuple[CompressedPart, Tensor]]:
-        """What a group makes of its parts, under all the names of their sublayers; (d_out, d_in)
-        each, or less where an MLP lacks neurons. None if they are as they were. The rows of the
-        parts are those of the original."""
-        entry = self._entries[i]
-        if entry.basis is None and not entry.parts[0].mask and not self._lacks_neurons(entry):
-            return
-        read = {name: self._reader.read(name) for name in entry.tensors}
-        d_in = self._fitted[i].group.parts[0].shape[1]
-        for part in entry.parts:
-            rows = (mlp.original(part.rows) for mlp in self._mlps if part.sublayer in mlp.reads)
-            original = replace(part, rows=next(rows, None) or part.rows)
-            yield original, _dense(entry, part, d_in, read)
+    def weights(self, i: int) -> Iterator[tuple[StoredPart, Tensor]]:
+        """What group `i` makes of its parts; (d_out, d_in) each, or less where neurons are gone."""
+        group = self._stored[i]
+        tensors = {name: self._reader.read(name) for name in group.tensor_names}
+        shapes = [part.shape for part in self._fitted[i].group.parts]
+        form = group.load(tensors, shapes).map(Tensor.float)
+        yield from zip(group.parts, form.dense(), strict=True)
 
-    def _lacks_neurons(self, entry: CompressedGroup) -> bool:
-        names = {part.sublayer for part in entry.parts}
-        return any(names & {*mlp.reads, mlp.down} for mlp in self._mlps)
+    def original_start(self, part: StoredPart) -> int:
+        """The first row that a part had in the original."""
+        block = self._block(part)
+        return part.rows.start if block is None else block.start
 
-    def whole(self, part: CompressedPart, weight: Tensor, original: Tensor) -> Tensor:
+    def whole(self, part: StoredPart, weight: Tensor, original: Tensor) -> Tensor:
         """A part in the shape that it had: neurons that are not there are not heard by down."""
-        for mlp in self._mlps:
-            kept = torch.tensor(mlp.kept, device=original.device)
-            if part.sublayer in mlp.reads:
-                alone = part.rows in mlp.gate_up
-                rows = kept if alone else torch.tensor(mlp.rows, device=original.device)
-                return original.index_copy(0, rows, weight)
-            if part.sublayer == mlp.down:
-                return torch.zeros_like(original).index_copy(1, kept, weight)
+        for edit in self._edits:
+            kept, block = edit.kept_rows(part.sublayer), self._block(part)
+            if kept is not None:
+                if block is not None:
+                    kept = torch.searchsorted(block.numbers, kept[part.rows.numbers])
+                return original.index_copy(0, kept.to(original.device), weight)
+            columns = edit.kept_columns(part.sublayer)
+            if columns is not None:
+                zeros = torch.zeros_like(original)
+                return zeros.index_copy(1, columns.to(original.device), weight)
         return weight
 
-
-def _dense(
-    entry: CompressedGroup, part: CompressedPart, d_in: int, read: Mapping[str, Tensor]
-) -> Tensor:
-    coefficient = read[part.coefficient]
-    if part.mask:
-        return whole(coefficient, unpack(read[part.mask], (len(part.rows), d_in)))
-    if entry.basis is None:
-        return coefficient
-    basis = read[entry.basis]
-    if entry.side == "output":  # where parts may be as wide as they like
-        d_in = coefficient.shape[1]
-    linear = ShareLinear(torch.empty(len(part.rows), d_in, device="meta"))
-    pivots = read[part.pivots] if part.pivots else None
-    linear.compress(basis.float(), coefficient.float(), pivots, part.first, entry.side)
-    return linear.dense().detach()
+    def _block(self, part: StoredPart) -> Rows | None:
+        blocks = (edit.original_block(part) for edit in self._edits)
+        return next((block for block in blocks if block is not None), None)
 
 
 @contextmanager
@@ -128,9 +114,9 @@ def draft(
 def wrap_parts(model: PreTrainedModel, spectra: Spectra) -> Linears:
     """Make every part a module, under all the names of its sublayer; the model is changed."""
     rows: dict[str, list[Rows]] = {}
-    for group in spectra.groups[: spectra.n_given]:
+    for group in spectra.baseline:
         for part in group.parts:
-            for name in (part.sublayer.name, *spectra.twins[part.sublayer.name]):
+            for name in (part.sublayer.name, *spectra.tied_names[part.sublayer.name]):
                 rows.setdefault(name, []).append(part.rows)
     ordered = {name: sorted(own, key=lambda one: one.start) for name, own in rows.items()}
     modules = wrap(model, ordered)
@@ -144,16 +130,15 @@ def wrap_parts(model: PreTrainedModel, spectra: Spectra) -> Linears:
 @contextmanager
 def compressed(linears: Linears, plan: Draft, groups: Iterable[int]) -> Iterator[None]:
     """Give some groups the weights of a draft for a while, and then their own back."""
-    kept: dict[ShareLinear, nn.Parameter] = {}  # a module may have several names
+    kept: dict[ShareLinear, FormModule] = {}  # a module may have several names
     try:
         for i in groups:
             for part, weight in plan.weights(i):
-                linear = linears[part.sublayer, part.rows.start]
-                assert linear.weight is not None
-                own = kept.setdefault(linear, linear.weight)
-                new = plan.whole(part, weight.to(own), own.detach())
-                linear.weight = nn.Parameter(new, requires_grad=False)
+                for sublayer in part.sublayers:
+                    linear = linears[sublayer, plan.original_start(part)]
+                    original = kept.setdefault(linear, linear.form).dense().detach()
+                    linear.form = DenseModule(plan.whole(part, weight.to(original), original))
         yield
     finally:
-        for linear, weight in kept.items():
-            linear.weight = weight
+        for linear, form in kept.items():
+            linear.form = form

@@ -11,47 +11,50 @@ import numpy as np
 from sharebasis.config.types import Storage
 from sharebasis.structures.curve import Curve, curve_of
 from sharebasis.structures.limits import Limit
-from sharebasis.structures.neurons import Mlp, Widths
+from sharebasis.structures.mlps import Mlp
+from sharebasis.structures.width_curve import WidthCurve
 
 PRICES = 10 ** np.linspace(-4, 2, 300)
 """At which the ways to store an MLP are compared; in units of its loss a number."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How an MLP that lacks neurons is stored."""
+class PruningPoint:
+    """How an MLP is stored without some of its neurons."""
 
     width: int
     ranks: tuple[int, ...]
-    """Of each part; DENSE: its narrowed weight as it is."""
+    """Of each part; DENSE: its pruned weight as it is."""
     losses: tuple[float, ...]
     """Of each part; what went with the neurons is down's."""
     stored: int
     """Numbers."""
 
 
-def plans_of(mlp: Mlp, found: Widths, limits: Sequence[Limit], storage: Storage) -> Sequence[Plan]:
+def pruning_points(
+    mlp: Mlp, losses: WidthCurve, limits: Sequence[Limit], storage: Storage
+) -> Sequence[PruningPoint]:
     """All that is worth doing with an MLP at any price, by what it stores.
 
     At a price a number, a width costs its loss and, for each part, what is least of loss + price ·
-    stored. The plans are the cheapest at prices so close to each other that none between them
+    stored. The points are the cheapest at prices so close to each other that none between them
     would differ by much.
 
     Args:
-        mlp: to be narrowed.
-        found: what it loses.
+        mlp: whose neurons may go.
+        losses: at every width.
         limits: of each part.
         storage: form of the factors.
     """
-    options = list(_options(mlp, found, limits, storage))
+    options = list(_options(mlp, losses, limits, storage))
     scale = max((loss for _, loss, _ in options), default=0.0) / mlp.n_weights
-    plans: set[Plan] = set()
+    points: set[PruningPoint] = set()
     for price in (scale or 1.0) * PRICES:
         at_price = [_cheapest(option, price) for option in options]
-        cost, plan = min(at_price, key=itemgetter(0), default=(np.inf, None))
-        if plan is not None and np.isfinite(cost):
-            plans.add(plan)
-    return sorted(plans, key=lambda plan: plan.stored)
+        cost, point = min(at_price, key=itemgetter(0), default=(np.inf, None))
+        if point is not None and np.isfinite(cost):
+            points.add(point)
+    return sorted(points, key=lambda point: point.stored)
 
 
 Option = tuple[int, float, Sequence[Curve]]
@@ -59,11 +62,11 @@ Option = tuple[int, float, Sequence[Curve]]
 
 
 def _options(
-    mlp: Mlp, found: Widths, limits: Sequence[Limit], storage: Storage
+    mlp: Mlp, losses: WidthCurve, limits: Sequence[Limit], storage: Storage
 ) -> Iterator[Option]:
     if any(limit.dense for limit in limits):
         return
-    for width, loss, energies in zip(mlp.widths, found.losses, found.energies, strict=True):
+    for width, loss, energies in zip(mlp.widths, losses.losses, losses.energies, strict=True):
         if any(width % limit.multiple for limit in limits):
             continue
         triples = zip(mlp.parts, mlp.groups(width), energies, limits, strict=True)
@@ -77,18 +80,20 @@ def _options(
         )
 
 
-def _cheapest(option: Option, price: float) -> tuple[float, Plan]:
+def _cheapest(option: Option, price: float) -> tuple[float, PruningPoint]:
     width, loss, curves = option
     entries = [int(np.argmin(curve.loss + price * curve.stored)) for curve in curves]
     pairs = list(zip(curves, entries, strict=True))
     losses = [float(curve.loss[entry]) for curve, entry in pairs]
     losses[-1] += loss
     ranks = tuple(curve.rank(entry) for curve, entry in pairs)
-    plan = Plan(width, ranks, tuple(losses), sum(int(c.stored[entry]) for c, entry in pairs))
-    return sum(losses) + price * plan.stored, plan
+    point = PruningPoint(
+        width, ranks, tuple(losses), sum(int(c.stored[entry]) for c, entry in pairs)
+    )
+    return sum(losses) + price * point.stored, point
 
 
-def curve_of_plans(name: str, n_weights: int, plans: Sequence[Plan]) -> Curve:
-    """Plans as entries of a curve; the last entry, which nobody may choose, is the original."""
-    stored = [*(plan.stored for plan in plans), n_weights]
-    return Curve(name, np.array(stored), np.array([*(sum(p.losses) for p in plans), np.inf]))
+def curve_of_points(name: str, n_weights: int, points: Sequence[PruningPoint]) -> Curve:
+    """Points as entries of a curve; the last entry, which nobody may choose, is the original."""
+    stored = [*(point.stored for point in points), n_weights]
+    return Curve(name, np.array(stored), np.array([*(sum(p.losses) for p in points), np.inf]))

@@ -1,0 +1,172 @@
+"""Low-rank factors of which the one that sees the inputs consists of rows of the weight.
+
+rank² numbers fewer than plain factors, for the same product (`linalg.interpolative`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from sharebasis.config.types import Side
+from sharebasis.forms.form import Form, RoleTensors, parameter
+from sharebasis.forms.low_rank import LowRank, LowRankModule
+from sharebasis.linalg.interpolative import interpolate
+from sharebasis.linalg.objective import Problem
+from sharebasis.runtime import matmul
+
+
+class InterpolativeModule(LowRankModule):
+    """Some outputs are those of the first factor; the others are made of these by the second."""
+
+    order: Int64[Tensor, " d_out"]
+    """Where each output lies, pivots before the others."""
+
+    def __init__(
+        self,
+        basis: Float[Tensor, "_ _"],
+        coefficient: Float[Tensor, "_ _"],
+        side: Side,
+        pivots: Int[Tensor, " n"],
+        first: int,
+    ) -> None:
+        """Args:
+        basis, coefficient, side: as of `LowRankModule`, for the outputs that are no pivots.
+        pivots: rows of the weight that are rows `first`, `first` + 1, ... of the first factor.
+        first: see `pivots`.
+        """
+        super().__init__(basis, coefficient, side)
+        self._own = slice(first, first + len(pivots))
+        d_out = len(pivots) + len(self.factors[1])
+        self.register_buffer("order", _order(pivots.long(), d_out), persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.order), self.factors[0].shape[1]
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        inner, outer = self.factors
+        return torch.cat([inner[self._own], outer @ inner]).index_select(0, self.order)
+
+    def plain(self) -> Float[Tensor, "d_out rank"]:
+        """The second factor with the rows of all outputs."""
+        inner, outer = self.factors
+        unit = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+        return torch.cat([unit[self._own], outer]).index_select(0, self.order)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        inner, outer = self.factors
+        z = matmul.linear(x, inner)
+        y = matmul.linear(z, outer)
+        return torch.cat([z[..., self._own], y], dim=-1).index_select(-1, self.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolative(Form):
+    """Factors of the outputs that are no pivots, and which ones are."""
+
+    kind: ClassVar[str] = "interpolative"
+    basis: Float[Tensor, "_ _"]
+    """(rank, d_in); on the output side (d_out - rank, rank)."""
+    coefficients: tuple[Float[Tensor, "_ _"], ...]
+    """(d_out_i - pivots, rank); on the output side (rank, d_in_i)."""
+    pivots: tuple[Int[Tensor, " _"], ...]
+    """Rows of each part; on the output side those that all parts have, once."""
+    side: Side = "input"
+
+    @staticmethod
+    def n_numbers(d_out: int, d_in: int, rank: int) -> int:
+        """Numbers that a group stores, whose parts are stacked to (d_out, d_in); the index of a
+        pivot is one."""
+        return rank * (d_in + d_out - rank) + rank
+
+    @classmethod
+    def of(cls, edited: Form) -> Interpolative:
+        """The same weights; no coefficient is larger than `interpolative.BOUND`."""
+        assert isinstance(edited, LowRank)
+        factors = edited
+        if factors.side == "output":
+            inner = torch.cat([own.T for own in factors.coefficients]).T
+            form = interpolate(factors.basis, inner)
+            lengths = [own.shape[1] for own in factors.coefficients]
+            split = form.basis.split(lengths, dim=1)
+            return cls(form.coefficient, tuple(split), (form.pivots,), "output")
+        form = interpolate(torch.cat(list(factors.coefficients)), factors.basis)
+        coefficients, pivots = [], []
+        start = row = 0
+        for length in map(len, factors.coefficients):
+            inside = (form.pivots >= start) & (form.pivots < start + length)
+            pivots.append(form.pivots[inside] - start)
+            n_others = length - len(pivots[-1])
+            coefficients.append(form.coefficient[row : row + n_others])
+            start, row = start + length, row + n_others
+        return cls(form.basis, tuple(coefficients), tuple(pivots))
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
+
+    @classmethod
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+        pivots = [tensors.shared["pivots"]] if tensors.side == "output" else []
+        pivots += [part["pivots"] for part in tensors.parts if "pivots" in part]
+        coefficients = tuple(part["coefficient"] for part in tensors.parts)
+        return cls(tensors.shared["basis"], coefficients, tuple(pivots), tensors.side)
+
+    def tensors(self) -> RoleTensors:
+        pivots = [own.int() for own in self.pivots]
+        if self.side == "output":
+            parts = tuple({"coefficient": coefficient} for coefficient in self.coefficients)
+            return RoleTensors({"basis": self.basis, "pivots": pivots[0]}, parts, "output")
+        pairs = zip(self.coefficients, pivots, strict=True)
+        parts = tuple({"coefficient": own, "pivots": places} for own, places in pairs)
+        return RoleTensors({"basis": self.basis}, parts)
+
+    def modules(self) -> Sequence[InterpolativeModule]:
+        basis = parameter(self.basis)
+        if self.side == "output":
+            pivots, firsts = self.pivots * len(self.coefficients), [0] * len(self.coefficients)
+        else:
+            pivots, firsts = self.pivots, [0, *accumulate(map(len, self.pivots))]
+        return [
+            InterpolativeModule(basis, coefficient, self.side, own, first)
+            for coefficient, own, first in zip(self.coefficients, pivots, firsts, strict=False)
+        ]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        coefficients = tuple(map(function, self.coefficients))
+        return replace(self, basis=function(self.basis), coefficients=coefficients)
+
+    def editable(self) -> LowRank:
+        """Plain factors."""
+        modules = self.modules()
+        if self.side == "output":
+            return LowRank(modules[0].plain(), self.coefficients, "output")
+        return LowRank(self.basis, tuple(module.plain() for module in modules))
+
+    def change_inputs(self, part: int, change: Callable[[Tensor], Tensor]) -> Interpolative:
+        if self.side == "input":
+            assert len(self.coefficients) == 1  # other parts would see the change, too
+            return replace(self, basis=change(self.basis))
+        coefficients = list(self.coefficients)
+        coefficients[part] = change(coefficients[part])
+        return replace(self, coefficients=tuple(coefficients))
+
+    def refit(self, problems: Sequence[Problem]) -> Form:
+        return self.editable().refit(problems)
+
+    def trainable(self, edited: bool) -> LowRank:
+        return self.editable().trainable(edited)
+
+
+def _order(pivots: Int64[Tensor, " n"], d_out: int) -> Int64[Tensor, " d_out"]:
+    """Where each row lies when the pivots come first and the others follow in their order."""
+    others = torch.ones(d_out, dtype=torch.bool, device=pivots.device)
+    others[pivots] = False
+    return torch.cat([pivots, others.nonzero().flatten()]).argsort()
