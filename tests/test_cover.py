@@ -21,7 +21,7 @@ Parts = frozenset[int]
 def solver(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways to solve it, whatever the size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact_cover, "MOST_STATES", 10**6 if request.param == "states" else 0)
+        patch.setattr(exact_cover, "MAX_STATES", 10**6 if request.param == "states" else 0)
         yield
 
 

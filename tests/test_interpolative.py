@@ -15,7 +15,7 @@ from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg import interpolative
-from sharebasis.linalg.interpolative import BOUND, interpolate
+from sharebasis.linalg.interpolative import MAX_COEFFICIENT, interpolate
 from sharebasis.linalg.rows import Rows
 
 SHAPES = {
@@ -63,11 +63,11 @@ def test_no_coefficient_exceeds_the_bound_however_bad_the_first_choice(
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed)).numpy()
     monkeypatch.setattr(interpolative, "qr", lambda *_, **__: (None, order))
     form = interpolate(coefficient, basis)
-    assert form.coefficient.abs().max() <= BOUND
+    assert form.coefficient.abs().max() <= MAX_COEFFICIENT
     rest = (coefficient @ basis)[_others(60, form.pivots)]
     torch.testing.assert_close(form.coefficient @ form.basis, rest, rtol=0, atol=1e-11)
-    monkeypatch.setattr(interpolative, "BOUND", float("inf"))  # the choice was bad indeed
-    assert interpolate(coefficient, basis).coefficient.abs().max() > BOUND
+    monkeypatch.setattr(interpolative, "MAX_COEFFICIENT", float("inf"))  # the choice was bad indeed
+    assert interpolate(coefficient, basis).coefficient.abs().max() > MAX_COEFFICIENT
 
 
 @pytest.mark.parametrize("lengths", [(20,), (12, 8), (3, 17)])

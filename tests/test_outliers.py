@@ -18,7 +18,7 @@ from sharebasis.config.calibrate import EVERY_TOKEN, Outliers, OutlierSettings
 from sharebasis.errors import CalibrationError
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.moments import MomentAccumulator
-from sharebasis.linalg.outliers import tame
+from sharebasis.linalg.outliers import clip_or_trim
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
 from sharebasis.moments.problems import Problems
@@ -48,7 +48,7 @@ def _planted() -> tuple[Tensor, Tensor]:
 
 def test_clipped_tokens_are_as_long_as_the_limit_and_point_where_they_did() -> None:
     x, extreme = _planted()
-    clipped = tame(x, CLIP)
+    clipped = clip_or_trim(x, CLIP)
     assert torch.equal(clipped[~extreme], x[~extreme])
     torch.testing.assert_close(clipped[extreme], x[extreme] * 3 / 200, rtol=1e-12, atol=0)
 
@@ -65,7 +65,7 @@ def test_trimmed_tokens_are_in_no_sum_and_in_no_count() -> None:
 
 def test_without_a_treatment_the_very_same_tensor_is_counted() -> None:
     x, _ = _planted()
-    assert tame(x, EVERY_TOKEN) is x
+    assert clip_or_trim(x, EVERY_TOKEN) is x
 
 
 @settings(max_examples=30, deadline=None)
@@ -81,10 +81,10 @@ def test_neither_the_batch_nor_the_unit_changes_which_tokens_are_extreme(
     x = torch.randn(8, 7, 3, generator=generator).double()
     x = x * torch.randn(8, 7, 1, generator=generator).double().exp().square()
     outliers = Outliers(treatment, 2.0)  # type: ignore[arg-type]
-    whole = tame(x, outliers)
-    pieces = [tame(one, outliers).reshape(-1, 3) for one in x.tensor_split(sorted(cuts))]
+    whole = clip_or_trim(x, outliers)
+    pieces = [clip_or_trim(one, outliers).reshape(-1, 3) for one in x.tensor_split(sorted(cuts))]
     assert torch.equal(torch.cat(pieces), whole.reshape(-1, 3))
-    assert torch.equal(tame(x * 1024, outliers), whole * 1024)
+    assert torch.equal(clip_or_trim(x * 1024, outliers), whole * 1024)
 
 
 @pytest.mark.parametrize("outliers", [CLIP, TRIM], ids=["clip", "trim"])
@@ -92,8 +92,8 @@ def test_tokens_of_zeros_make_nothing_extreme(outliers: Outliers) -> None:
     x = _text(2, 9)
     x[0, 1:] = 0
     x[1] = 0
-    assert torch.equal(tame(x, outliers).reshape(-1, 4), x.reshape(-1, 4))
-    assert tame(x[:0], outliers).numel() == 0
+    assert torch.equal(clip_or_trim(x, outliers).reshape(-1, 4), x.reshape(-1, 4))
+    assert clip_or_trim(x[:0], outliers).numel() == 0
 
 
 @pytest.mark.parametrize("outliers", [CLIP, TRIM], ids=["clip", "trim"])

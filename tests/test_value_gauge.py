@@ -27,7 +27,7 @@ from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.linalg.interpolative import BOUND
+from sharebasis.linalg.interpolative import MAX_COEFFICIENT
 from sharebasis.linalg.value_gauge import (
     fix_values,
     turned_output,
@@ -77,7 +77,7 @@ def test_what_heads_put_out_stays(
     assert (products(turned, whole) - products(output, value)).abs().max() < 1e-9 * scale
     both = products(turned, new_bias[:, None]) - products(output, bias[:, None])
     assert both.abs().max() < 1e-6 * scale
-    assert fixed.coefficient.abs().max() <= BOUND
+    assert fixed.coefficient.abs().max() <= MAX_COEFFICIENT
     assert fixed.coefficient.numel() == value.numel() - n_kv_heads * d_value**2
     for head, own in zip(whole.chunk(n_kv_heads), fixed.pivots, strict=True):
         assert torch.equal(head[:, own], torch.eye(d_value).double())

@@ -66,7 +66,8 @@ class PairAccumulator:
         d_left = d if kept is None else len(kept)
         like: Any = {"dtype": torch.float64, "device": device}
         self._sums = torch.zeros(d, **like), torch.zeros(d_left, **like)
-        self._cross, self._own = torch.zeros(d, d_left, **like), torch.zeros(d_left, d_left, **like)
+        self._cross = torch.zeros(d, d_left, **like)
+        self._compressed = torch.zeros(d_left, d_left, **like)
         self._same = None if kept is None else torch.zeros_like(self._cross)
 
     def update(
@@ -95,20 +96,20 @@ class PairAccumulator:
                 f"{self.site} is given {tuple(original.shape)} in the original and "
                 f"{tuple(compressed.shape)} in the compressed model; rows must be pairs."
             )
-        x, y = (one.detach().flatten(0, -2).float() for one in (original, compressed))
-        own = weights.flatten().float()[:, None]
-        for total, one in zip(self._sums, (x, y), strict=True):
-            total += (one * own).sum(0, dtype=torch.float64)
-        rows, columns = ((one * own.sqrt()).T.contiguous() for one in (x, y))
-        self._own += matmul.linear(columns, columns)
+        x, y = (tokens.detach().flatten(0, -2).float() for tokens in (original, compressed))
+        weight = weights.flatten().float()[:, None]
+        for total, tokens in zip(self._sums, (x, y), strict=True):
+            total += (tokens * weight).sum(0, dtype=torch.float64)
+        rows, columns = ((tokens * weight.sqrt()).T.contiguous() for tokens in (x, y))
+        self._compressed += matmul.linear(columns, columns)
         self._cross += matmul.linear(rows, columns)
         if self._same is not None:
             self._same += matmul.linear(rows, rows[self._kept])
         if drift is not None:
-            product = matmul.linear((drift.flatten(0, -2).float() * own.sqrt()).T, columns)
+            product = matmul.linear((drift.flatten(0, -2).float() * weight.sqrt()).T, columns)
             self._drift = product.double() if self._drift is None else self._drift + product
         self.n_tokens += len(x)
-        self._weight += own.sum(dtype=torch.float64).item()
+        self._weight += weight.sum(dtype=torch.float64).item()
 
     def moment(self) -> PairedMoment:
         """Everything gathered so far, with weights that are one on average.
@@ -118,13 +119,13 @@ class PairAccumulator:
         """
         if not self._weight > 0:
             raise CalibrationError(f"{self.site} has seen no token that counts.")
-        if not all(total.isfinite().all() for total in (self._own, self._cross)):
+        if not all(total.isfinite().all() for total in (self._compressed, self._cross)):
             raise CalibrationError(
                 f"The inputs of {self.site} hold NaN or infinite values. The compressed model "
                 "overflows in this dtype; try model.dtype=float32."
             )
         scale = self.n_tokens / self._weight
-        total = (self._own + self._own.T) * (scale / 2)
+        total = (self._compressed + self._compressed.T) * (scale / 2)
         compressed = Moment(total, self._sums[1] * scale, self.n_tokens, self.site)
         drift = None if self._drift is None else self._drift * scale
         mean = self._sums[0] / self._weight
@@ -160,8 +161,8 @@ def regressed(
 
     Source: AA-SVD, arXiv:2604.02119 (amount 1, no drift).
     """
-    own = weight.double()
-    first = own if start is None else start.double()
+    original = weight.double()
+    first = original if start is None else start.double()
     if amount == 0 and drift is None:
         return first
     factor, failed = torch.linalg.cholesky_ex(pair.compressed.damped(damping).total)
@@ -170,13 +171,13 @@ def regressed(
             f"The inputs of {pair.compressed.site} do not span their space; raise "
             "propagate.damping."
         )
-    lacking = amount * (_said(own, first, pair) - first @ pair.compressed.total)
+    lacking = amount * (_outputs_by_inputs(original, first, pair) - first @ pair.compressed.total)
     if drift is not None:
         lacking = lacking + drift
     return first + torch.cholesky_solve(lacking.T, factor).T
 
 
-def _said(weight: Tensor, start: Tensor, pair: PairedMoment) -> Tensor:
+def _outputs_by_inputs(weight: Tensor, start: Tensor, pair: PairedMoment) -> Tensor:
     """Σ W x x̂ᵀ.
 
     Where x̂ lacks coordinates, W₀ is the regression W x ~ W₀ x_S on more text than this: what is

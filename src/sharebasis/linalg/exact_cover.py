@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-MOST_STATES = 20_000
+MAX_STATES = 20_000
 """Of one search; beyond them, an integer program takes less time and memory."""
 
 Groups = Mapping[int, frozenset[int]]
@@ -25,14 +25,14 @@ class Cover:
     exactly over all mixtures of groups. By dynamic programming: parts are covered in their order,
     and what is already covered of those to come is the state. For runs over layers that is a
     handful of states, for runs and joint groups of q, k and v, size³. Where there would be more
-    than MOST_STATES, as with groups of layers that are far apart, as an integer program.
+    than MAX_STATES, as with groups of layers that are far apart, as an integer program.
 
     Args:
         groups: the parts of each; some of them cover every part once.
     """
 
     def __init__(self, groups: Sequence[frozenset[int]]) -> None:
-        self._solvers = [_solver(own) for own in _components(dict(enumerate(groups)))]
+        self._solvers = [_solver(component) for component in _components(dict(enumerate(groups)))]
 
     def best(self, costs: Sequence[float]) -> list[int]:
         """Numbers of the groups of the cheapest cover, ascending.
@@ -48,14 +48,14 @@ class _Search:
 
     def __init__(self, groups: Groups) -> None:
         """Raises:
-        OverflowError: there are more than MOST_STATES.
+        OverflowError: there are more than MAX_STATES.
         """
         parts = sorted(frozenset().union(*groups.values()))
         place = {part: i for i, part in enumerate(parts)}
         starting: list[list[tuple[int, int]]] = [[] for _ in parts]
         for number, of_group in groups.items():
-            own = [place[part] for part in of_group]
-            starting[min(own)].append((number, sum(1 << i for i in own)))
+            places = [place[part] for part in of_group]
+            starting[min(places)].append((number, sum(1 << i for i in places)))
         everything = (1 << len(parts)) - 1
         states = {0: 0}
         layers: list[list[int]] = [[] for _ in range(len(parts) + 1)]
@@ -70,7 +70,7 @@ class _Search:
                     then = covered | mask
                     if then not in states:
                         states[then] = len(states)
-                        if len(states) > MOST_STATES:
+                        if len(states) > MAX_STATES:
                             raise OverflowError
                         layers[_first_gap(then)].append(then)
                     self._edges.append((states[covered], states[then], number))
@@ -99,16 +99,16 @@ class _Program:
     """
 
     def __init__(self, groups: Groups) -> None:
-        ties = [(part, i) for i, own in enumerate(groups.values()) for part in own]
+        ties = [(part, i) for i, parts in enumerate(groups.values()) for part in parts]
         parts, columns = zip(*ties, strict=True)
         _, rows = np.unique(parts, return_inverse=True)
         self._numbers = np.array([*groups])
         self._once = coo_array((np.ones(len(ties)), (rows, columns))).tocsr()
 
     def best(self, costs: Sequence[float]) -> Sequence[int]:
-        own = np.array([costs[number] for number in self._numbers])
-        finite = np.isfinite(own)
-        chosen = self._solve(np.where(finite, own, 0.0), finite)
+        of_groups = np.array([costs[number] for number in self._numbers])
+        finite = np.isfinite(of_groups)
+        chosen = self._solve(np.where(finite, of_groups, 0.0), finite)
         if chosen is None:  # some part has to have an infinite one: as few as there can be
             chosen = self._solve(np.where(finite, 0.0, 1.0), np.ones_like(finite))
         assert chosen is not None  # some of them do cover every part once
@@ -119,14 +119,14 @@ class _Program:
     ) -> NDArray[np.bool_] | None:
         """The groups that are chosen; None: those that are allowed cover nothing."""
         scale = np.abs(costs).max() or 1.0  # HiGHS compares with absolute tolerances
-        found = milp(
+        solution = milp(
             costs / scale,
             integrality=np.ones_like(costs),
             bounds=Bounds(0, allowed.astype(float)),
             constraints=LinearConstraint(self._once, 1, 1),
             options={"mip_rel_gap": 0},
         )
-        return None if found.x is None else found.x > 0.5
+        return None if solution.x is None else solution.x > 0.5
 
 
 def _solver(groups: Groups) -> _Search | _Program:
@@ -143,13 +143,13 @@ def _first_gap(covered: int) -> int:
 
 def _components(groups: Groups) -> list[Groups]:
     """Groups that have parts in common, directly or through others, in the order given."""
-    ties = [(i, part) for i, own in groups.items() for part in own]
+    ties = [(i, part) for i, parts in groups.items() for part in parts]
     rows, columns = zip(*ties, strict=True)
     n = len(groups)
     shape = (n + max(columns) + 1,) * 2
     graph = coo_array((np.ones(len(ties)), (rows, n + np.array(columns))), shape=shape)
     _, labels = connected_components(graph, directed=False)
-    found: dict[int, dict[int, frozenset[int]]] = {}
-    for (number, own), label in zip(groups.items(), labels[:n].tolist(), strict=True):
-        found.setdefault(label, {})[number] = own
-    return list(found.values())
+    components: dict[int, dict[int, frozenset[int]]] = {}
+    for (number, parts), label in zip(groups.items(), labels[:n].tolist(), strict=True):
+        components.setdefault(label, {})[number] = parts
+    return list(components.values())

@@ -47,7 +47,7 @@ class FidelityMeter:
     ) -> None:
         """Add one window; the last position predicts nothing and is left out."""
         predictions = original[:-1], compressed[:-1], tokens[1:]
-        for p, q, targets in zip(*(one.split(CHUNK) for one in predictions), strict=True):
+        for p, q, targets in zip(*(tensor.split(CHUNK) for tensor in predictions), strict=True):
             self._add(p.float(), q.float(), targets)
 
     def _add(self, p: Tensor, q: Tensor, targets: Tensor) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64
 from scipy.linalg import qr
 from torch import Tensor
 
-BOUND = 2.0
+MAX_COEFFICIENT = 2.0
 """No coefficient is larger in magnitude."""
 
 
@@ -34,7 +34,7 @@ def interpolate(
     """Write `coefficient @ basis` with rows of its own as the basis.
 
     The rows are chosen by a QR with column pivoting of the transposed product, then swapped
-    one by one as long as a coefficient exceeds BOUND. Every swap makes the volume of the
+    one by one as long as a coefficient exceeds MAX_COEFFICIENT. Every swap makes the volume of the
     chosen rows larger by that coefficient, so this ends.
 
     Args:
@@ -63,7 +63,7 @@ def _bounded(chosen: Tensor, others: Tensor, table: Tensor) -> tuple[Tensor, Ten
     while table.numel():
         i, j = divmod(int(table.abs().argmax()), table.shape[1])
         pivot = table[i, j].clone()
-        if pivot.abs() <= BOUND:
+        if pivot.abs() <= MAX_COEFFICIENT:
             break
         chosen[j], others[i] = others[i].clone(), chosen[j].clone()
         row, column = table[i].clone(), table[:, j].clone()

@@ -10,7 +10,7 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Float64
 
-LEAST = 1e-12
+MIN_GAIN = 1e-12
 """By how much an exchange has to lower the sum, so that rounding does not go round in circles."""
 
 Groups = Sequence[Sequence[int]]
@@ -33,8 +33,9 @@ def partition(distances: Float64[np.ndarray, "n n"], size: int) -> Groups:
     """
     if size == 2:
         return _sorted(_matching(distances))
-    found = map(partial(_exchanged, distances), (_runs(distances, size), _near(distances, size)))
-    return _sorted(min(found, key=partial(total, distances)))
+    starts = _runs(distances, size), _near(distances, size)
+    partitions = map(partial(_exchanged, distances), starts)
+    return _sorted(min(partitions, key=partial(total, distances)))
 
 
 def total(distances: Float64[np.ndarray, "n n"], groups: Groups) -> float:
@@ -57,12 +58,14 @@ def _runs(distances: Float64[np.ndarray, "n n"], size: int) -> Groups:
 
 
 def _near(distances: Float64[np.ndarray, "n n"], size: int) -> Groups:
-    """The first that is left and those nearest to it, again and again."""
-    left, groups = list(range(len(distances))), []
-    while left:
-        group = sorted(left, key=lambda i: (i != left[0], distances[left[0], i]))[:size]
+    """The first that has no group yet and those nearest to it, again and again."""
+    remaining, groups = list(range(len(distances))), []
+    while remaining:
+        group = sorted(remaining, key=lambda i: (i != remaining[0], distances[remaining[0], i]))[
+            :size
+        ]
         groups.append(group)
-        left = [i for i in left if i not in group]
+        remaining = [i for i in remaining if i not in group]
     return groups
 
 
@@ -70,14 +73,14 @@ def _exchanged(distances: Float64[np.ndarray, "n n"], start: Groups) -> Groups:
     """Exchange the two members that lower the sum most, until none do."""
     groups = [list(group) for group in start]
     while True:
-        least, best = -LEAST, None
+        least, best = -MIN_GAIN, None
         for a, b in combinations(groups, 2):
             to = {i: (distances[i, a].sum(), distances[i, b].sum()) for i in (*a, *b)}
-            own = {i: distances[i, i] for i in to}
+            diagonal = {i: distances[i, i] for i in to}
             for i, j in product(a, b):
                 # i leaves a and joins b without j, and the other way round.
                 change = to[i][1] - to[i][0] + to[j][0] - to[j][1]
-                change += own[i] + own[j] - 2 * distances[i, j]
+                change += diagonal[i] + diagonal[j] - 2 * distances[i, j]
                 if change < least:
                     least, best = change, (a, b, i, j)
         if best is None:

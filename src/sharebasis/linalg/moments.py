@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharebasis.config.calibrate import EVERY_TOKEN, Outliers
 from sharebasis.errors import CalibrationError
-from sharebasis.linalg.outliers import tame
+from sharebasis.linalg.outliers import clip_or_trim
 
-# Eigenvalues below this fraction of the largest are rounding noise of the accumulation.
 NULL_SPACE = 1e-12
+"""Eigenvalues below this fraction of the largest are rounding noise of the accumulation."""
 
 RIDGE = 1e-10
 """Damping that does no more than make a moment invertible, whose inputs may not all vary."""
@@ -54,8 +54,8 @@ class Moment:
         Raises:
             CalibrationError: there were no tokens.
         """
-        own = self.second.diagonal() ** power
-        return replace(self, total=torch.diag(own * self.n_tokens))
+        powers = self.second.diagonal() ** power
+        return replace(self, total=torch.diag(powers * self.n_tokens))
 
     def at(self, coordinates: Int64[Tensor, " some"]) -> Moment:
         """Of some coordinates of the inputs alone."""
@@ -116,7 +116,7 @@ class MomentAccumulator:
         """Add every row of `inputs`, but for what `outliers` says.
 
         Args:
-            inputs: the last but one dimension is a window, see `outliers.tame`.
+            inputs: the last but one dimension is a window, see `outliers.clip_or_trim`.
 
         Raises:
             CalibrationError: the rows have another width than the site.
@@ -125,7 +125,8 @@ class MomentAccumulator:
             raise CalibrationError(
                 f"{self.site} has inputs of width {self.sum.shape[0]}, not {inputs.shape[-1]}."
             )
-        rows = tame(inputs.detach().to(self.total), self.outliers).reshape(-1, inputs.shape[-1])
+        counted = clip_or_trim(inputs.detach().to(self.total), self.outliers)
+        rows = counted.reshape(-1, inputs.shape[-1])
         # Panels of the upper triangle: barely more than half the multiply-adds of the whole. A
         # BLAS symmetric update would do, but only in threads that fight torch's for the cores.
         for start in range(0, len(self.total), PANEL):

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharebasis.config.calibrate import Outliers
 
 
-def tame(
+def clip_or_trim(
     inputs: Float64[Tensor, "*windows window d"], outliers: Outliers
 ) -> Float64[Tensor, "*kept d"]:
     """Clip or trim the rows that are longer than a multiple of their window's median.
@@ -30,13 +30,13 @@ def tame(
     if outliers.treatment == "none" or not inputs.numel():
         return inputs
     norms = inputs.norm(dim=-1)
-    longest = outliers.limit * _usual(norms)
+    longest = outliers.limit * _median_norm(norms)
     extreme = norms.isfinite() & (norms > longest)
     if outliers.treatment == "trim":
         return inputs[~extreme]
     return inputs * torch.where(extreme, longest / norms, 1.0)[..., None]
 
 
-def _usual(norms: Float[Tensor, "*windows window"]) -> Float[Tensor, "*windows 1"]:
+def _median_norm(norms: Float[Tensor, "*windows window"]) -> Float[Tensor, "*windows 1"]:
     """The median of those above zero; NaN, which is less than nothing is longer than, of none."""
     return norms.where(norms > 0, torch.nan).nanmedian(dim=-1, keepdim=True).values

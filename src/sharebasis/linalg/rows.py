@@ -100,8 +100,8 @@ def rows_at(places: Int64[Tensor, " some"], blocks: Sequence[Rows]) -> Int64[Ten
         places: in each block.
         blocks: of one length.
     """
-    found = [block.numbers.to(places.device)[places] for block in blocks]
-    return torch.cat(found).sort().values
+    rows = [block.numbers.to(places.device)[places] for block in blocks]
+    return torch.cat(rows).sort().values
 
 
 def inverse_order(rows: Sequence[Rows]) -> Int64[Tensor, " d_out"] | None:
@@ -110,5 +110,5 @@ def inverse_order(rows: Sequence[Rows]) -> Int64[Tensor, " d_out"] | None:
     Args:
         rows: of parts that cover a weight, each row once.
     """
-    order = torch.cat([own.numbers for own in rows])
+    order = torch.cat([part.numbers for part in rows])
     return None if torch.equal(order, torch.arange(len(order))) else order.argsort()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharebasis.linalg.interpolative import interpolate
 
-LARGEST_CONDITION = 1e3
+MAX_CONDITION = 1e3
 """Of the columns that become the identity; rounding errors grow by as much at most."""
 
 
@@ -49,17 +49,17 @@ class FixedValues:
     @property
     def bounded(self) -> bool:
         """Whether B can be divided by."""
-        return bool((torch.linalg.cond(self.turn) <= LARGEST_CONDITION).all())
+        return bool((torch.linalg.cond(self.turn) <= MAX_CONDITION).all())
 
 
 def fix_values(weight: Float[Tensor, "n_rows d_in"], n_kv_heads: int) -> FixedValues:
-    """Choose columns of every head so that no coefficient is larger than `interpolative.BOUND`.
+    """Choose columns of every head so that no coefficient is larger than `MAX_COEFFICIENT`.
 
     Args:
         weight: W_V, head by head; d_value < d_in.
         n_kv_heads: by which its rows divide.
     """
-    heads = [interpolate(own.T, _unit(own)) for own in weight.double().chunk(n_kv_heads)]
+    heads = [interpolate(head.T, _unit(head)) for head in weight.double().chunk(n_kv_heads)]
     return FixedValues(
         torch.stack([head.pivots for head in heads]),
         torch.cat([head.coefficient.T for head in heads]).contiguous(),
@@ -114,13 +114,13 @@ def whole_values(
 ) -> Float[Tensor, "n_rows d_in"]:
     """[I C] of every head, columns where they belong."""
     d_value, others = pivots.shape[1], coefficient.shape[1]
-    unit, whole = _unit(coefficient[:d_value]), []
-    for own, rest in zip(pivots.long(), coefficient.chunk(len(pivots)), strict=True):
+    unit, heads = _unit(coefficient[:d_value]), []
+    for fixed, rest in zip(pivots.long(), coefficient.chunk(len(pivots)), strict=True):
         is_other = torch.ones(d_value + others, dtype=torch.bool, device=coefficient.device)
-        is_other[own] = False
-        order = torch.cat([own.to(is_other.device), is_other.nonzero().flatten()])
-        whole.append(torch.cat([unit, rest], dim=1)[:, order.argsort()])
-    return torch.cat(whole)
+        is_other[fixed] = False
+        order = torch.cat([fixed.to(is_other.device), is_other.nonzero().flatten()])
+        heads.append(torch.cat([unit, rest], dim=1)[:, order.argsort()])
+    return torch.cat(heads)
 
 
 def turned_output(

@@ -54,9 +54,9 @@ def gather(
 
 def _resume(checkpoint: Checkpoint, accumulators: Accumulators) -> int:
     """Load the sums of a killed run; return how many windows they hold, 0 if there is none."""
-    if (found := checkpoint.resume()) is None:
+    if (saved := checkpoint.resume()) is None:
         return 0
-    record, reader = found
+    record, reader = saved
     for name, accumulator in accumulators.items():
         moment = read_moment(reader, name, record["n_tokens"][name])
         accumulator.load(moment, record["n_trimmed"].get(name, 0))

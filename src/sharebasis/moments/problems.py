@@ -19,7 +19,7 @@ from sharebasis.linalg.moments import Moment
 from sharebasis.linalg.objective import Problem
 from sharebasis.moments.store import MomentStore, gradient_site
 
-NOTHING = 1e-20
+MOMENT_FLOOR = 1e-20
 """Second moment of what is always zero, as if it counted a little: inputs that are (those of an
 output matrix, say, whose values are zero), and gradients of outputs that no loss depends on (those
 of an expert, say, which the last token of a window alone went to)."""
@@ -31,12 +31,18 @@ class Problems:
     def __init__(
         self,
         moments: MomentStore | None,
-        twins: Mapping[str, tuple[str, ...]],
+        tied_names: Mapping[str, tuple[str, ...]],
         settings: FitSettings,
         device: torch.device,
     ) -> None:
-        self._twins, self._settings, self._device = twins, settings, device
-        self._own = METHODS[settings.method]
+        """Args:
+        moments: not read by plain SVD, for which they may be None.
+        tied_names: of every sublayer, the names of those that use its weight, too.
+        settings: method, damping, and whether gradients count.
+        device: where the problems' moments are.
+        """
+        self._tied_names, self._settings, self._device = tied_names, settings, device
+        self._metric = METHODS[settings.method]
         self._moments = None if settings.method == "svd" else moments
         self._pool = lru_cache(maxsize=1)(self._read_pool)
         self._each = lru_cache(maxsize=1)(self._read_each)
@@ -48,7 +54,7 @@ class Problems:
         if inputs is None:
             bare = [Problem(weight.double(), None, None) for weight in weights]
             return decompose(bare), self._moments is None
-        counted = None if self._own.inputs == "none" else inputs
+        counted = None if self._metric.inputs == "none" else inputs
         problems = [
             Problem(weight.double(), counted, self._gradients(part))
             for part, weight in zip(group.parts, weights, strict=True)
@@ -78,12 +84,12 @@ class Problems:
         self, sites: tuple[tuple[str, ...], ...]
     ) -> Sequence[Moment] | Sequence[None] | None:
         """The moments of some inputs, one object where there is one input."""
-        if self._moments is None or self._own.inputs == "none":
+        if self._moments is None or self._metric.inputs == "none":
             return [None] * len(sites)
-        read = {own: self._read_pool(own) for own in dict.fromkeys(sites)}
-        if not all(moment.n_tokens for moment in read.values()):
+        moments = {pool: self._read_pool(pool) for pool in dict.fromkeys(sites)}
+        if not all(moment.n_tokens for moment in moments.values()):
             return None
-        return [read[own] for own in sites]
+        return [moments[pool] for pool in sites]
 
     def _sites(self, part: Part) -> tuple[str, ...]:
         """Of all inputs that a part reads, under whatever name."""
@@ -104,8 +110,8 @@ class Problems:
         moment = reduce(add, map(self._moments.read, sites)).to(self._device)
         if not moment.n_tokens:
             return moment
-        damped = _something(moment).damped(self._settings.damping_inputs)
-        return damped.diagonal(self._own.alpha) if self._own.inputs == "diagonal" else damped
+        damped = nonzero_moment(moment).damped(self._settings.damping_inputs)
+        return damped.diagonal(self._metric.alpha) if self._metric.inputs == "diagonal" else damped
 
     def _gradients(self, part: Part) -> Moment | None:
         """Of what a part puts out under all of its names, weighed by how often it runs."""
@@ -113,21 +119,22 @@ class Problems:
             return None
         assert self._moments is not None
         moments, name = self._moments, part.sublayer.name
-        whole = moments.gradient(name)
-        own = _something(replace(whole.at(part.rows.numbers), n_tokens=moments.n_tokens))
-        seen = moments.n_seen(gradient_site(name))
-        if seen > whole.n_tokens:  # what was left out counts as the rest does on average
-            own = replace(own, total=own.total * (seen / whole.n_tokens))
-        damped = own.to(self._device).damped(self._settings.damping_gradients)
-        return damped.diagonal() if self._own.gradients == "diagonal" else damped
+        of_sublayer = moments.gradient(name)
+        rows = of_sublayer.at(part.rows.numbers)
+        moment = nonzero_moment(replace(rows, n_tokens=moments.n_tokens))
+        n_seen = moments.n_seen(gradient_site(name))
+        if n_seen > of_sublayer.n_tokens:  # what was left out counts as the rest does on average
+            moment = replace(moment, total=moment.total * (n_seen / of_sublayer.n_tokens))
+        damped = moment.to(self._device).damped(self._settings.damping_gradients)
+        return damped.diagonal() if self._metric.gradients == "diagonal" else damped
 
     def _users(self, part: Part) -> Iterator[str]:
-        return iter((part.sublayer.name, *self._twins[part.sublayer.name]))
+        return iter((part.sublayer.name, *self._tied_names[part.sublayer.name]))
 
 
-def _something(moment: Moment) -> Moment:
-    """A moment of what is not always zero."""
+def nonzero_moment(moment: Moment) -> Moment:
+    """The moment itself, or MOMENT_FLOOR times the identity where it is zero."""
     if moment.total.any():
         return moment
     unit = torch.eye(len(moment.sum), dtype=torch.float64, device=moment.total.device)
-    return replace(moment, total=NOTHING * moment.n_tokens * unit)
+    return replace(moment, total=MOMENT_FLOOR * moment.n_tokens * unit)

@@ -67,12 +67,12 @@ def packed(accumulators: Accumulators) -> Iterator[tuple[str, Tensor]]:
 
 def tokens_of(accumulators: Accumulators) -> dict[str, int]:
     """Tokens that count, by site name."""
-    return {name: own.n_tokens for name, own in accumulators.items()}
+    return {name: sums.n_tokens for name, sums in accumulators.items()}
 
 
 def trimmed_of(accumulators: Accumulators) -> dict[str, int]:
     """Tokens that were left out, by site name, where there were any."""
-    return {name: own.n_trimmed for name, own in accumulators.items() if own.n_trimmed}
+    return {name: sums.n_trimmed for name, sums in accumulators.items() if sums.n_trimmed}
 
 
 def read_moment(reader: TensorReader, site: str, n_tokens: int) -> Moment:
