@@ -7,7 +7,7 @@ from sharebasis.data.windows import cut, read_windows, require_positions
 from sharebasis.io.atomic import write_text, writing
 from sharebasis.io.records import load_record
 from sharebasis.model.hub import DTYPES, load_config, load_model, load_tokenizer
-from sharebasis.pipeline.paths import ATTRIBUTION, MODELS, SUBLAYERS, WEIGHTS
+from sharebasis.pipeline.paths import MODELS, PLOTS, SUBLAYERS, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
 from sharebasis.pipeline.settings import load_settings
 from sharebasis.pipeline.stage import report_errors
@@ -42,7 +42,7 @@ def main() -> None:
         attribution.lens_predictions,
         load_record(SUBLAYERS, Classification),
     )
-    with writing(ATTRIBUTION) as out:
+    with writing(PLOTS / "attribute") as out:
         write_text(out / "components.csv", components_csv(found))
         write_text(out / "components.md", markdown(found, attribution.top))
         write_text(out / "lens.csv", lens_csv(found))
