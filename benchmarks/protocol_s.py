@@ -97,7 +97,6 @@ METHODS = {
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-whole": ["fit=auto", "fit.value_gauge=false"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
-    "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
 }
 """Method -> overrides; those of `auto` without one ingredient are the ablation."""
 
