@@ -7,19 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from sharebasis.config.types import Family, Method, PositiveInt, Storage
+from sharebasis.config.types import Family, PositiveInt, Storage
 
 Nearness = Literal["adjacent", "by_distance"]
 
-
 FIXED, PRIVATE, NARROWED, SPARSE = "fixed", "private", "narrowed", "sparse"
-
-
-_N = r"([2-9]|[1-9]\d+)"
-STRUCTURE = (
-    rf"fixed|private|narrowed|sparse|joint|experts|(shared:(all|{_N})|by_distance:{_N})(:inner)?"
-)
-"""Regular expression of what `fit.structures` may hold."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class FitSettings:
     Down to `damping_gradients` they belong to the stage `decompose`, the others to `fit`.
     """
 
-    method: Method
+    method: str
     """svd: of the weights; the others: of the weights in a metric of moments, see METHODS."""
     group_size: PositiveInt
     """Layers that share a basis; which ones, `grouping` says."""
@@ -66,11 +58,11 @@ class FitSettings:
     """Whether the same matrix of all experts of a layer shares one basis, instead of that of
     the same expert of adjacent layers."""
     structures: tuple[str, ...]
-    """What the allocation chooses from, by least loss. private: every part alone, which is always
-    there; narrowed: MLPs without some of their neurons, down refitted to the others; sparse:
-    weights without some of their entries, the others refitted; joint: q, k and v of a layer, gate
-    and up, o and down; shared:N, shared:all: the same part of N adjacent
-    layers, of the families `shared`; by_distance:N: of N layers that are near each other (needs
+    """What the allocation chooses from, by least loss; see STRUCTURES. private: every part alone,
+    which is always there; narrowed: MLPs without some of their neurons, down refitted to the
+    others; sparse: weights without some of their entries, the others refitted; joint: q, k and v of
+    a layer, gate and up, o and down; shared:N, shared:all: the same part of N adjacent layers, of
+    the families `shared`; by_distance:N: of N layers that are near each other (needs
     grouping=by_distance); experts: the same matrix of all experts of a layer. What shares over
     layers has its basis on the side of the residual stream, with `:inner` behind it on that of
     heads and neurons, which layers have in common after `sharebasis.align` at most.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sharebasis.config.fit import FIXED, NARROWED, PRIVATE, SPARSE, STRUCTURE, FitSettings
+from sharebasis.config.fit import FIXED, NARROWED, PRIVATE, SPARSE, FitSettings
 from sharebasis.config.methods import METHODS
 from sharebasis.config.schema import Settings
+from sharebasis.config.structures import structure_entry
 from sharebasis.errors import SettingsError
 
 OVER_LAYERS = ("shared:", "by_distance:")
@@ -17,7 +18,7 @@ OVER_LAYERS = ("shared:", "by_distance:")
 def check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
-    _check_sides(fit, where)
+    _check_method(fit, where)
     if fit.two_sided and settings.calibrate.gradients is None:
         raise SettingsError(
             f"{where} is not valid: fit={fit.method} weighs by the gradients of outputs, which "
@@ -60,10 +61,15 @@ def check_together(settings: Settings, where: str) -> None:
         raise SettingsError(f"{where} is not valid: data.hub_id is missing.")
 
 
-def _check_sides(fit: FitSettings, where: str) -> None:
-    """Whether what `two_sided` says of the gradients is so."""
-    own = METHODS[fit.method]
-    if own.either or fit.two_sided == (own.gradients != "none"):
+def _check_method(fit: FitSettings, where: str) -> None:
+    """Whether there is such a method, and what `two_sided` says of its gradients is so."""
+    if fit.method not in METHODS:
+        raise SettingsError(
+            f"{where} is not valid: fit.method: it has to be one of {', '.join(METHODS)} "
+            f"(it is {fit.method!r})"
+        )
+    metric = METHODS[fit.method]
+    if metric.either or fit.two_sided == (metric.gradients != "none"):
         return
     said, does, other = "false", "weighs by", "fit=svd_llm does without them"
     if fit.two_sided:
@@ -76,13 +82,11 @@ def _check_sides(fit: FitSettings, where: str) -> None:
 
 def _check_structures(fit: FitSettings, where: str) -> None:
     """Whether there are such structures, and a choice between them."""
-    for one in fit.structures:
-        if not re.fullmatch(STRUCTURE, one):
-            raise SettingsError(
-                f"{where} is not valid: fit.structures: {one!r} is none of fixed, private, "
-                "narrowed, sparse, joint, experts, shared:N (N from 2), shared:all and "
-                "by_distance:N, the last three with :inner behind them or without."
-            )
+    try:
+        for spec in fit.structures:
+            structure_entry(spec)
+    except SettingsError as error:
+        raise SettingsError(f"{where} is not valid: {error}") from None
     if fit.structures == (FIXED,):
         return
     for one, what in {NARROWED: "narrowed MLPs", SPARSE: "sparse weights"}.items():
