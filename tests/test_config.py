@@ -210,6 +210,9 @@ WRONG: list[tuple[str, Any]] = [
     ("model.weight_types", {"q": {"pattern": ".*q", "split": "halves"}}),
     ("model.weight_types", {"q": {"patern": ".*q"}}),
     ("model.weight_types", {"q": {"pattern": ".*q", "n_head": 0}}),
+    ("model.weight_types", {"q": {"pattern": ".*q", "qkv_order": "qqk"}}),
+    ("model.weight_types", {"q": {"pattern": ".*q", "qkv_order": ""}}),
+    ("model.block_pattern", ["layers", "blocks"]),
     ("data.source", "internet"),
     ("data.window", 1),
     ("data.window", "long"),
@@ -271,6 +274,15 @@ def test_a_wrong_value_is_named_with_its_key_and_shown(
         assert repr(value) in text
 
 
+def test_a_split_of_false_is_none(params: Mapping[str, Any]) -> None:
+    weight_types = {"q": {"pattern": ".*q", "split": False, "qkv_order": "vk"}}
+    changes = {"split.strategy": False, "model.weight_types": weight_types}
+    settings = parse_settings(with_changes(params, changes), "params.yaml")
+    assert settings.split.strategy == "none"
+    assert settings.model.weight_types is not None
+    assert settings.model.weight_types["q"].split == "none"
+
+
 def test_every_wrong_key_is_named_at_once(params: Mapping[str, Any]) -> None:
     changes = {"fit.removed": 2, "data.window": 0, "typo": 1}
     with pytest.raises(SettingsError) as raised:
@@ -322,6 +334,14 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
     (
         {"data.source": "files", "data.calibration.path": "./a", "data.evaluation.path": "a"},
         r"data\.calibration\.path and data\.evaluation\.path are the same text, a",
+    ),
+    (
+        {
+            "data.source": "files",
+            "data.calibration.path": "~/a",
+            "data.evaluation.path": str(Path.home() / "a"),
+        },
+        r"data\.calibration\.path and data\.evaluation\.path are the same text",
     ),
 ]
 
