@@ -24,6 +24,7 @@ from pathlib import Path
 from gathering import gather, make_once
 from rich.table import Table
 from safetensors import safe_open
+from sharebasis.structures.value_outputs import value_outputs
 
 from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.architecture.parts import split_selected
@@ -53,7 +54,6 @@ from sharebasis.stages.propagate.propagate import (
 from sharebasis.stages.recover.recover import recover, recovery_identity, recovery_windows
 from sharebasis.stages.sensitivity.measure import measure_sensitivity
 from sharebasis.stages.verify.verify import compare
-from sharebasis.structures.value_outputs import value_outputs
 
 PUBLISHED: Mapping[tuple[str, float], tuple[float | None, float]] = {
     ("basis_sharing", 0.2): (0.2004, 91.69),
@@ -97,7 +97,6 @@ METHODS = {
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-whole": ["fit=auto", "fit.value_gauge=false"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
-    "auto-attribution": ["fit=auto", "fit.structures=[private]", "sensitivity=attribution"],
 }
 """Method -> overrides; those of `auto` without one ingredient are the ablation."""
 

@@ -3,28 +3,25 @@
 from dataclasses import asdict
 
 from sharebasis.architecture.sublayers import Classification
-from sharebasis.data.windows import read_windows, require_positions
+from sharebasis.config.schema import Settings
+from sharebasis.data.windows import windows_of
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
-from sharebasis.model.hub import load_config, load_model, load_tokenizer
+from sharebasis.model.hub import load_model
 from sharebasis.moments.store import tokens_of, trimmed_of, write_moments
+from sharebasis.pipeline.compute import start_computing
 from sharebasis.pipeline.paths import CHECKPOINT, MOMENTS, SUBLAYERS, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
-from sharebasis.runtime.devices import pick_device
-from sharebasis.runtime.matmul import use_onednn
+from sharebasis.pipeline.stage import stage
 from sharebasis.stages.calibrate.calibrate import calibrate, run_identity
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
-    use_onednn(settings.onednn)
+@stage
+def main(settings: Settings) -> None:
+    device = start_computing(settings)
     sublayers = load_record(SUBLAYERS, Classification).selected
-    require_positions(load_config(WEIGHTS), settings.data.window)
-    windows = read_windows(load_tokenizer(WEIGHTS), settings.data, "calibration", settings.seed)
-    dtype, batch, device = settings.model.dtype, settings.data.batch, pick_device(settings.device)
+    windows = windows_of(WEIGHTS, settings, "calibration")
+    dtype, batch = settings.model.dtype, settings.data.batch
     gradients, outliers = settings.calibrate.gradients, settings.calibrate.outliers
     identity = run_identity(
         WEIGHTS,
@@ -40,8 +37,9 @@ def main() -> None:
     )
     checkpoint = Checkpoint(CHECKPOINT, identity, settings.calibrate.checkpoint_seconds)
     model = load_model(WEIGHTS, dtype, device)
-    how = batch, checkpoint, gradients, outliers, settings.seed
-    sites, sums = calibrate(model, sublayers, windows, *how)
+    sites, sums = calibrate(
+        model, sublayers, windows, batch, checkpoint, gradients, outliers, settings.seed
+    )
     write_moments(MOMENTS, sites, sums)
     checkpoint.remove()
     counts = list(tokens_of(sums).values())

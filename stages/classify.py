@@ -3,24 +3,25 @@
 import logging
 from collections import Counter
 
+from sharebasis.config.schema import Settings
 from sharebasis.io.records import save_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, meta_model
 from sharebasis.pipeline.paths import SUBLAYERS, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
+from sharebasis.pipeline.stage import stage
 
 log = logging.getLogger(__name__)
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
+@stage
+def main(settings: Settings) -> None:
     model = meta_model(load_config(WEIGHTS))
-    found = classify_model(model, settings.model.block_pattern, settings.model.weight_types)
-    save_record(SUBLAYERS, found)
-    sublayers = found.sublayers
+    classification = classify_model(
+        model, settings.model.block_pattern, settings.model.weight_types
+    )
+    save_record(SUBLAYERS, classification)
+    sublayers = classification.sublayers
     for sublayer in sublayers:
         if sublayer.disagreement:
             log.warning("%s: %s; it is %s.", sublayer.name, sublayer.disagreement, sublayer.role)
@@ -28,7 +29,7 @@ def main() -> None:
         "classify",
         {
             "n_sublayers": len(sublayers),
-            "n_selected": len(found.selected),
+            "n_selected": len(classification.selected),
             "role": Counter(sublayer.role for sublayer in sublayers),
             "evidence": Counter(sublayer.evidence for sublayer in sublayers),
             "category": Counter(sublayer.category for sublayer in sublayers),

@@ -3,26 +3,23 @@
 import torch
 
 from sharebasis.allocation.sensitivity import Sensitivity
+from sharebasis.config.schema import Settings
 from sharebasis.io.atomic import write_text, writing
 from sharebasis.io.records import load_record
 from sharebasis.moments.store import MomentStore
+from sharebasis.pipeline.compute import start_computing
 from sharebasis.pipeline.paths import COMPRESSED, MOMENTS, PLOTS, SENSITIVITY, SPECTRA, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
-from sharebasis.runtime.devices import pick_device
-from sharebasis.runtime.matmul import use_onednn
+from sharebasis.pipeline.stage import stage
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.fit.tables import RANKS, SPECTRUM, ranks_csv, spectrum_csv
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
-    use_onednn(settings.onednn)
-    device, moments = pick_device(settings.device), MomentStore(MOMENTS)
+@stage
+def main(settings: Settings) -> None:
+    device, moments = start_computing(settings), MomentStore(MOMENTS)
     sensitivity = load_record(SENSITIVITY, Sensitivity)
     fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments, sensitivity)
     source = Spectra(SPECTRA)

@@ -10,14 +10,12 @@ from sharebasis.pipeline.paths import (
     SUBLAYERS,
     WEIGHTS,
 )
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
+from sharebasis.pipeline.stage import stage
 from sharebasis.stages.propagate.outcome import write_unpropagated
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
+@stage
+def main(settings: Settings) -> None:
     if settings.propagate.by == "none":
         write_unpropagated(PROPAGATED)
     else:
@@ -31,24 +29,23 @@ def refit(settings: Settings) -> None:
     from sharebasis.io.checkpoint import Checkpoint
     from sharebasis.model.hub import load_config, load_tokenizer
     from sharebasis.moments.store import MomentStore
-    from sharebasis.runtime.devices import pick_device
-    from sharebasis.runtime.matmul import use_onednn
+    from sharebasis.pipeline.compute import start_computing
     from sharebasis.stages.propagate.propagate import (
         propagate,
         propagation_identity,
         propagation_windows,
     )
 
-    use_onednn(settings.onednn)
-    own, device = settings.propagate, pick_device(settings.device)
-    require_positions(load_config(COMPRESSED), own.window, "propagate.window")
-    windows = propagation_windows(load_tokenizer(COMPRESSED), settings.data, own, settings.seed)
-    how = {"device": str(device), "onednn": settings.onednn}
-    identity = propagation_identity(WEIGHTS, COMPRESSED, windows, own, settings.fit, **how)
-    checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, own.checkpoint_seconds)
+    options, device = settings.propagate, start_computing(settings)
+    require_positions(load_config(COMPRESSED), options.window, "propagate.window")
+    tokenizer = load_tokenizer(COMPRESSED)
+    windows = propagation_windows(tokenizer, settings.data, options, settings.seed)
+    machine = {"device": str(device), "onednn": settings.onednn}
+    identity = propagation_identity(WEIGHTS, COMPRESSED, windows, options, settings.fit, **machine)
+    checkpoint = Checkpoint(PROPAGATION_CHECKPOINT, identity, options.checkpoint_seconds)
     classification, moments = load_record(SUBLAYERS, Classification), MomentStore(MOMENTS)
     models = WEIGHTS, classification, COMPRESSED, moments
-    propagate(*models, windows, own, settings.fit, checkpoint, PROPAGATED, device)
+    propagate(*models, windows, options, settings.fit, checkpoint, PROPAGATED, device)
 
 
 if __name__ == "__main__":

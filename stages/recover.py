@@ -8,14 +8,12 @@ from sharebasis.pipeline.paths import (
     RECOVERY_CHECKPOINT,
     WEIGHTS,
 )
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
+from sharebasis.pipeline.stage import stage
 from sharebasis.stages.recover.outcome import write_unrecovered
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
+@stage
+def main(settings: Settings) -> None:
     if settings.recover.steps:
         train(settings)
     else:
@@ -28,20 +26,18 @@ def train(settings: Settings) -> None:
     from sharebasis.data.windows import require_positions
     from sharebasis.io.checkpoint import Checkpoint
     from sharebasis.model.hub import load_config, load_tokenizer
-    from sharebasis.runtime.devices import pick_device
-    from sharebasis.runtime.matmul import use_onednn
+    from sharebasis.pipeline.compute import start_computing
     from sharebasis.stages.recover.recover import recover, recovery_identity, recovery_windows
 
-    use_onednn(settings.onednn)
-    own, device, seed = settings.recover, pick_device(settings.device), settings.seed
+    options, device, seed = settings.recover, start_computing(settings), settings.seed
     source = PROPAGATED if (PROPAGATED / INDEX_FILE).exists() else COMPRESSED
-    require_positions(load_config(source), own.window, "recover.window")
-    windows = recovery_windows(load_tokenizer(source), settings.data, own, seed)
-    how = {"seed": seed, "device": str(device), "onednn": settings.onednn}
-    identity = recovery_identity(WEIGHTS, source, windows, own, **how)
-    checkpoint = Checkpoint(RECOVERY_CHECKPOINT, identity, own.checkpoint_seconds)
+    require_positions(load_config(source), options.window, "recover.window")
+    windows = recovery_windows(load_tokenizer(source), settings.data, options, seed)
+    machine = {"seed": seed, "device": str(device), "onednn": settings.onednn}
+    identity = recovery_identity(WEIGHTS, source, windows, options, **machine)
+    checkpoint = Checkpoint(RECOVERY_CHECKPOINT, identity, options.checkpoint_seconds)
     shard_bytes = settings.fit.shard_bytes
-    recover(WEIGHTS, source, windows, own, seed, checkpoint, RECOVERED, shard_bytes, device)
+    recover(WEIGHTS, source, windows, options, seed, checkpoint, RECOVERED, shard_bytes, device)
 
 
 if __name__ == "__main__":

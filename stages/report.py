@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharebasis.config.schema import Settings
 from sharebasis.io.atomic import write_text, writing
 from sharebasis.pipeline.paths import REPORT, RESULTS
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
+from sharebasis.pipeline.stage import stage
 from sharebasis.stages.report.figures import DETERMINED, figures
 from sharebasis.stages.report.page import Section, page, section
 from sharebasis.stages.report.points import FILE, Point, read_points, workspace_point
@@ -19,9 +19,8 @@ from sharebasis.stages.report.tables import (
 )
 
 
-@report_errors
-def main() -> None:
-    load_settings()  # a point is shown with parameters that hold
+@stage
+def main(_: Settings) -> None:  # valid ones: a point is shown with parameters that hold
     files = sorted(RESULTS.glob(f"*/{FILE}"))
     results = {path.parent.name: read_points(path) for path in files}
     results["workspace"] = (workspace_point(),)

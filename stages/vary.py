@@ -3,6 +3,7 @@
 from functools import partial
 
 from sharebasis.architecture.sublayers import Classification
+from sharebasis.config.schema import Settings
 from sharebasis.gauge.layers import Layers
 from sharebasis.io.atomic import writing
 from sharebasis.io.records import load_record
@@ -10,8 +11,7 @@ from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.hub import load_config
 from sharebasis.pipeline.paths import PLOTS, SUBLAYERS, VARIATION, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
+from sharebasis.pipeline.stage import stage
 from sharebasis.runtime.matmul import use_onednn
 from sharebasis.stages.vary.figures import draw
 from sharebasis.stages.vary.variation import (
@@ -22,12 +22,11 @@ from sharebasis.stages.vary.variation import (
 )
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
+@stage
+def main(settings: Settings) -> None:
     use_onednn(settings.onednn)
-    found = load_record(SUBLAYERS, Classification)
-    layers_of = partial(Layers, found=found, config=load_config(WEIGHTS))
+    classification = load_record(SUBLAYERS, Classification)
+    layers_of = partial(Layers, found=classification, config=load_config(WEIGHTS))
     tensors = DenseWeights(WEIGHTS)
     variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
     with writing(PLOTS / "vary") as directory:

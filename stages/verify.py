@@ -4,15 +4,14 @@ from sharebasis.architecture.parts import rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.index import present
 from sharebasis.compressed.loader import load_compressed
-from sharebasis.data.windows import read_windows, require_positions
+from sharebasis.config.schema import Settings
+from sharebasis.data.windows import windows_of
 from sharebasis.io.records import load_record
-from sharebasis.model.hub import DTYPES, load_config, load_model, load_tokenizer
+from sharebasis.model.hub import DTYPES, load_model, load_tokenizer
+from sharebasis.pipeline.compute import start_computing
 from sharebasis.pipeline.paths import COMPRESSED, MODELS, SUBLAYERS, WEIGHTS
 from sharebasis.pipeline.provenance import write_metrics
-from sharebasis.pipeline.settings import load_settings
-from sharebasis.pipeline.stage import report_errors
-from sharebasis.runtime.devices import pick_device
-from sharebasis.runtime.matmul import use_onednn
+from sharebasis.pipeline.stage import stage
 from sharebasis.stages.verify.verify import (
     compare,
     continuations,
@@ -22,14 +21,10 @@ from sharebasis.stages.verify.verify import (
 )
 
 
-@report_errors
-def main() -> None:
-    settings = load_settings()
-    use_onednn(settings.onednn)
-    verify, dtype, device = settings.verify, settings.model.dtype, pick_device(settings.device)
-    require_positions(load_config(COMPRESSED), settings.data.window)
-    tokenizer = load_tokenizer(COMPRESSED)
-    windows = read_windows(tokenizer, settings.data, "evaluation", settings.seed)
+@stage
+def main(settings: Settings) -> None:
+    verify, dtype, device = settings.verify, settings.model.dtype, start_computing(settings)
+    windows = windows_of(COMPRESSED, settings, "evaluation")
     original = load_model(WEIGHTS, dtype, device)
     classification = load_record(SUBLAYERS, Classification)
     rows = rows_by_sublayer(split_selected(classification, settings.split.strategy))
@@ -42,7 +37,7 @@ def main() -> None:
     metrics = verify_metrics(fidelity, lossless, len(rows), len(first))
     write_metrics("verify", metrics, settings, device, weights=WEIGHTS, evaluation=windows)
     models = {"original": original, **compressed}
-    texts = continuations(models, tokenizer, verify.prompt, verify.new_tokens)
+    texts = continuations(models, load_tokenizer(COMPRESSED), verify.prompt, verify.new_tokens)
     side_by_side(verify.prompt, texts)
 
 

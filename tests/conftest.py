@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,14 @@ def make_settings(params: Mapping[str, Any]) -> MakeSettings:
         return parse_settings(with_changes(params, changes), "the test's settings")
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_arguments() -> Iterator[None]:
+    """A stage that a test runs in its own process is not given the arguments of pytest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv[:1])
+        yield
 
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]

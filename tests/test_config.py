@@ -17,7 +17,9 @@ from conftest import REPOSITORY, with_changes
 
 from sharebasis import params as params_script
 from sharebasis.config.fit import LimitSettings
+from sharebasis.config.methods import METHODS, Metric
 from sharebasis.config.schema import Settings
+from sharebasis.config.structures import STRUCTURES, StructureEntry, structure_entry
 from sharebasis.errors import SettingsError
 from sharebasis.pipeline.compose import compose_params, compose_settings
 from sharebasis.pipeline.settings import load_settings, parse_settings
@@ -32,7 +34,11 @@ MANDATORY: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 """What a choice leaves for the user to say."""
 
-CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+BASE = "base"
+"""What the choices of a group have in common; no choice itself."""
+CHOICES = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.stem != BASE
+)
 
 
 def _compose(*overrides: str) -> Settings:
@@ -75,6 +81,24 @@ def test_the_groups_are_all_there() -> None:
 @pytest.mark.parametrize("choice", CHOICES, ids="=".join)
 def test_every_choice_composes_to_valid_settings(choice: tuple[str, str]) -> None:
     _compose("=".join(choice), *MANDATORY.get(choice, ()))
+
+
+@pytest.mark.parametrize(
+    ("group", "key"), [("fit", "fit.method"), ("model", "model.source"), ("data", "data.source")]
+)
+def test_what_choices_have_in_common_is_no_choice(group: str, key: str) -> None:
+    with pytest.raises(SettingsError, match=f"nothing is given for {re.escape(key)}, "):
+        _compose(f"{group}={BASE}")
+
+
+def test_a_method_says_what_is_its_own_and_nothing_else() -> None:
+    common = yaml.safe_load((CONF / "fit" / f"{BASE}.yaml").read_text(encoding="utf-8"))
+    for path in (CONF / "fit").glob("*.yaml"):
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stem != BASE:
+            assert own.pop("defaults") == [BASE, "_self_"], path.stem
+            assert own.keys() <= common.keys(), path.stem
+            assert all(common[key] != value for key, value in own.items()), path.stem
 
 
 MAIN = [choice for choice in CHOICES if choice[0] in ("model", "data", "split", "fit")]
@@ -144,11 +168,10 @@ def test_protocol_s_is_what_the_method_says(fit: str) -> None:
 
 # What is refused
 
-UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
-UNKNOWN += ["sensitivity.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "propagate.typo", "recover.typo"]
-UNKNOWN += ["vary.typo", "verify.typo", "attribute.typo"]
+UNKNOWN = ["typo", "data.calibration.typo", "calibrate.outliers.inputs.typo"]
+UNKNOWN += [f"{section}.typo" for section in ("model", "data", "calibrate", "split", "sensitivity")]
+UNKNOWN += [f"{section}.typo" for section in ("grouping", "fit", "propagate", "recover", "curve")]
+UNKNOWN += [f"{section}.typo" for section in ("vary", "verify", "attribute")]
 
 
 @pytest.mark.parametrize("key", UNKNOWN)
@@ -187,6 +210,9 @@ WRONG: list[tuple[str, Any]] = [
     ("model.weight_types", {"q": {"pattern": ".*q", "split": "halves"}}),
     ("model.weight_types", {"q": {"patern": ".*q"}}),
     ("model.weight_types", {"q": {"pattern": ".*q", "n_head": 0}}),
+    ("model.weight_types", {"q": {"pattern": ".*q", "qkv_order": "qqk"}}),
+    ("model.weight_types", {"q": {"pattern": ".*q", "qkv_order": ""}}),
+    ("model.block_pattern", ["layers", "blocks"]),
     ("data.source", "internet"),
     ("data.window", 1),
     ("data.window", "long"),
@@ -248,6 +274,15 @@ def test_a_wrong_value_is_named_with_its_key_and_shown(
         assert repr(value) in text
 
 
+def test_a_split_of_false_is_none(params: Mapping[str, Any]) -> None:
+    weight_types = {"q": {"pattern": ".*q", "split": False, "qkv_order": "vk"}}
+    changes = {"split.strategy": False, "model.weight_types": weight_types}
+    settings = parse_settings(with_changes(params, changes), "params.yaml")
+    assert settings.split.strategy == "none"
+    assert settings.model.weight_types is not None
+    assert settings.model.weight_types["q"].split == "none"
+
+
 def test_every_wrong_key_is_named_at_once(params: Mapping[str, Any]) -> None:
     changes = {"fit.removed": 2, "data.window": 0, "typo": 1}
     with pytest.raises(SettingsError) as raised:
@@ -300,6 +335,14 @@ TOGETHER: list[tuple[Mapping[str, Any], str]] = [
         {"data.source": "files", "data.calibration.path": "./a", "data.evaluation.path": "a"},
         r"data\.calibration\.path and data\.evaluation\.path are the same text, a",
     ),
+    (
+        {
+            "data.source": "files",
+            "data.calibration.path": "~/a",
+            "data.evaluation.path": str(Path.home() / "a"),
+        },
+        r"data\.calibration\.path and data\.evaluation\.path are the same text",
+    ),
 ]
 
 
@@ -309,6 +352,54 @@ def test_values_that_do_not_go_together_are_named(
 ) -> None:
     with pytest.raises(SettingsError, match=text):
         parse_settings(with_changes(params, changes), "params.yaml")
+
+
+def test_a_method_that_is_added_to_the_table_is_one(
+    params: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = with_changes(params, {"fit.method": "toy", **ALONE})
+    known = "svd, asvd, svd_llm, fwsvd, kfac, basis_sharing, auto"
+    refused = rf"fit\.method: it has to be one of {known} \(it is 'toy'\)"
+    with pytest.raises(SettingsError, match=refused):
+        parse_settings(changed, "params.yaml")
+    monkeypatch.setitem(METHODS, "toy", Metric(inputs="full"))
+    assert parse_settings(changed, "params.yaml").fit.method == "toy"
+
+
+def test_a_structure_that_is_added_to_the_table_is_one(
+    params: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"fit.structures": ["private", "toy:3"], "fit.allocation": "global", **ALONE}
+    changed = with_changes(params, {**changes, "fit.shared": ["q"]})
+    with pytest.raises(SettingsError, match=r"not valid: fit\.structures: 'toy:3' is none of priv"):
+        parse_settings(changed, "params.yaml")
+    toy = StructureEntry("toys:Toy", r"toy:\d")
+    monkeypatch.setitem(STRUCTURES, "toy", toy)
+    assert parse_settings(changed, "params.yaml").fit.structures == ("private", "toy:3")
+    assert structure_entry("toy:3") == ("toy", toy)
+
+
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    {
+        "private": ["private"],
+        "neurons": ["narrowed"],
+        "sparse": ["sparse"],
+        "shared": ["fixed", "joint", "experts", "shared:2", "shared:all:inner", "by_distance:10"],
+        None: ["", "shared", "shared:1", "joint:inner", "private ", "by_distance:all", "Sparse"],
+    }.items(),
+)
+def test_an_entry_of_structures_belongs_to_one_structure(
+    name: str | None, specs: list[str]
+) -> None:
+    for spec in specs:
+        if name is None:
+            with pytest.raises(SettingsError, match=f"{spec!r} is none of .*shared:N .N from 2"):
+                structure_entry(spec)
+        else:
+            assert structure_entry(spec) == (name, STRUCTURES[name])
+        matching = [entry for entry in STRUCTURES.values() if re.fullmatch(entry.pattern, spec)]
+        assert len(matching) == (name is not None)
 
 
 def test_limits_can_be_given_on_the_command_line() -> None:
@@ -361,8 +452,12 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_every_knob_says_what_it_is() -> None:
-    source = (REPOSITORY / "src/sharebasis/config/schema.py").read_text(encoding="utf-8")
-    sections = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    files = sorted((REPOSITORY / "src/sharebasis/config").glob("*.py"))
+    modules = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    classes = (node for module in modules for node in module.body)
+    sections = [
+        node for node in classes if isinstance(node, ast.ClassDef) and "Settings" in node.name
+    ]
     assert len(sections) > 5
     for section in sections:
         for field, following in itertools.pairwise([*section.body, ast.Pass()]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,27 @@ def _commit(directory: Path, message: str) -> None:
 
 
 # Stages
+
+MOST_LINES, MOST_COLUMNS = 260, 100
+
+
+def test_dvc_yaml_can_be_read_as_a_diagram() -> None:
+    lines = (REPOSITORY / "dvc.yaml").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
+    assert max(map(len, lines)) <= MOST_COLUMNS
+    above = {name: line for line, name in itertools.pairwise(lines)}
+    stages = yaml.safe_load("\n".join(lines))["stages"]
+    made: set[str] = set()
+    for name, stage in stages.items():  # in the order in which data flows
+        assert above[f"  {name}:"].startswith("  # "), name
+        outs = {path for kind in ("outs", "metrics", "plots") for path in _paths(stage, kind)}
+        later = {dep for dep in stage["deps"] if dep.startswith(("artifacts/", "metrics/"))} - made
+        assert not later, name
+        made |= outs
+
+
+def _paths(stage: dict[str, Any], kind: str) -> list[str]:
+    return [next(iter(out)) if isinstance(out, dict) else out for out in stage.get(kind, ())]
 
 
 def test_dvc_measures_layers_first_only_where_their_distances_make_the_groups(

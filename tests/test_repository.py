@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,9 @@ def test_every_parameter_makes_some_stage_run_again_or_cannot_change_a_result(
 # Imports
 
 
+TOLD = r"(start_computing\(settings|use_onednn\(settings\.onednn)\)"
+
+
 def test_every_stage_that_multiplies_asks_by_what(
     pipeline: Mapping[str, Any], graph: grimp.ImportGraph
 ) -> None:
@@ -175,7 +179,7 @@ def test_every_stage_that_multiplies_asks_by_what(
     multiply = {name for name in STAGES if kernels in modules_of(scripts[name], graph)}
     multiply -= {"classify"}  # on the meta device, where there are no numbers
     asked = {name for name, stage in pipeline.items() if "onednn" in stage.get("params", ())}
-    told = {name for name in STAGES if "use_onednn(settings.onednn)" in scripts[name].read_text()}
+    told = {name for name in STAGES if re.search(TOLD, scripts[name].read_text())}
     assert multiply == asked == told
 
 
@@ -201,7 +205,7 @@ def test_a_stage_that_is_left_out_loads_no_framework(
     run = run_python(
         """
         import runpy, sys
-        runpy.run_path(sys.argv[1], run_name="__main__")
+        runpy.run_path(sys.argv.pop(1), run_name="__main__")
         print(sorted({"torch", "transformers", "hydra", "omegaconf"} & set(sys.modules)))
         """,
         REPOSITORY / "stages" / f"{stage}.py",
@@ -235,8 +239,11 @@ RUN_SCRIPTS = """
 
     assert not any(name.startswith("sharebasis") for name in sys.modules)
     results = {}
-    for script in map(Path, sys.argv[1:]):
-        files = [Path(f"../{script.stem}.{stream}") for stream in ("out", "err", "modules")]
+    scripts, arguments = map(Path, sys.argv[2:]), json.loads(sys.argv[1])
+    for script, given in ((script, given) for script in scripts for given in arguments):
+        name = f"{script.stem} {given}".strip()
+        files = [Path(f"../{name}.{stream}") for stream in ("out", "err", "modules")]
+        sys.argv[1:] = given.split()
         child = os.fork()
         if child == 0:
             for number, file in zip((1, 2), files):
@@ -251,9 +258,12 @@ RUN_SCRIPTS = """
                 modules = [name for name in sys.modules if name.startswith("sharebasis.")]
                 files[2].write_text(" ".join(modules))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        results[script.stem] = [status, *(file.read_text() for file in files)]
+        results[name] = [status, *(file.read_text() for file in files)]
     print(json.dumps(results))
 """
+
+
+ARGUMENTS = ("--help", "--removed 0.3")
 
 
 @dataclass(frozen=True)
@@ -271,16 +281,44 @@ class Ended:
 def refusals(
     params: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory, run_python: RunPython
 ) -> Mapping[str, Ended]:
-    """What every stage does with a wrong params.yaml, where there is no artefact at all."""
+    """What every stage does with a wrong params.yaml, where there is no artefact at all, by its
+    name and the arguments that it is given."""
     directory = tmp_path_factory.mktemp("parent") / "checkout"
     directory.mkdir()
     wrong = with_changes(params, {"fit.removed": 3})
     (directory / "params.yaml").write_text(yaml.safe_dump(wrong))
     scripts = [REPOSITORY / "stages" / f"{stage}.py" for stage in STAGES]
-    run = run_python(RUN_SCRIPTS, *scripts, cwd=directory)
+    run = run_python(RUN_SCRIPTS, json.dumps(["", *ARGUMENTS]), *scripts, cwd=directory)
     assert run.returncode == 0, run.stderr
     assert [path.name for path in directory.iterdir()] == ["params.yaml"]
-    return {stage: Ended(*result) for stage, result in json.loads(run.stdout).items()}
+    return {called: Ended(*result) for called, result in json.loads(run.stdout).items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_says_what_a_stage_does_reads_and_writes_and_runs_nothing(
+    refusals: Mapping[str, Ended], pipeline: Mapping[str, Any], stage: str
+) -> None:
+    ended = refusals[f"{stage} --help"]
+    assert (ended.status, ended.err) == (0, "")
+    docstring = ast.get_docstring(ast.parse((REPOSITORY / f"stages/{stage}.py").read_text()))
+    assert f"\n{docstring}\n" in ended.out
+    code = ("src/", "stages/", "requirements/pipeline.txt")
+    parts = re.split(r"^(reads|parameters.*|writes|options):\n", ended.out, flags=re.MULTILINE)
+    listed = dict(zip(parts[1::2], map(str.split, parts[2::2]), strict=True))
+    entry = pipeline[stage]
+    assert listed["reads"] == [dep for dep in entry["deps"] if not dep.startswith(code)]
+    assert listed.get("parameters, in params.yaml", []) == entry.get("params", [])
+    outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, ())]
+    assert listed["writes"] == [next(iter(out)) for out in outs]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_argument_is_refused_with_one_line(refusals: Mapping[str, Ended], stage: str) -> None:
+    ended = refusals[f"{stage} --removed 0.3"]
+    assert (ended.status, ended.out) == (1, "")
+    expected = f"stages/{stage}.py takes no argument '--removed'; it goes by params.yaml."
+    (line,) = ended.err.splitlines()
+    assert line.startswith(expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)

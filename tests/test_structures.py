@@ -175,7 +175,7 @@ def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrate
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"structures": "[private,pairs]"}, "'pairs' is none of fixed, private"),
+        ({"structures": "[private,pairs]"}, "'pairs' is none of private, fixed"),
         ({"structures": "[private,shared:1]"}, "'shared:1' is none of"),
         ({"structures": "[joint]"}, "to have private among"),
         ({"structures": "[fixed,private]"}, r"has to be \[fixed\]"),

@@ -36,7 +36,7 @@ import json, os, time
 from pathlib import Path
 import yaml
 from sharebasis.errors import BudgetError
-from sharebasis.stage import report_errors
+from sharebasis.pipeline.stage import report_errors
 
 NAME = Path(__file__).stem
 
@@ -60,11 +60,6 @@ def main():
         for out in stage.get(kind, ()):
             (path,) = out
             Path(path).parent.mkdir(exist_ok=True)
-            if NAME == "attribute" and kind == "outs":
-                Path(path).mkdir(exist_ok=True)
-                for name in ("components.png", "lens.png", "lens.csv"):
-                    Path(path, name).write_text("layer,loss,compressed_loss,kl,compressed_kl")
-                continue
             if path.startswith("plots/") and not Path(path).suffix:
                 Path(path).mkdir(exist_ok=True)
                 path = f"{path}/made.json"
@@ -377,7 +372,8 @@ def test_every_experiment_has_its_own_parameters_and_results(swept: Swept) -> No
         params = swept.checkout.shown(commit, "params.yaml")
         assert params["split"]["strategy"] == name.split("-")[1]
         metrics = swept.checkout.shown(commit, "metrics/verify.json")
-        assert metrics["fit.removed"] == params["fit"]["removed"] == 0.2
+        assert metrics["fit"] == params["fit"]
+        assert params["fit"]["removed"] == 0.2
         assert metrics["split"] == params["split"]
         assert metrics["data.calibration"]["path"] == "own.txt"
         edited = swept.checkout.git("show", f"{commit}:stages/verify.py")
@@ -406,6 +402,23 @@ def test_dvc_shows_and_applies_the_experiments(swept: Swept) -> None:
     assert yaml.safe_load((root / "params.yaml").read_text())["split"]["strategy"] == "heads"
 
 
+def test_a_clone_that_has_pulled_nothing_runs_an_experiment(swept: Swept, tmp_path: Path) -> None:
+    swept.checkout.git("clone", "--quiet", ".", str(tmp_path / "clone"))
+    clone = Checkout(tmp_path / "clone")
+    clone.git("config", "user.name", "someone")
+    clone.git("config", "user.email", "someone@example.org")
+    assert not (clone.root / ".dvc/cache").exists()
+    clone.dvc("exp", "run", "--name", "fresh", "--set-param", "fit.removed=0.3", "verify")
+    assert list(clone.experiments()) == ["fresh"]
+    metrics = clone.shown(clone.experiments()["fresh"], "metrics/verify.json")
+    assert metrics["fit"]["removed"] == 0.3
+    shown = json.loads(clone.dvc("exp", "show", "--json"))
+    names = [
+        row["name"] for rev in shown for one in rev["experiments"] or () for row in one["revs"]
+    ]
+    assert names == ["fresh"]
+
+
 def test_a_sweep_that_is_killed_goes_on_where_it_was(make_checkout: MakeCheckout) -> None:
     checkout = make_checkout()
     command = ("hydra/launcher=cores", "split=heads", "fit.removed=0.2,0.3")
@@ -426,7 +439,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(make_checkout: MakeCheckout
         "verify": 4,
     }
     removed = {
-        checkout.shown(commit, "metrics/verify.json")["fit.removed"]
+        checkout.shown(commit, "metrics/verify.json")["fit"]["removed"]
         for commit in checkout.experiments().values()
     }
     assert removed == {0.2, 0.3}

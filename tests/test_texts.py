@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import GPT2Config, PreTrainedTokenizerBase
 
 from sharebasis.config.data import DataSettings
 from sharebasis.data.sources import speeches
-from sharebasis.data.windows import read_windows, require_positions
+from sharebasis.data.windows import read_windows, require_positions, windows_of
 from sharebasis.errors import TextError
 
 USES = ("calibration", "evaluation")
@@ -142,6 +143,39 @@ def test_a_text_that_is_just_long_enough_is_used_whole(
     assert tokenizer(text)["input_ids"] == tokens[:24]
     windows = read_windows(tokenizer, files(calibration=text), "calibration", seed=0)
     assert windows.flatten().tolist() == tokens[:24]
+
+
+def test_a_path_may_begin_at_home(
+    tokenizer: PreTrainedTokenizerBase,
+    files: MakeData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = files(calibration=CORPUS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = Path(data.calibration.path or "")
+    at_home = replace(data.calibration, path=f"~/{there.relative_to(tmp_path)}")
+    windows = read_windows(tokenizer, replace(data, calibration=at_home), "calibration", seed=0)
+    assert torch.equal(windows, read_windows(tokenizer, data, "calibration", seed=0))
+
+
+def test_windows_of_a_model_are_those_of_its_tokenizer_as_many_as_are_asked_for(
+    tokenizer: PreTrainedTokenizerBase,
+    files: MakeData,
+    llama_directory: Path,
+    make_settings: MakeSettings,
+) -> None:
+    data = files(evaluation=CORPUS)
+    settings = replace(make_settings({}), data=data)
+    text = tokenizer(CORPUS)["input_ids"]
+    windows = windows_of(llama_directory, settings, "evaluation")
+    assert windows.tolist() == [text[:8], text[8:16], text[16:24]]
+    windows = windows_of(llama_directory, settings, "evaluation", 2, 5, "attribute")
+    assert windows.tolist() == [text[:5], text[5:10]]
+    with pytest.raises(TextError, match=r"lower attribute\.windows or attribute\.window"):
+        windows_of(llama_directory, settings, "evaluation", 999, 5, "attribute")
+    with pytest.raises(TextError, match=r"attribute\.window=9999 is more than the"):
+        windows_of(llama_directory, settings, "evaluation", 1, 9999, "attribute")
 
 
 def test_a_text_that_is_too_short_says_how_short_and_what_to_lower(

@@ -15,6 +15,7 @@ from calibrated import Calibrate, Calibrated, fit_settings, maker, tokens
 from conftest import SIZES, MakeDirectory, MakeSettings
 from hypothesis import given
 from hypothesis import strategies as st
+from sharebasis.stages.propagate.turned_original import turn_original
 from torch import Tensor
 
 from sharebasis.allocation.lagrangian import allocate
@@ -42,7 +43,6 @@ from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.propagate.outcome import Propagation
 from sharebasis.stages.propagate.propagate import propagate
-from sharebasis.stages.propagate.turned_original import turn_original
 from sharebasis.structures.curve import Curve
 
 CPU = torch.device("cpu")

@@ -137,6 +137,9 @@ def test_a_range_of_layers_is_measured_alone(llama: PreTrainedModel, of_llama: V
         assert found.measured[pair] == of_llama.measured[pair]
     with pytest.raises(SelectionError, match=r"vary.layers=\[3, 7\] leaves 1 of the layers 0 to 3"):
         measured(llama, replace(ALL, layers=(3, 7)))
+    beyond = r"vary.layers=\[1, 7\] goes beyond the layers, which are 0 to 3"
+    with pytest.raises(SelectionError, match=beyond):
+        measured(llama, replace(ALL, layers=(1, 7)))
 
 
 def test_large_layers_go_one_pair_after_the_other_with_the_same_result(

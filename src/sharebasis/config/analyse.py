@@ -11,7 +11,7 @@ from sharebasis.config.types import PositiveInt
 
 Alignment = Literal["none", "tied", "exact"]
 
-Sensing = Literal["none", "probes", "attribution"]
+Sensing = Literal["none", "probes"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,12 @@ class SensitivitySettings:
     """How far predicted losses are from measured ones, on a draft of what `fit` will make."""
 
     by: Sensing
-    """none: not measured; probes: the divergence of the model when one cell alone is compressed;
-    attribution: what heads and MLPs of the whole draft make of it."""
+    """none: not measured; probes: the divergence of the model when one cell alone is
+    compressed."""
     removed: float
     """Of the draft, in (0, 1); as much as `fit.removed`, unless it is set."""
     runs: PositiveInt
-    """Runs of layers that the depth is cut into. A cell is a family in one of them; by attribution,
-    attention or the MLPs."""
+    """Runs of layers that the depth is cut into. A cell is a family in one of them."""
     windows: PositiveInt
     """Windows of the calibration text, from its start."""
     window: Annotated[int, Gt(1)]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from sharebasis.config.types import Family, Method, PositiveInt, Storage
+from sharebasis.config.types import Family, PositiveInt, Storage
 
 Nearness = Literal["adjacent", "by_distance"]
 
@@ -46,7 +46,7 @@ class FitSettings:
     Down to `damping_gradients` they belong to the stage `decompose`, the others to `fit`.
     """
 
-    method: Method
+    method: str
     """svd: of the weights; the others: of the weights in a metric of moments, see METHODS."""
     group_size: PositiveInt
     """Layers that share a basis; which ones, `grouping` says."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from sharebasis.config.types import Method
 
 Weighing = Literal["none", "diagonal", "full"]
 
@@ -25,7 +22,7 @@ class Metric:
     """Whether `fit.two_sided` chooses if the gradients count; else it has to say what is so."""
 
 
-METHODS: Mapping[Method, Metric] = {
+METHODS: dict[str, Metric] = {
     "svd": Metric(),
     "asvd": Metric(inputs="diagonal", alpha=0.5),
     "svd_llm": Metric(inputs="full"),
@@ -34,7 +31,9 @@ METHODS: Mapping[Method, Metric] = {
     "basis_sharing": Metric(inputs="full", gradients="full", either=True),
     "auto": Metric(inputs="full", gradients="full", either=True),
 }
-"""The loss of every method, tr(G (W - Ŵ) C (W - Ŵ)ᵀ) with a G and a C of its own.
+"""What `fit.method` may be: a line more is another method.
+
+The loss of every method is tr(G (W - Ŵ) C (W - Ŵ)ᵀ), with a G and a C of its own.
 
 asvd: ASVD (arXiv:2312.05821) scales channel j of the inputs by S_jj = (mean |x_j|)^alpha. Only
     second moments are kept, so here S_jj = E[x_j²]^(alpha / 2). For one shape of distribution

@@ -22,8 +22,8 @@ class StructureEntry:
     """`module:class`, of a `sharebasis.structures.structure.Structure`."""
     pattern: str
     """Regular expression of what names it."""
-    example: str
-    """What a message says of it."""
+    spelling: str = ""
+    """What names it, for messages; the pattern, if there is nothing to add to that."""
     always: bool = False
     """Whether it is offered without being named."""
     baseline: str | None = None
@@ -36,7 +36,7 @@ class StructureEntry:
 
 STRUCTURES: dict[str, StructureEntry] = {
     "private": StructureEntry(
-        "sharebasis.structures.private:Private", "private", "private", baseline="private"
+        "sharebasis.structures.private:Private", "private", baseline="private"
     ),
     "shared": StructureEntry(
         "sharebasis.structures.shared:Shared",
@@ -47,13 +47,13 @@ STRUCTURES: dict[str, StructureEntry] = {
         over_layers="(shared|by_distance):.*",
     ),
     "value_gauge": StructureEntry(
-        "sharebasis.structures.value_gauge:ValueGauges", "value_gauge", "value_gauge", always=True
+        "sharebasis.structures.value_gauge:ValueGauges", "value_gauge", always=True
     ),
     "neurons": StructureEntry(
-        "sharebasis.structures.neurons:Neurons", "neurons", "neurons", reads_correlations=True
+        "sharebasis.structures.neurons:Neurons", "neurons", reads_correlations=True
     ),
     "sparse": StructureEntry(
-        "sharebasis.structures.sparse:Sparse", "sparse", "sparse", reads_correlations=True
+        "sharebasis.structures.sparse:Sparse", "sparse", reads_correlations=True
     ),
 }
 """By name, in the order in which they are offered."""
@@ -68,5 +68,6 @@ def structure_name(spec: str) -> str:
     for name, entry in STRUCTURES.items():
         if re.fullmatch(entry.pattern, spec):
             return name
-    known = ", ".join(entry.example for entry in STRUCTURES.values() if not entry.always)
+    named = (entry for entry in STRUCTURES.values() if not entry.always)
+    known = ", ".join(entry.spelling or entry.pattern for entry in named)
     raise SettingsError(f"fit.structures: {spec!r} is none of {known}.")

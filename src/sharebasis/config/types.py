@@ -9,7 +9,6 @@ from annotated_types import Gt
 SplitStrategy = Literal["none", "qkv", "heads"]
 Family = Literal["q", "k", "v", "o", "gate", "up", "down", "fused", "other"]
 DType = Literal["float32", "bfloat16", "float16"]
-Method = Literal["svd", "asvd", "svd_llm", "fwsvd", "kfac", "basis_sharing", "auto"]
 
 Storage = Literal["plain", "interpolative"]
 Side = Literal["input", "output"]

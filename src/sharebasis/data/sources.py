@@ -58,7 +58,7 @@ def _path(data: DataSettings, use: Use) -> str:
 
 
 def _read_file(data: DataSettings, use: Use) -> str:
-    path = Path(_path(data, use))
+    path = Path(_path(data, use)).expanduser()
     try:
         return path.read_text(encoding="utf-8-sig")  # every kind of line end becomes one newline
     except OSError as error:
@@ -73,9 +73,10 @@ def _read_dataset(data: DataSettings, use: Use) -> Iterator[str]:
     split = _path(data, use)
     if not data.hub_id:
         raise TextError("data.hub_id is not set; data.source=hub needs a dataset id.")
+    path = str(Path(data.hub_id).expanduser())  # where it is no id
     where = f"Dataset {data.hub_id!r} (split {split!r})"
     try:
-        for row in datasets.load_dataset(data.hub_id, data.hub_name, split=split, streaming=True):
+        for row in datasets.load_dataset(path, data.hub_name, split=split, streaming=True):
             if data.hub_column not in row:
                 raise TextError(
                     f"{where} has no column {data.hub_column!r}, only {', '.join(row)}; set "

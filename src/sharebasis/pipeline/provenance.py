@@ -19,10 +19,10 @@ from sharebasis.io.git import known_to_git
 from sharebasis.io.hashing import digest_of
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import read_json, write_json
+from sharebasis.pipeline.dvc_file import PIPELINE, read_stages
 from sharebasis.pipeline.paths import METRICS, PROVENANCE
 from sharebasis.pipeline.settings import PARAMS, value_at
 
-PIPELINE = Path("dvc.yaml")
 SOURCE = Path(__file__).parents[1]
 CODE = ("src", "stages", "requirements")
 """What of a checkout can change a number, beside the parameters and the data."""
@@ -94,8 +94,8 @@ def parameters_digest(stage: str) -> str:
     """Of the parameters that dvc.yaml lists for a stage; of all, where there is no dvc.yaml."""
     parameters = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     if PIPELINE.exists():
-        listed = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
-        parameters = {key: value_at(parameters, key) for key in listed.get("params", ())}
+        keys = read_stages()[stage].get("params", ())
+        parameters = {key: value_at(parameters, key) for key in keys}
     return _json_digest(parameters)
 
 

@@ -57,11 +57,21 @@ def parse_settings(content: Any, where: str) -> Settings:
             f"default; set it, as in {open_keys[0]}=VALUE."
         )
     try:
-        settings = _SETTINGS.validate_python(content)
+        settings = _SETTINGS.validate_python(_with_none(content))
     except ValidationError as error:
         raise SettingsError(f"{where} is not valid: {_explain(error)}") from None
     check_together(settings, where)
     return settings
+
+
+def _with_none(tree: Any) -> Any:
+    """The same with `none` for a split of false, which YAML makes of `no` and `off`, too."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {
+        key: "none" if key in ("split", "strategy") and value is False else _with_none(value)
+        for key, value in tree.items()
+    }
 
 
 def value_at(tree: Any, key: str) -> Any:

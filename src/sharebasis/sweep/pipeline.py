@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from sharebasis.pipeline.dvc_file import PIPELINE, outputs, read_stages
 from sharebasis.pipeline.settings import value_at
 
 READ_BYTES = 16 * 2**20
@@ -27,8 +26,7 @@ class Pipeline:
 
     @cached_property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        text = (self.root / "dvc.yaml").read_text(encoding="utf-8")
-        return yaml.safe_load(text)["stages"]
+        return read_stages(self.root / PIPELINE)
 
     @cached_property
     def maker(self) -> Mapping[str, str]:
@@ -80,16 +78,6 @@ class Pipeline:
 
     def _deps(self, name: str, params: Mapping[str, Any]) -> list[str]:
         return [interpolated(dep, params) for dep in self.stages[name]["deps"]]
-
-
-def outputs(stage: Mapping[str, Any]) -> dict[str, bool]:
-    """Path of every output of a stage -> whether it is kept in DVC's cache, not in git."""
-    found = {}
-    for kind in ("outs", "metrics", "plots"):
-        for out in stage.get(kind, ()):
-            ((path, flags),) = out.items() if isinstance(out, Mapping) else [(out, {})]
-            found[path] = flags.get("cache", True)
-    return found
 
 
 def interpolated(path: str, params: Mapping[str, Any]) -> str:

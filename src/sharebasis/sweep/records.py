@@ -17,7 +17,8 @@ from typing import Any
 
 from dvc.utils.serialize import YAMLFileCorruptedError, dump_yaml, load_yaml
 
-from sharebasis.sweep.pipeline import Pipeline, outputs
+from sharebasis.pipeline.dvc_file import outputs
+from sharebasis.sweep.pipeline import Pipeline
 
 LOCK = "dvc.lock"
 

@@ -9,7 +9,7 @@ see. A factor that all cells have in common would change no allocation, and is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sharebasis.allocation.sensitivity import CellLoss
@@ -19,37 +19,33 @@ from sharebasis.errors import CalibrationError
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Groups of one kind in a run of layers."""
+    """Groups of one family in a run of layers."""
 
     kind: str
-    """A family; or attn or mlp."""
+    """The family."""
     layers: tuple[int, int]
     """The first and the last."""
     groups: tuple[int, ...]
     """Their numbers."""
 
 
-def cells_of(
-    groups: Sequence[Group], runs: int, kind: Callable[[Group], str | None]
-) -> Sequence[Cell]:
-    """Cut the depth into runs of layers, as equal as they can be, and each into kinds.
+def cells_of(groups: Sequence[Group], runs: int) -> Sequence[Cell]:
+    """Cut the depth into runs of layers, as equal as they can be, and each into families.
 
     Args:
         groups: of the model; one of several layers counts where its first is.
         runs: of layers, at most as many as there are layers.
-        kind: of a group; None leaves it out.
     """
     layers = sorted({part.sublayer.layer for group in groups for part in group.parts})
     run_of = {layer: i * runs // len(layers) for i, layer in enumerate(layers)}
-    found: dict[tuple[int, str], list[int]] = {}
+    members: dict[tuple[int, str], list[int]] = {}
     for i, group in enumerate(groups):
-        own = kind(group)
-        if own is not None:
-            found.setdefault((run_of[group.parts[0].sublayer.layer], own), []).append(i)
-    ends = {run: [layer for layer in layers if run_of[layer] == run] for run, _ in found}
+        run = run_of[group.parts[0].sublayer.layer]
+        members.setdefault((run, group.family), []).append(i)
+    layers_of = {run: [layer for layer in layers if run_of[layer] == run] for run, _ in members}
     return [
-        Cell(own, (ends[run][0], ends[run][-1]), tuple(members))
-        for (run, own), members in sorted(found.items())
+        Cell(family, (layers_of[run][0], layers_of[run][-1]), tuple(numbers))
+        for (run, family), numbers in sorted(members.items())
     ]
 
 

@@ -16,12 +16,9 @@ from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import DType
 from sharebasis.model.hub import load_model
 from sharebasis.moments.store import MomentStore
-from sharebasis.residual.sites import find_sites
 from sharebasis.spectra.store import Spectra
-from sharebasis.stages.attribute.error_attribution import attribute
-from sharebasis.stages.sensitivity.components import branches, made
 from sharebasis.stages.sensitivity.corrections import cells_of, corrections
-from sharebasis.stages.sensitivity.draft import compressed, draft, wrap_parts
+from sharebasis.stages.sensitivity.draft import draft, wrap_parts
 from sharebasis.stages.sensitivity.probes import probe
 
 
@@ -54,23 +51,14 @@ def measure_sensitivity(
     Raises:
         BudgetError, SelectionError: the draft cannot be made; see `fit`.
         CalibrationError: what was measured gives no weights.
-        StreamError: (by attribution) the residual stream of the model is not a plain sum.
         WeightsError, StoreError: what is read is not usable.
     """
     budget = replace(fit, removed=settings.removed)
     with draft(weights, spectra, moments, budget, scratch, device) as plan:
-        if settings.by == "probes":
-            cells = cells_of(plan.groups, settings.runs, lambda group: group.family)
-            model = load_model(weights, dtype, device)
-            linears = wrap_parts(model, Spectra(spectra))
-            measured = probe(model, linears, plan, cells, windows, settings.batch, found.blocks)
-        else:
-            original, other = (load_model(weights, dtype, device) for _ in range(2))
-            linears = wrap_parts(other, Spectra(spectra))
-            cells = cells_of(plan.groups, settings.runs, branches(find_sites(original, found)))
-            with compressed(linears, plan, range(len(plan.groups))):
-                result = attribute(original, other, windows, settings.batch, 1, found)
-            measured = made(result.components, cells, list(found.blocks))
+        cells = cells_of(plan.groups, settings.runs)
+        model = load_model(weights, dtype, device)
+        linears = wrap_parts(model, Spectra(spectra))
+        measured = probe(model, linears, plan, cells, windows, settings.batch, found.blocks)
     predicted = [sum(plan.losses[i] for i in cell.groups) / 2 for cell in cells]
     losses, ratio = corrections(cells, predicted, measured, settings.clip)
     parts = {

@@ -125,6 +125,11 @@ def _in_range(numbers: Sequence[int], bounds: Pair | None) -> Sequence[int]:
             f"vary.layers={list(bounds or ())} leaves {len(chosen)} of the layers {numbers[0]} to "
             f"{numbers[-1]}; variation needs two at least."
         )
+    if high > numbers[-1]:
+        raise SelectionError(
+            f"vary.layers={[low, high]} goes beyond the layers, which are {numbers[0]} to "
+            f"{numbers[-1]}."
+        )
     return chosen
 
 
