@@ -16,13 +16,12 @@ from sharebasis.architecture.families import Architecture, architecture_of, with
 from sharebasis.architecture.selection import classify, compiled
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.model import WeightTypeSettings
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.explore import explore, find_blocks, linear_modules
 from sharebasis.model.surgery import unstacked
 from sharebasis.model.trace import Trace, trace
 
 log = logging.getLogger(__name__)
-
-TRACED_TOKENS = 4
 
 
 def classify_model(
@@ -72,13 +71,13 @@ def _trace(model: PreTrainedModel, names: Iterable[str], block_pattern: str, d_m
     inside = {name: place for name, place in places.items() if place and place.re.groups == 1}
     blocks = {place.string[: place.end(1)] for place in inside.values()}
     model = _without_memory(model)
-    tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     try:
         return trace(
             {name: model.get_submodule(name) for name in blocks},
             {name: model.get_submodule(name) for name in inside},
             d_model,
-            lambda: model.base_model(input_ids=tokens, use_cache=False),
+            lambda: run_blocks(model, tokens),
         )
     except Exception as error:  # of the model's own code, of any kind
         log.warning(

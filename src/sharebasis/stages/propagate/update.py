@@ -20,9 +20,10 @@ from sharebasis.compressed.index import CompressedGroup, CompressedIndex
 from sharebasis.compressed.loader import linears_by_group
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.moments import Moment, MomentAccumulator
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.hooks import tracked
 from sharebasis.model.sites import find_sites
-from sharebasis.moments.gather import PROBE_TOKENS, gather, run_blocks
+from sharebasis.moments.gather import gather
 from sharebasis.runtime.devices import require_memory
 from sharebasis.stages.propagate.refit import Refitter, Tensors, install, refittable
 
