@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.roles import FAMILIES, Evidence, Role
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.types import Family

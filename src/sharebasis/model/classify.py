@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sharebasis.architecture.dims import dims
-from sharebasis.architecture.families import Architecture, architecture_of, within
+from sharebasis.architecture.families import architecture_of, within
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.selection import classify, compiled
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.model import WeightTypeSettings

@@ -197,7 +197,7 @@ class _Pass:
                 only = self.sites.layers[i].o if branch == "attn" else self.sites.layers[i].down
                 if added is not None and only in self._written:
                     written = self._written[only].view(shape)
-                    self._keep_factor(f"blocks.{i}.hook_{branch}norm_factor", written, added)
+                    self._keep_factor(f"blocks.{i}.hook_{branch}_factor", written, added)
 
         return hook
 
