@@ -1,6 +1,11 @@
 """The model families that are known, one row each.
 
-Adding a family is adding a row to `ARCHITECTURES`; nothing else names one.
+Adding a family is adding a row to `ARCHITECTURES`, here or while a program runs; nothing else
+names one:
+
+    >>> ARCHITECTURES["toy"] = model_family("layers", "attn.qkv", "mlp.up", "mlp.down")
+    >>> list(ARCHITECTURES.pop("toy").weight_types)
+    ['attn_qkv', 'mlp_up', 'mlp_down']
 """
 
 from __future__ import annotations
@@ -199,12 +204,6 @@ ARCHITECTURES: dict[str, ModelFamily] = {
 """HF `model_type` -> row. A family that is not here is still tried, by shape and by trace
 (`model.classify`); it needs a row only for what nobody can see from outside: how a fused weight
 is laid out, and which changes of a layer are exact.
-
-Rows may be added while a program runs:
-
-    >>> ARCHITECTURES["toy"] = model_family("layers", "attn.qkv", "mlp.up", "mlp.down")
-    >>> list(ARCHITECTURES.pop("toy").weight_types)
-    ['attn_qkv', 'mlp_up', 'mlp_down']
 """
 
 

@@ -46,6 +46,17 @@ def classify_model(
     Raises:
         SelectionError: a pattern does not fit the model, or an unknown family's blocks
             cannot be found.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+        >>> classification = classify_model(AutoModelForCausalLM.from_config(config))
+        >>> classification.dims.n_heads, classification.dims.d_head
+        (4, 8)
+        >>> for sublayer in classification.selected[:2]:
+        ...     print(sublayer.name, sublayer.shape, sublayer.role, sublayer.evidence)
+        transformer.h.0.attn.c_attn (96, 32) read trace
+        transformer.h.0.attn.c_proj (32, 32) write trace
     """
     config, sizes = model.config, dims(model.config)
     if block_pattern is not None:

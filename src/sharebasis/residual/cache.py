@@ -47,6 +47,25 @@ def run_with_cache(
     Raises:
         StreamError: the residual stream of the model is not a plain sum.
         SelectionError: its sublayers cannot be found.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        ...     vocab_size=96,
+        ... )
+        >>> model = AutoModelForCausalLM.from_config(config).eval()
+        >>> tokens = torch.arange(6)[None]
+        >>> logits, cache = run_with_cache(model, tokens)
+        >>> cache["z", 1].shape  # the mixed values: (batch, position, head, d_head)
+        torch.Size([1, 6, 4, 8])
+        >>> stack, labels = cache.decompose_resid(return_labels=True)
+        >>> labels
+        ['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out']
+        >>> attributions = cache.logit_attrs(stack, tokens)  # of each to each token's logit
+        >>> own = logits.gather(-1, tokens[..., None])[..., 0]
+        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), own, atol=1e-5)
+        True
     """
     return Observer(model)(tokens, names, device=device, **inputs)
 
