@@ -30,8 +30,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from sharebasis import load_compressed
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.io.records import load_record, write_json
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.hub import load_model
-from sharebasis.moments.gather import PROBE_TOKENS, run_blocks
 from sharebasis.moments.store import Accumulators
 from sharebasis.pipeline.paths import COMPRESSED, SUBLAYERS, WEIGHTS
 from sharebasis.stages.calibrate.track import start_calibrating

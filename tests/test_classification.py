@@ -14,11 +14,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.model_family import Architecture, model_family
 from sharebasis.architecture.parts import rows_by_sublayer, split_selected
 from sharebasis.architecture.selection import LinearModule
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError
+from sharebasis.gauge.freedom import freedom_of
+from sharebasis.gauge.units import Freedom
 from sharebasis.model.classify import classify_model
 from sharebasis.model.explore import is_linear, linear_modules
 from sharebasis.model.hub import meta_model
@@ -417,6 +420,23 @@ def test_what_was_seen_goes_before_a_name_that_misleads(caplog: pytest.LogCaptur
     assert {one.category for one in found.selected} == {"ambiguous_write", "ambiguous_read"}
 
 
+def test_a_row_that_is_added_at_run_time_is_all_that_a_family_needs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = {"gate_up_order": "up_gate", "interleave": "row"}
+    row = model_family("body", "o_proj", "q_proj", o_proj=layout, positions="learned")
+    monkeypatch.setitem(ARCHITECTURES, "tiny", row)
+    found = classified(caplog)
+    assert not caplog.records
+    assert found.architecture == Architecture(row.block_pattern, row.weight_types)
+    assert [part.name for part in split_selected(found, "qkv")] == [
+        f"body.{i}.{part}" for i in range(2) for part in ("o_proj[up]", "o_proj[gate]", "q_proj")
+    ]
+    assert freedom_of(TinyConfig(), found.dims, 0, ()).heads
+    monkeypatch.delitem(ARCHITECTURES, "tiny")
+    assert freedom_of(TinyConfig(), found.dims, 0, ()) == Freedom()
+
+
 def test_what_is_too_narrow_to_be_a_projection_is_not_selected() -> None:
     narrow = [one for one in classify_model(Tiny(TinyConfig(32))).sublayers if not one.selected]
     assert [one.name for one in narrow] == ["body.0.router", "body.1.router"]
@@ -522,7 +542,7 @@ def test_a_model_without_a_list_of_blocks_is_refused_with_what_to_give() -> None
         "'tiny' is not known",
         "has no list of 5 blocks",
         "model.weight_types and model.block_pattern",
-        "add a row to ARCHITECTURES in sharebasis/architecture.py",
+        "add a row to ARCHITECTURES in sharebasis/architecture/families.py",
     ):
         assert said in str(error.value)
 

@@ -11,8 +11,8 @@ from gauges import EXACT, layers_of, random_element
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sharebasis.architecture.families import ARCHITECTURES
 from sharebasis.gauge.alignment import align, distances
-from sharebasis.gauge.freedom import POSITIONS
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.gauge.units import Attention, Freedom, Layer
@@ -117,10 +117,10 @@ def test_what_a_family_does_not_allow_changes_its_logits(variant: str, too_free:
 
 def test_every_family_of_the_table_is_scrambled_here() -> None:
     families = {SIZES[name].get("model_type", name) for name, _ in VARIANTS.values()}
-    assert set(POSITIONS) <= families
+    assert {name for name, row in ARCHITECTURES.items() if row.positions} <= families
 
 
-def test_a_family_that_is_not_in_the_table_keeps_the_order_of_neurons_alone() -> None:
+def test_a_family_whose_positions_nobody_has_told_keeps_the_order_of_neurons_alone() -> None:
     model = model_of("deepseek_v3")
     freedom = layers_of(model).freedom(0)
     assert freedom == Freedom()

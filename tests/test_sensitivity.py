@@ -37,9 +37,9 @@ from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import CalibrationError
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record, save_record
+from sharebasis.model.blocks import LateStart
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_model
-from sharebasis.model.late_start import LateStart
 from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.calibrate.calibrate import calibrate

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.parts import rows_by_sublayer, split_selected, split_sublayer
 from sharebasis.architecture.selection import LinearModule, classify
 from sharebasis.architecture.sublayers import Classification

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sharebasis.architecture.dims import Dims
 from sharebasis.architecture.families import ARCHITECTURES
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.compressed.index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError, WeightsError
@@ -427,9 +428,10 @@ _SUBLAYER = Sublayer(
     role="read",
     evidence="shape",
 )
+WEIGHT_TYPES = ARCHITECTURES["gpt2"].weight_types
 RECORDS: dict[str, Any] = {
     "classification": Classification(
-        "llama", Dims(32, 4, 2, 1, 16), ARCHITECTURES["gpt2"], (_SUBLAYER,)
+        "gpt2", Dims(32, 4, 2, 1, 16), Architecture(r"h\.(\d+)", WEIGHT_TYPES), (_SUBLAYER,)
     ),
     "manifest": Manifest(
         "org/name", "abc", (TensorOrigin("w", (2, 3), "F32", "00ff", "m.safetensors", "m.bin"),)

@@ -7,13 +7,8 @@ import pytest
 from conftest import SIZES, small_config
 
 from sharebasis.architecture.dims import Dims, dims
-from sharebasis.architecture.families import (
-    ARCHITECTURES,
-    Architecture,
-    architecture_of,
-    slot_pattern,
-    weight_type_name,
-)
+from sharebasis.architecture.families import ARCHITECTURES, architecture_of
+from sharebasis.architecture.model_family import Architecture, slot_pattern, weight_type_name
 from sharebasis.architecture.roles import evidence_of, expert_slot, family_of, residual_role
 from sharebasis.architecture.selection import LinearModule, classify
 from sharebasis.architecture.sublayers import Sublayer
@@ -353,7 +348,7 @@ def test_what_the_caller_gives_takes_the_tables_place():
     assert architecture_of("mamba", NAMES, BLOCKS, mine) == Architecture(BLOCKS, mine)
     assert architecture_of("gpt2", names, BLOCKS) == Architecture(BLOCKS, row.weight_types)
     assert architecture_of("gpt2", names, None, mine) == Architecture(row.block_pattern, mine)
-    assert architecture_of("gpt2", names) == row
+    assert architecture_of("gpt2", names) == Architecture(row.block_pattern, row.weight_types)
 
 
 def test_weight_types_of_the_table_that_a_model_does_not_have_are_left_out():

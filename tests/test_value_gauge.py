@@ -19,11 +19,11 @@ from sharebasis.stages.propagate.turned_original import turn_original
 from torch import Tensor
 
 from sharebasis.allocation.lagrangian import allocate
+from sharebasis.architecture.families import ARCHITECTURES
 from sharebasis.compressed.loader import linears_by_tensor, load_compressed
 from sharebasis.compressed.rewrite import rewrite
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
-from sharebasis.gauge.freedom import POSITIONS
 from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
@@ -140,7 +140,7 @@ def _close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=2e-4 * float(other.abs().max()))
 
 
-KNOWN = sorted(POSITIONS.keys() & SIZES.keys())
+KNOWN = sorted(name for name in ARCHITECTURES.keys() & SIZES if ARCHITECTURES[name].positions)
 
 
 @pytest.mark.parametrize("family", KNOWN)

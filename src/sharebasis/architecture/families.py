@@ -1,24 +1,210 @@
-"""What a model family looks like, as data: sizes in one dialect, and where its sublayers are.
+"""The model families that are known, one row each.
 
-Adding a family is adding a row to `ARCHITECTURES`.
+Adding a family is adding a row to `ARCHITECTURES`, here or while a program runs; nothing else
+names one:
+
+    >>> ARCHITECTURES["toy"] = model_family("layers", "attn.qkv", "mlp.up", "mlp.down")
+    >>> list(ARCHITECTURES.pop("toy").weight_types)
+    ['attn_qkv', 'mlp_up', 'mlp_down']
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
+from sharebasis.architecture.model_family import Architecture, ModelFamily, model_family
 from sharebasis.config.model import WeightTypeSettings
 
+ATTENTION = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+)
+GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = ("mlp.experts.gate_up_proj.*", "mlp.experts.down_proj.*")
+SHARED_EXPERTS = tuple(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down"))
+GATE_UP = {"gate_up_order": "gate_up"}
+QKV = {"qkv_order": "qkv"}
+QKV_BY_HEAD = {"qkv_order": "qkv", "interleave": "head"}
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Where a family keeps its blocks and which of their sublayers are compressed."""
+LLAMA = model_family("layers", *ATTENTION, *GATED, positions="halves")
+QK_NORMED = replace(LLAMA, qk_norms_keep_signs=True)
+MOE = model_family(
+    "layers",
+    *ATTENTION,
+    *GATED,
+    *EXPERTS,
+    *(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")),
+    positions="halves",
+    mlp_experts_gate_up_proj=GATE_UP,
+)
+QK_NORMED_MOE = replace(MOE, qk_norms_keep_signs=True)
+BLOOM = model_family(
+    "h",
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+    positions="slopes",
+    self_attention_query_key_value=QKV_BY_HEAD,
+)
+DEEPSEEK = model_family(
+    "layers",
+    "self_attn.q_proj",
+    "self_attn.q_a_proj",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.kv_b_proj",
+    "self_attn.o_proj",
+    *GATED,
+    *EXPERTS,
+    *SHARED_EXPERTS,
+    mlp_experts_gate_up_proj=GATE_UP,
+)
 
-    block_pattern: str
-    weight_types: Mapping[str, WeightTypeSettings]
+ARCHITECTURES: dict[str, ModelFamily] = {
+    "bloom": BLOOM,
+    "codegen": model_family(
+        "h",
+        "attn.qkv_proj",
+        "attn.out_proj",
+        "mlp.fc_in",
+        "mlp.fc_out",
+        positions="neighbours",
+        attn_qkv_proj={"qkv_order": "qvk", "interleave": 4},
+    ),
+    "cohere": replace(LLAMA, positions="neighbours"),
+    "cohere2": replace(LLAMA, positions="neighbours", sliding_layers_rotate=True),
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "falcon": replace(BLOOM, positions="halves"),
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "gemma3_text": QK_NORMED,
+    "glm4": model_family(
+        "layers",
+        *ATTENTION,
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        mlp_gate_up_proj=GATE_UP,
+        positions="neighbours",
+    ),
+    "gpt2": model_family(
+        "h",
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        attn_c_attn=QKV,
+        positions="learned",
+    ),
+    "gpt_bigcode": model_family(
+        "h",
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        attn_c_attn=QKV_BY_HEAD,
+        positions="learned",
+    ),
+    "gpt_neo": model_family(
+        "h",
+        "attn.attention.q_proj",
+        "attn.attention.k_proj",
+        "attn.attention.v_proj",
+        "attn.attention.out_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        positions="learned",
+    ),
+    "gpt_neox": model_family(
+        "layers",
+        "attention.query_key_value",
+        "attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+        attention_query_key_value=QKV_BY_HEAD,
+        positions="halves",
+    ),
+    "gpt_oss": model_family(
+        "layers",
+        *ATTENTION,
+        *EXPERTS,
+        mlp_experts_gate_up_proj={"gate_up_order": "gate_up", "interleave": "row"},
+        positions="halves",
+        up_is_shifted=True,
+    ),
+    "gptj": model_family(
+        "h",
+        "attn.q_proj",
+        "attn.k_proj",
+        "attn.v_proj",
+        "attn.out_proj",
+        "mlp.fc_in",
+        "mlp.fc_out",
+        positions="neighbours",
+    ),
+    "granite": LLAMA,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": MOE,
+    "mpt": model_family(
+        "blocks",
+        "attn.Wqkv",
+        "attn.out_proj",
+        "ffn.up_proj",
+        "ffn.down_proj",
+        attn_Wqkv=QKV,
+        positions="slopes",
+    ),
+    "olmo": LLAMA,
+    "olmo2": QK_NORMED,
+    "olmoe": QK_NORMED_MOE,
+    "opt": model_family(
+        "layers",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "fc1",
+        "fc2",
+        positions="learned",
+    ),
+    "phi": model_family(
+        "layers",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.dense",
+        "mlp.fc1",
+        "mlp.fc2",
+        positions="halves",
+    ),
+    "phi3": model_family(
+        "layers",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        self_attn_qkv_proj=QKV,
+        mlp_gate_up_proj=GATE_UP,
+        positions="halves",
+    ),
+    "qwen2": LLAMA,
+    "qwen2_moe": MOE,
+    "qwen3": QK_NORMED,
+    "qwen3_moe": QK_NORMED_MOE,
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": model_family("layers", *ATTENTION, "mlp.c_fc", "mlp.c_proj", positions="halves"),
+}
+"""HF `model_type` -> row. A family that is not here is still tried, by shape and by trace
+(`model.classify`); it needs a row only for what nobody can see from outside: how a fused weight
+is laid out, and which changes of a layer are exact.
+"""
 
 
 def architecture_of(
@@ -78,193 +264,3 @@ def _present(
         for key, settings in weight_types.items()
         if any(re.fullmatch(settings.pattern, name) for name in names)
     }
-
-
-def weight_type_name(path: str) -> str:
-    """Name of the weight type of the modules that end in a path: `attn.c_attn` -> `attn_c_attn`."""
-    return path.replace(".*", "").replace(".", "_")
-
-
-def layout_of(path: str) -> Mapping[str, Any]:
-    """What a path tells of a layout, since whoever uses the name has it so."""
-    return _LAYOUTS.get(path.rsplit(".", 1)[-1], {})
-
-
-def slot_pattern(slot: str) -> str:
-    """Pattern of the modules of a name in which `*` stands for any number."""
-    return re.escape(slot).replace(r"\*", r"\d+")
-
-
-def _family(blocks: str, *paths: str, **settings: Mapping[str, Any]) -> Architecture:
-    """A row of the table.
-
-    Args:
-        blocks: name of the list of blocks.
-        paths: of sublayers in a block, `*` for the number of an expert.
-        settings: weight type -> what there is to say of it beside its pattern.
-    """
-    return Architecture(
-        block_pattern=rf"(?:^|\.){blocks}\.(\d+)\.",
-        weight_types={
-            name: WeightTypeSettings(
-                r".*\." + slot_pattern(path), **{**layout_of(path), **settings.get(name, {})}
-            )
-            for path in paths
-            for name in [weight_type_name(path)]
-        },
-    )
-
-
-_ATTENTION = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-)
-_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_EXPERTS = ("mlp.experts.gate_up_proj.*", "mlp.experts.down_proj.*")
-_SHARED_EXPERTS = tuple(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down"))
-_GATE_UP = {"gate_up_order": "gate_up"}
-_QKV = {"qkv_order": "qkv"}
-_QKV_BY_HEAD = {"qkv_order": "qkv", "interleave": "head"}
-_LAYOUTS: Mapping[str, Mapping[str, Any]] = {
-    # Latent attention: keys without a position, then values, head by head.
-    "kv_b_proj": {"qkv_order": "kv", "interleave": "head"},
-}
-
-_LLAMA = _family("layers", *_ATTENTION, *_GATED)
-_MOE = _family(
-    "layers",
-    *_ATTENTION,
-    *_GATED,
-    *_EXPERTS,
-    *(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")),
-    mlp_experts_gate_up_proj=_GATE_UP,
-)
-_BLOOM = _family(
-    "h",
-    "self_attention.query_key_value",
-    "self_attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-    self_attention_query_key_value=_QKV_BY_HEAD,
-)
-_DEEPSEEK = _family(
-    "layers",
-    "self_attn.q_proj",
-    "self_attn.q_a_proj",
-    "self_attn.q_b_proj",
-    "self_attn.kv_a_proj_with_mqa",
-    "self_attn.kv_b_proj",
-    "self_attn.o_proj",
-    *_GATED,
-    *_EXPERTS,
-    *_SHARED_EXPERTS,
-    mlp_experts_gate_up_proj=_GATE_UP,
-)
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "bloom": _BLOOM,
-    "codegen": _family(
-        "h",
-        "attn.qkv_proj",
-        "attn.out_proj",
-        "mlp.fc_in",
-        "mlp.fc_out",
-        attn_qkv_proj={"qkv_order": "qvk", "interleave": 4},
-    ),
-    "cohere": _LLAMA,
-    "cohere2": _LLAMA,
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "falcon": _BLOOM,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "glm4": _family(
-        "layers", *_ATTENTION, "mlp.gate_up_proj", "mlp.down_proj", mlp_gate_up_proj=_GATE_UP
-    ),
-    "gpt2": _family("h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", attn_c_attn=_QKV),
-    "gpt_bigcode": _family(
-        "h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", attn_c_attn=_QKV_BY_HEAD
-    ),
-    "gpt_neo": _family(
-        "h",
-        "attn.attention.q_proj",
-        "attn.attention.k_proj",
-        "attn.attention.v_proj",
-        "attn.attention.out_proj",
-        "mlp.c_fc",
-        "mlp.c_proj",
-    ),
-    "gpt_neox": _family(
-        "layers",
-        "attention.query_key_value",
-        "attention.dense",
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-        attention_query_key_value=_QKV_BY_HEAD,
-    ),
-    "gpt_oss": _family(
-        "layers",
-        *_ATTENTION,
-        *_EXPERTS,
-        mlp_experts_gate_up_proj={"gate_up_order": "gate_up", "interleave": "row"},
-    ),
-    "gptj": _family(
-        "h", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"
-    ),
-    "granite": _LLAMA,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MOE,
-    "mpt": _family(
-        "blocks",
-        "attn.Wqkv",
-        "attn.out_proj",
-        "ffn.up_proj",
-        "ffn.down_proj",
-        attn_Wqkv=_QKV,
-    ),
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "olmoe": _MOE,
-    "opt": _family(
-        "layers",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.out_proj",
-        "fc1",
-        "fc2",
-    ),
-    "phi": _family(
-        "layers",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.dense",
-        "mlp.fc1",
-        "mlp.fc2",
-    ),
-    "phi3": _family(
-        "layers",
-        "self_attn.qkv_proj",
-        "self_attn.o_proj",
-        "mlp.gate_up_proj",
-        "mlp.down_proj",
-        self_attn_qkv_proj=_QKV,
-        mlp_gate_up_proj=_GATE_UP,
-    ),
-    "qwen2": _LLAMA,
-    "qwen2_moe": _MOE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _MOE,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": _family("layers", *_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
-}
-"""HF `model_type` -> row. A family that is not here is still tried, by shape and by trace
-(`classification`); it needs a row only for what nobody can see from outside: how a fused
-weight is laid out.
-"""

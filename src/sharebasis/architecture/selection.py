@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.roles import EXPERT, Role, evidence_of, family_of, residual_role
 from sharebasis.architecture.sublayers import LinearType, Sublayer
 from sharebasis.errors import SelectionError

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.families import Architecture
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.roles import FAMILIES, Evidence, Role
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.types import Family
@@ -90,6 +90,35 @@ class Classification:
     def settings_of(self, sublayer: Sublayer) -> WeightTypeSettings:
         """What its weight type says of how it is laid out; nothing, where it has none."""
         return self.architecture.weight_types.get(sublayer.weight_type or "", UNSELECTED)
+
+    def by_category(self) -> Mapping[Role, Mapping[Family, tuple[Sublayer, ...]]]:
+        """The sublayers by what they do to the residual stream and by what they compute.
+
+        Returns:
+            Role (read, write, neither, ambiguous_unknown; those that occur, in this order) ->
+            family (q, k, v, o, gate, up, down, then fused and other) -> sublayers in the model's
+            order, selected or not.
+
+        Example:
+            >>> from transformers import AutoModelForCausalLM, GPT2Config
+            >>> from sharebasis import classify
+            >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+            >>> categories = classify(AutoModelForCausalLM.from_config(config)).by_category()
+            >>> {role: list(families) for role, families in categories.items()}
+            {'read': ['up', 'fused'], 'write': ['o', 'down']}
+            >>> [sublayer.name for sublayer in categories["write"]["o"]]
+            ['transformer.h.0.attn.c_proj', 'transformer.h.1.attn.c_proj']
+        """
+        categories: dict[Role, dict[Family, tuple[Sublayer, ...]]] = {}
+        for role in get_args(Role):
+            of_role = [sublayer for sublayer in self.sublayers if sublayer.role == role]
+            families = {
+                family: tuple(sublayer for sublayer in of_role if sublayer.family == family)
+                for family in get_args(Family)
+            }
+            if of_role:
+                categories[role] = {name: own for name, own in families.items() if own}
+        return categories
 
     @property
     def blocks(self) -> Mapping[int, str]:

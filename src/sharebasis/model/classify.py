@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sharebasis.architecture.dims import dims
-from sharebasis.architecture.families import Architecture, architecture_of, within
+from sharebasis.architecture.families import architecture_of, within
+from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.selection import classify, compiled
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.model import WeightTypeSettings
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.explore import explore, find_blocks, linear_modules
 from sharebasis.model.surgery import unstacked
 from sharebasis.model.trace import Trace, trace
 
 log = logging.getLogger(__name__)
-
-TRACED_TOKENS = 4
 
 
 def classify_model(
@@ -46,6 +46,17 @@ def classify_model(
     Raises:
         SelectionError: a pattern does not fit the model, or an unknown family's blocks
             cannot be found.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+        >>> classification = classify_model(AutoModelForCausalLM.from_config(config))
+        >>> classification.dims.n_heads, classification.dims.d_head
+        (4, 8)
+        >>> for sublayer in classification.selected[:2]:
+        ...     print(sublayer.name, sublayer.shape, sublayer.role, sublayer.evidence)
+        transformer.h.0.attn.c_attn (96, 32) read trace
+        transformer.h.0.attn.c_proj (32, 32) write trace
     """
     config, sizes = model.config, dims(model.config)
     if block_pattern is not None:
@@ -72,13 +83,13 @@ def _trace(model: PreTrainedModel, names: Iterable[str], block_pattern: str, d_m
     inside = {name: place for name, place in places.items() if place and place.re.groups == 1}
     blocks = {place.string[: place.end(1)] for place in inside.values()}
     model = _without_memory(model)
-    tokens = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     try:
         return trace(
             {name: model.get_submodule(name) for name in blocks},
             {name: model.get_submodule(name) for name in inside},
             d_model,
-            lambda: model.base_model(input_ids=tokens, use_cache=False),
+            lambda: run_blocks(model, tokens),
         )
     except Exception as error:  # of the model's own code, of any kind
         log.warning(

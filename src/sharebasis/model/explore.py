@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.families import layout_of, slot_pattern, weight_type_name
+from sharebasis.architecture.model_family import layout_of, slot_pattern, weight_type_name
 from sharebasis.architecture.roles import expert_slot
 from sharebasis.architecture.selection import LinearModule
 from sharebasis.config.model import WeightTypeSettings
@@ -98,7 +98,7 @@ def explore(
         raise SelectionError(_advice(model, f"has no linear sublayers in blocks {block_pattern}"))
     log.warning(
         "Model family %r is not known; compressing %s in blocks %r. If one of them is a fused "
-        "weight, a row in sharebasis/architecture.py says how it is laid out.",
+        "weight, a row in sharebasis/architecture/families.py says how it is laid out.",
         model.config.model_type,
         ", ".join(weight_types),
         block_pattern,
@@ -153,5 +153,5 @@ def _advice(model: PreTrainedModel, problem: str) -> str:
     return (
         f"Model family {model.config.model_type!r} is not known, and this model {problem}. Say "
         "where its sublayers are with model.weight_types and model.block_pattern, or add a row "
-        "to ARCHITECTURES in sharebasis/architecture.py (docs/families.md)."
+        "to ARCHITECTURES in sharebasis/architecture/families.py (docs/families.md)."
     )

@@ -25,7 +25,7 @@ def unstacked(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(model, originals)
+        restore(model, originals)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def wrapped(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Iterator[Mo
         try:
             yield wrap(model, rows)
         finally:
-            _restore(model, originals)
+            restore(model, originals)
 
 
 def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
@@ -53,13 +53,13 @@ def wrap(model: nn.Module, rows: Mapping[str, Sequence[Rows]]) -> Modules:
         The new modules by HF name.
     """
     unstack(model)
-    made: dict[nn.Module, SplitLinear] = {}  # a module that has several names is wrapped once
-    for name, own in rows.items():
+    wrappers: dict[nn.Module, SplitLinear] = {}  # a module of several names is wrapped once
+    for name, rows_of_parts in rows.items():
         module = model.get_submodule(name)
-        if module not in made:
-            made[module] = _wrapped(module, own)
-    modules = {name: made[model.get_submodule(name)] for name in rows}
-    _restore(model, modules)
+        if module not in wrappers:
+            wrappers[module] = _split_linear(module, rows_of_parts)
+    modules = {name: wrappers[model.get_submodule(name)] for name in rows}
+    restore(model, modules)
     return modules
 
 
@@ -96,18 +96,19 @@ def _first(parameter: Tensor, dimension: int, width: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().narrow(dimension, 0, width), requires_grad=False)
 
 
-def _wrapped(module: nn.Module, rows: Sequence[Rows]) -> SplitLinear:
+def _split_linear(module: nn.Module, rows: Sequence[Rows]) -> SplitLinear:
     assert isinstance(module, nn.Linear | Conv1D)
     weight = weight_of(module).detach()
     bias = None if module.bias is None else module.bias.detach()
     order = inverse_order(rows)
     if order is not None and not weight.is_meta:
         order = order.to(weight.device)
-    split = SplitLinear([ShareLinear(own.take(weight)) for own in rows], bias, order)
+    split = SplitLinear([ShareLinear(part.take(weight)) for part in rows], bias, order)
     split.train(module.training)
     return split
 
 
-def _restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the places that their names say, one after the other."""
     for name, module in modules.items():
         model.set_submodule(name, module)

@@ -14,10 +14,9 @@ given again, and what one sublayer of a block has written when the next one read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from operator import or_
 from typing import Any
@@ -26,8 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from sharebasis.architecture.roles import Role
+from sharebasis.model.block_call import block_call, is_float
+from sharebasis.model.hooks import attached
 
 STREAM = "<the residual stream>"
 """The label of the stream; no module has such a name."""
@@ -93,21 +95,8 @@ def trace(
         run: called without arguments, runs a few tokens through the model.
     """
     labels = _Labels(d_model)
-    with ExitStack() as hooks, torch.no_grad():
-        for block in blocks.values():
-            for handle in (
-                block.register_forward_pre_hook(labels.enter_block, with_kwargs=True),
-                block.register_forward_hook(labels.leave_block),
-            ):
-                hooks.callback(handle.remove)
-        for name, module in sublayers.items():
-            for handle in (
-                module.register_forward_pre_hook(labels.before(name)),
-                module.register_forward_hook(labels.after(name)),
-            ):
-                hooks.callback(handle.remove)
-        with labels:
-            run()
+    with attached(labels.hooks(blocks, sublayers)), labels, torch.no_grad():
+        run()
     roles = {name: labels.role(name) for name in sublayers if name in labels.inputs}
     return Trace(roles, labels.passed_on())
 
@@ -145,27 +134,34 @@ class _Labels(TorchDispatchMode):
 
     # Hooks
 
-    def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = next(x for x in (*args, *kwargs.values()) if _is_float(x))
+    def hooks(
+        self, blocks: Mapping[str, nn.Module], sublayers: Mapping[str, nn.Module]
+    ) -> Iterator[RemovableHandle]:
+        """Put the hooks in; each is yielded."""
+        for block in blocks.values():
+            yield block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
+            yield block.register_forward_hook(self._leave_block)
+        for name, module in sublayers.items():
+            yield module.register_forward_pre_hook(partial(self._before, name))
+            yield module.register_forward_hook(partial(self._after, name))
+
+    def _enter_block(
+        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        stream, _ = block_call(args, kwargs)
         self._put(stream, _alone(STREAM))
 
-    def leave_block(self, _: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        stream = next((x for x in tree_leaves(outputs) if _is_float(x)), None)
+    def _leave_block(self, _block: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
+        stream = next((x for x in tree_leaves(outputs) if is_float(x)), None)
         if stream is not None and self._has_its_width(stream):
             self.written.add(self._get(stream))
             self._put(stream, _alone(STREAM))
 
-    def before(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs.setdefault(name, set()).add(self._get(args[0]))
+    def _before(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inputs.setdefault(name, set()).add(self._get(args[0]))
 
-        return hook
-
-    def after(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._put(output, _alone(name))
-
-        return hook
+    def _after(self, name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self._put(output, _alone(name))
 
     # Operators
 
@@ -173,7 +169,7 @@ class _Labels(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        operands = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
+        operands = [x for x in tree_leaves((args, kwargs)) if is_float(x)]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:  # nobody knows; all of them
@@ -181,7 +177,7 @@ class _Labels(TorchDispatchMode):
         label = self._result(func, operands)
         outputs = func(*args, **kwargs)
         for output in tree_leaves(outputs):
-            if _is_float(output):
+            if is_float(output):
                 self._put(output, label)
         return outputs
 
@@ -228,7 +224,3 @@ class _Labels(TorchDispatchMode):
 
 def _alone(name: str) -> Label:
     return Label(frozenset({name}), frozenset({name}))
-
-
-def _is_float(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()

@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.moments.store import Accumulators, packed, read_moment, tokens_of, trimmed_of
 from sharebasis.runtime.progress import progress
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 4
-"""Enough to see which sublayers read the same tensor."""
 
 
 def gather(
@@ -62,9 +57,3 @@ def _resume(checkpoint: Checkpoint, accumulators: Accumulators) -> int:
         accumulator.load(moment, record["n_trimmed"].get(name, 0))
     log.info("Going on from window %d, the last checkpoint.", record["windows"])
     return int(record["windows"])
-
-
-def run_blocks(model: PreTrainedModel, windows: Int64[Tensor, "windows window"]) -> None:
-    """Run all but the head, whose logits nobody reads and which are the largest product."""
-    with torch.no_grad():
-        model.base_model(input_ids=windows, use_cache=False)

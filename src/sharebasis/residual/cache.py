@@ -7,6 +7,7 @@ their weights, and what a family multiplies or norms before it adds it is a comp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,25 @@ def run_with_cache(
     Raises:
         StreamError: the residual stream of the model is not a plain sum.
         SelectionError: its sublayers cannot be found.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        ...     vocab_size=96,
+        ... )
+        >>> model = AutoModelForCausalLM.from_config(config).eval()
+        >>> tokens = torch.arange(6)[None]
+        >>> logits, cache = run_with_cache(model, tokens)
+        >>> cache["z", 1].shape  # the mixed values: (batch, position, head, d_head)
+        torch.Size([1, 6, 4, 8])
+        >>> stack, labels = cache.decompose_resid(return_labels=True)
+        >>> labels
+        ['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out']
+        >>> attributions = cache.logit_attrs(stack, tokens)  # of each to each token's logit
+        >>> own = logits.gather(-1, tokens[..., None])[..., 0]
+        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), own, atol=1e-5)
+        True
     """
     return Observer(model)(tokens, names, device=device, **inputs)
 
@@ -68,7 +88,7 @@ class Observer(Anatomy):
 
         Args:
             tokens: ids.
-            names: None keeps everything; a name (`"z"`, of every layer, or
+            names: None keeps everything; a name (`"z"`, of every layer, `"z3"` or
                 `"blocks.3.attn.hook_z"`), several of them, or a predicate of whole names.
             device: see `run_with_cache`.
             forced: `hook_resid_pre` and `hook_resid_mid` of blocks -> what the stream is made to
@@ -77,15 +97,17 @@ class Observer(Anatomy):
             inputs: see `run_with_cache`.
 
         Raises:
-            StreamError: the residual stream is not a plain sum.
+            StreamError: the residual stream is not a plain sum, a name is of no activation, or the
+                model has no such argument.
         """
+        self._require_arguments(inputs)
         tokens = tokens.to(self.model.device)
         captured = capture(
             self.model,
             self.sites,
             lambda: self.model(input_ids=tokens, use_cache=False, **inputs).logits,
-            wanted(names),
-            forced.tensors if isinstance(forced, ActivationCache) else forced,
+            wanted(names, len(self.layers)),
+            forced.cache_dict if isinstance(forced, ActivationCache) else forced,
             device,
         )
         if not captured.norms.get(FINAL):
@@ -95,15 +117,26 @@ class Observer(Anatomy):
             )
         return captured.logits, ActivationCache(self, captured)
 
+    def _require_arguments(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse what the model would overlook, as its forward pass takes any keyword."""
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        known = {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
+        if unknown := sorted(inputs.keys() - known):
+            raise StreamError(
+                f"{', '.join(unknown)}: no argument of a {type(self.model).__name__}. What is kept "
+                "is chosen by `names`; a pass goes through all layers."
+            )
+
 
 class ActivationCache(StreamStacks):
     """Activations by name, and the ways to take the residual stream apart.
 
-    `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["resid_post", -1]`,
+    `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["z3"]`, `cache["resid_post", -1]`,
     `cache["scale", 3, "ln2"]`, `cache["scale"]` (of the last norm), `cache["embed"]`. Computed when
     they are asked for: `cache["result", 3]`, what every head adds, and `cache["q_input", 3]`
     (k, v), the stream once for each head.
 
     Wherever a `layer` is asked for, it is the one whose input is taken apart; None, -1
-    and the number of layers mean the input of the unembedding.
+    and the number of layers mean the input of the unembedding. Positions, sequences and neurons
+    are chosen as in TransformerLens (`slices.Slice`): (1, 5) is 1:5.
     """

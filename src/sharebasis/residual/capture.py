@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sharebasis.errors import StreamError
+from sharebasis.model.block_call import block_call, hidden_output, is_float
+from sharebasis.model.hooks import attached
 from sharebasis.residual.norm import Norm
 from sharebasis.residual.norm_probe import TOLERANCE, norm_factor, probe_norm
-from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, is_float, storage_key
+from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, storage_key
 
 Branch = Literal["attn", "mlp"]
 
@@ -91,12 +93,8 @@ def capture(
         StreamError: the stream is not the sum of what was seen to be added to it.
     """
     pass_ = _Pass(sites, wanted, forced or {}, device)
-    with ExitStack() as hooks:
-        for handle in pass_.attach(model):
-            hooks.callback(handle.remove)
-        with pass_.sums:
-            logits = run()
-    pass_.captured.logits = logits
+    with attached(pass_.hooks(model)), pass_.sums:
+        pass_.captured.logits = run()
     return pass_.captured
 
 
@@ -116,7 +114,7 @@ class _Pass:
         self._normed: dict[int, tuple[str, nn.Module, Tensor, Tensor]] = {}
         self._written: dict[str, Tensor] = {}
 
-    def attach(self, model: nn.Module) -> Iterator[Any]:
+    def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Put the hooks in; each is yielded."""
         at = model.get_submodule
         yield at(self.sites.embed).register_forward_hook(self._embedded)
@@ -154,20 +152,18 @@ class _Pass:
 
     def _enter(self, i: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            place = next(k for k, x in (*enumerate(args), *kwargs.items()) if is_float(x))
-            x = args[place] if isinstance(place, int) else kwargs[place]
+            x, call = block_call(args, kwargs)
             if i == 0:
                 self._keep_embeddings(x)
-            given = self.forced.get(f"blocks.{i}.hook_resid_pre")
-            if given is not None:
-                x = given.to(x.device).view(x.shape).clone()
-                args, kwargs = _replaced(args, kwargs, place, x)
+            stream = self.forced.get(f"blocks.{i}.hook_resid_pre")
+            if stream is not None:
+                x = stream.to(x.device).view(x.shape).clone()
             mid = self.forced.get(f"blocks.{i}.hook_resid_mid")
             self.sums.enter(x, None if mid is None else mid.to(x.device))
             self._normed.clear()
             self._written.clear()
             self.keep(f"blocks.{i}.hook_resid_pre", lambda: x)
-            return args, kwargs
+            return call.arguments(x)
 
         return hook
 
@@ -184,7 +180,7 @@ class _Pass:
 
     def _leave(self, i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            x = output[0] if isinstance(output, tuple | list) else output
+            x = hidden_output(output)
             block = self.sums.leave(x)
             if f"blocks.{i}.hook_resid_mid" not in self.forced:
                 _require_sum(block, self.sites.layers[i].block)
@@ -201,7 +197,7 @@ class _Pass:
                 only = self.sites.layers[i].o if branch == "attn" else self.sites.layers[i].down
                 if added is not None and only in self._written:
                     written = self._written[only].view(shape)
-                    self._keep_factor(f"blocks.{i}.hook_{branch}norm_factor", written, added)
+                    self._keep_factor(f"blocks.{i}.hook_{branch}_factor", written, added)
 
         return hook
 
@@ -231,7 +227,7 @@ class _Pass:
             for one in layer.outputs.get(name, ()):
                 self.keep(f"blocks.{i}.{one.key}", partial(one.take, self._in_batch(output)))
             if name in layer.writers:
-                x = output[0] if isinstance(output, tuple) else output
+                x = hidden_output(output)
                 self._written[name] = x.clone()  # some families go on in the same memory
                 self.sums.written(x, layer.writers[name])
 
@@ -300,9 +296,3 @@ def _total(tensors: Sequence[Tensor]) -> Tensor:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _replaced(args: Any, kwargs: Any, place: int | str, x: Tensor) -> tuple[Any, Any]:
-    if isinstance(place, int):
-        return (*args[:place], x, *args[place + 1 :]), kwargs
-    return args, {**kwargs, place: x}

@@ -65,6 +65,17 @@ def head_views(
 
     Raises:
         SelectionError, SplitError: the model's sublayers cannot be found or cut.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> layer = head_views(model)[1]
+        >>> layer.W_Q.shape, layer.W_O.shape, layer.W_in.shape
+        (torch.Size([4, 32, 8]), torch.Size([4, 8, 32]), torch.Size([32, 128]))
+        >>> _ = layer.W_V[2].detach().zero_()  # what is written to a view is in the model
+        >>> model.transformer.h[1].attn.c_attn.weight[:, 64 + 16 : 64 + 24].any().item()
+        False
     """
     found = sublayers_of(model) if found is None else found
     tensors = _Tensors(model)

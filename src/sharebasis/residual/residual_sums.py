@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from sharebasis.model.block_call import is_float
+
 Kind = Literal["embed", "pos_embed", "attn", "mlp", "other"]
 """What a component is a component of."""
 
@@ -235,11 +237,6 @@ def storage_key(x: Tensor) -> int:
 def _in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
-
-
-def is_float(x: object) -> bool:
-    """Whether this is a tensor that a stream may be made of."""
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _all_float(args: Any) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sharebasis.errors import StreamError
 from sharebasis.residual.norm import neuron_results
 from sharebasis.residual.readout import Readout
+from sharebasis.residual.slices import Slice, cut
+
+Mode = Literal["all", "attn", "mlp"]
 
 
 class StreamStacks(Readout):
@@ -22,9 +26,9 @@ class StreamStacks(Readout):
         self,
         layer: int | None = None,
         incl_mid: bool = False,
-        mlp_input: bool = False,
         apply_ln: bool = False,
-        pos_slice: Any = None,
+        pos_slice: Slice = None,
+        mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Any:
         """The stream at every depth up to the input of a layer, for the logit lens.
@@ -32,10 +36,10 @@ class StreamStacks(Readout):
         Args:
             layer: up to here.
             incl_mid: with the stream between attention and MLP of every layer.
-            mlp_input: with that of `layer`.
             apply_ln: put through the norm that reads there: at the end, the last norm with a
                 scale of each depth's own; elsewhere with the layer's scale.
             pos_slice: of the positions.
+            mlp_input: with the stream between attention and MLP of `layer`.
             return_labels: `0_pre`, `0_mid`, ..., `final_post`, too.
 
         Returns:
@@ -53,11 +57,12 @@ class StreamStacks(Readout):
             if (incl_mid and i < end) or (mlp_input and i == end):
                 stack.append(self["resid_mid", i])
                 labels.append(f"{i}_mid")
-        found = self._positions(torch.stack(stack), pos_slice)
+        stacked = self._positions(torch.stack(stack), pos_slice)
         if apply_ln:
-            recompute = end == self.n_layers
-            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice, recompute)
-        return (found, labels) if return_labels else found
+            stacked = self.apply_ln_to_stack(
+                stacked, layer, mlp_input, pos_slice, recompute_ln=end == self.n_layers
+            )
+        return (stacked, labels) if return_labels else stacked
 
     def stack_activation(
         self, activation_name: str, layer: int | None = None, sublayer_type: str | None = None
@@ -72,9 +77,9 @@ class StreamStacks(Readout):
         self,
         layer: int | None = None,
         mlp_input: bool = False,
-        mode: Literal["all", "attn", "mlp"] = "all",
+        mode: Mode = "all",
         apply_ln: bool = False,
-        pos_slice: Any = None,
+        pos_slice: Slice = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Any:
@@ -88,6 +93,8 @@ class StreamStacks(Readout):
         Returns:
             (component, *batch, pos, d_model), which sums to the layer's input in mode `all`.
         """
+        if mode not in get_args(Mode):
+            raise StreamError(f"There is no mode {mode!r}: there are {', '.join(get_args(Mode))}.")
         end = self._layer(layer)
         stack, labels = [], []
         if incl_embeds:
@@ -102,17 +109,17 @@ class StreamStacks(Readout):
                 if due and (f"{kind}_out", i) in self:
                     stack.append(self[f"{kind}_out", i])
                     labels.append(f"{i}_{kind}_out")
-        found = self._positions(torch.stack(stack), pos_slice)
+        stacked = self._positions(torch.stack(stack), pos_slice)
         if apply_ln:
-            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice)
-        return (found, labels) if return_labels else found
+            stacked = self.apply_ln_to_stack(stacked, layer, mlp_input, pos_slice)
+        return (stacked, labels) if return_labels else stacked
 
     def stack_head_results(
         self,
         layer: int | None = None,
         return_labels: bool = False,
         incl_remainder: bool = False,
-        pos_slice: Any = None,
+        pos_slice: Slice = None,
         apply_ln: bool = False,
     ) -> Any:
         """What every head of the layers before `layer` added; labels `L3H1`.
@@ -125,7 +132,7 @@ class StreamStacks(Readout):
         """
         end = self._layer(layer)
         labels = [
-            f"L{i}H{h}" for i in range(end) for h in range(self._anatomy.sites.layers[i].n_heads)
+            f"L{i}H{h}" for i in range(end) for h in range(self.anatomy.sites.layers[i].n_heads)
         ]
         stack = [self._positions(self._heads(i), pos_slice) for i in range(end)]
         return self._finished(
@@ -135,8 +142,8 @@ class StreamStacks(Readout):
     def stack_neuron_results(
         self,
         layer: int | None = None,
-        pos_slice: Any = None,
-        neuron_slice: Any = slice(None),
+        pos_slice: Slice = None,
+        neuron_slice: Slice = None,
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
@@ -159,14 +166,14 @@ class StreamStacks(Readout):
         stack, labels = [], []
         for i in range(end):
             post = self._positions(self["post", i], pos_slice)
-            own = torch.arange(post.shape[-1])[neuron_slice].view(-1)
-            factor = self.tensors.get(f"blocks.{i}.hook_mlp_factor")
+            neurons = cut(torch.arange(post.shape[-1]), neuron_slice, 0).view(-1)
+            factor = self.cache_dict.get(f"blocks.{i}.hook_mlp_factor")
             factor = None if factor is None else self._positions(factor, pos_slice)
-            w_out = self._anatomy.layers[i].W_out.detach().to(post.device)
-            results = neuron_results(post[..., own], w_out[own], factor, onto)
+            w_out = self.anatomy.layers[i].W_out.detach().to(post.device)
+            results = neuron_results(post[..., neurons], w_out[neurons], factor, onto)
             stack.append(results if scale is None else results / scale)
-            labels += [f"L{i}N{n}" for n in own.tolist()]
-        found = self._finished(
+            labels += [f"L{i}N{n}" for n in neurons.tolist()]
+        stacked = self._finished(
             stack,
             labels,
             layer,
@@ -177,7 +184,7 @@ class StreamStacks(Readout):
             return_labels,
             None if onto is None else (onto, scale),
         )
-        return _squeezed(found, project_output_onto)
+        return _squeezed(stacked, project_output_onto)
 
     def get_full_resid_decomposition(
         self,
@@ -185,7 +192,7 @@ class StreamStacks(Readout):
         mlp_input: bool = False,
         expand_neurons: bool = True,
         apply_ln: bool = False,
-        pos_slice: Any = None,
+        pos_slice: Slice = None,
         return_labels: bool = False,
         project_output_onto: Float[Tensor, "d_model ..."] | None = None,
     ) -> Any:
@@ -209,10 +216,10 @@ class StreamStacks(Readout):
             return stack
 
         heads = range(end + bool(mlp_input))
-        labels = [f"L{i}H{h}" for i in heads for h in range(self._anatomy.sites.layers[i].n_heads)]
+        labels = [f"L{i}H{h}" for i in heads for h in range(self.anatomy.sites.layers[i].n_heads)]
         parts = [seen(self._positions(self._heads(i), pos_slice)) for i in heads]
         if expand_neurons and end:
-            found, names = self.stack_neuron_results(
+            stacked, names = self.stack_neuron_results(
                 layer,
                 pos_slice,
                 apply_ln=apply_ln,
@@ -221,7 +228,7 @@ class StreamStacks(Readout):
                 return_labels=True,
             )
             squeezed = project_output_onto is not None and project_output_onto.ndim == 1
-            parts.append(found.unsqueeze(-1) if squeezed else found)
+            parts.append(stacked.unsqueeze(-1) if squeezed else stacked)
             labels += names
         else:
             for i in range(end):
@@ -244,11 +251,11 @@ class StreamStacks(Readout):
         """The biases of all that writes, as they reach the stream."""
         total = torch.zeros_like(self["resid_pre", 0])
         for i in range(end + bool(mlp_input)):
-            views = self._anatomy.layers[i]
+            views = self.anatomy.layers[i]
             kinds = ["attn", "mlp"] if with_mlps and i < end else ["attn"]
             for kind in kinds:
                 bias = views.b_O if kind == "attn" else views.b_out
-                factor = self.tensors.get(f"blocks.{i}.hook_{kind}_factor")
+                factor = self.cache_dict.get(f"blocks.{i}.hook_{kind}_factor")
                 if bias is not None:
                     bias = bias.detach().to(total.device)
                     total = total + (bias if factor is None else bias * factor)
@@ -260,7 +267,7 @@ class StreamStacks(Readout):
         labels: list[str],
         layer: int | None,
         mlp_input: bool,
-        pos_slice: Any,
+        pos_slice: Slice,
         incl_remainder: bool,
         apply_ln: bool,
         return_labels: bool,
@@ -275,19 +282,19 @@ class StreamStacks(Readout):
         if projected is not None:
             onto, scale = projected
             whole = whole @ onto if scale is None else (whole @ onto) / scale
-        found = torch.cat(list(stack)) if stack else whole.new_zeros(0, *whole.shape)
+        stacked = torch.cat(list(stack)) if stack else whole.new_zeros(0, *whole.shape)
         if incl_remainder:
-            found = torch.cat([found, (whole - found.sum(0))[None]])
+            stacked = torch.cat([stacked, (whole - stacked.sum(0))[None]])
             labels = [*labels, "remainder"]
         if apply_ln and projected is None:
-            found = self.apply_ln_to_stack(found, layer, mlp_input, pos_slice)
-        return (found, labels) if return_labels else found
+            stacked = self.apply_ln_to_stack(stacked, layer, mlp_input, pos_slice)
+        return (stacked, labels) if return_labels else stacked
 
 
-def _squeezed(found: Any, project: Tensor | None) -> Any:
+def _squeezed(stacked: Any, project: Tensor | None) -> Any:
     """Without the last dimension if there was one direction only."""
     if project is None or project.ndim > 1:
-        return found
-    if isinstance(found, tuple):
-        return found[0].squeeze(-1), found[1]
-    return found.squeeze(-1)
+        return stacked
+    if isinstance(stacked, tuple):
+        return stacked[0].squeeze(-1), stacked[1]
+    return stacked.squeeze(-1)

@@ -16,8 +16,9 @@ from sharebasis.config.types import Labels
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.hashing import digest_of
 from sharebasis.io.manifest import MANIFEST
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.sites import Site
-from sharebasis.moments.gather import PROBE_TOKENS, gather, run_blocks
+from sharebasis.moments.gather import gather
 from sharebasis.moments.store import Accumulators
 from sharebasis.stages.calibrate.backward import SEEDS_APART, run_backward
 from sharebasis.stages.calibrate.track import ALL_COUNT, start_calibrating

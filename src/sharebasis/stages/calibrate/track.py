@@ -13,10 +13,10 @@ from sharebasis.config.calibrate import EVERY_TOKEN, OutlierSettings
 from sharebasis.forms.share_linear import State
 from sharebasis.linalg.moments import MomentAccumulator
 from sharebasis.linalg.rows import Rows
+from sharebasis.model.blocks import run_blocks
 from sharebasis.model.experts import unstack
 from sharebasis.model.sites import Site, find_sites
 from sharebasis.model.surgery import wrap
-from sharebasis.moments.gather import run_blocks
 from sharebasis.moments.store import Accumulators, gradient_site
 from sharebasis.runtime.devices import require_memory
 

@@ -19,9 +19,10 @@ from sharebasis.compressed.index import StoredGroup
 from sharebasis.compressed.loader import LoadedModel
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.moments import Moment, MomentAccumulator
+from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.hooks import tracked
 from sharebasis.model.sites import find_sites
-from sharebasis.moments.gather import PROBE_TOKENS, gather, run_blocks
+from sharebasis.moments.gather import gather
 from sharebasis.runtime.devices import require_memory
 from sharebasis.stages.propagate.refit import Refitter, refittable
 from sharebasis.stages.propagate.refitted import Refitted

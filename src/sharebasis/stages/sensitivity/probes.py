@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis.linalg.divergence import divergence
-from sharebasis.model.late_start import LateStart
+from sharebasis.model.blocks import LateStart
 from sharebasis.runtime.progress import progress
 from sharebasis.stages.sensitivity.corrections import Cell
 from sharebasis.stages.sensitivity.draft import Draft, Linears, compressed
