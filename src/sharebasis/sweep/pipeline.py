@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sharebasis.io.hashing import json_digest, path_digest
 from sharebasis.pipeline.settings import value_at
 
 READ_BYTES = 16 * 2**20
@@ -64,8 +63,7 @@ class Pipeline:
                 made = self.maker.get(path)
                 reads[path] = keys[made] if made else _identity(self.root / path)
             own = {key: value_at(params, key) for key in stage["params"]}
-            content = json.dumps([stage["cmd"], reads, own], sort_keys=True)
-            keys[name] = hashlib.sha256(content.encode()).hexdigest()
+            keys[name] = json_digest([stage["cmd"], reads, own])
         return keys
 
     def outside(self, target: str, params: Mapping[str, Any]) -> list[str]:
@@ -108,7 +106,7 @@ def _identity(path: Path) -> Any:
         return None
     if stat.st_size > READ_BYTES:
         return [stat.st_size, stat.st_mtime_ns]
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return path_digest(path)
 
 
 def _counts(path: Path) -> bool:
