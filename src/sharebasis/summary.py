@@ -7,7 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from sharebasis.io.records import read_json
+from sharebasis.io.tables import counted
 from sharebasis.pipeline.paths import METRICS
+from sharebasis.pipeline.settings import load_settings
 from sharebasis.pipeline.stage import report_errors
 from sharebasis.runtime.console import print_tables
 
@@ -16,23 +18,17 @@ from sharebasis.runtime.console import print_tables
 def main() -> None:
     fit = read_json(METRICS / "fit.json")
     verify = read_json(METRICS / "verify.json")
-    print_tables(_storage(fit), _fidelity(verify))
+    print_tables(_storage(fit, load_settings().model.source), _fidelity(verify))
 
 
-def _storage(fit: dict[str, Any]) -> Table:
-    table = Table(title=f"Stored numbers, method {fit['method']}")
-    for column in (
-        "family",
-        "original",
-        "stored",
-        "removed",
-        "groups",
-        "dense",
-        "sparse",
-        "ranks",
-        "relative loss",
-    ):
+def _storage(fit: dict[str, Any], model: str) -> Table:
+    table = Table(title=f"Stored numbers of {model}, method {fit['method']}")
+    for column in ("family", "original", "stored", "removed"):
         table.add_column(column, justify="left" if column == "family" else "right")
+    for column in ("forms", "structures"):
+        table.add_column(column)
+    for column in ("ranks", "relative loss"):
+        table.add_column(column, justify="right")
     rows = [*fit["families"].items(), ("all", fit)]
     for name, row in rows:
         table.add_row(
@@ -40,22 +36,17 @@ def _storage(fit: dict[str, Any]) -> Table:
             f"{row['original_numbers']:,}",
             f"{row['stored_numbers']:,}",
             f"{row['removed_fraction']:.4f}",
-            str(row["n_groups"]),
-            str(row["n_dense"]),
-            str(row["n_sparse"]),
+            counted(row["forms"]),
+            counted(row["structures"]),
             "" if row["min_rank"] is None else f"{row['min_rank']}-{row['max_rank']}",
             f"{row['relative_loss']:.4f}",
             end_section=name == rows[-2][0],
         )
-    whole = fit["whole_model"]
+    total = fit["whole_model"]
     table.caption = (
-        f"whole model: {whole['original_numbers']:,} -> {whole['stored_numbers']:,} numbers, "
-        f"{whole['removed_fraction']:.4f} removed"
+        f"whole model: {total['original_numbers']:,} -> {total['stored_numbers']:,} numbers, "
+        f"{total['removed_fraction']:.4f} removed"
     )
-    structures = fit.get("structures", {})
-    if len(structures) > 1:  # there was a choice
-        picked = ", ".join(f"{n} {name}" for name, n in sorted(structures.items()))
-        table.caption += f"\ngroups picked: {picked}"
     return table
 
 

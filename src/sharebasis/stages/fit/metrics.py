@@ -10,6 +10,7 @@ from typing import Any
 from sharebasis.architecture.groups import Group
 from sharebasis.config.analyse import Sensing
 from sharebasis.config.fit import SPARSE, FitSettings
+from sharebasis.config.types import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
     by_family: dict[str, list[FittedGroup]] = {}
     for one in fitted.groups:
         by_family.setdefault(one.group.family, []).append(one)
-    selected = _counts(fitted.groups)
+    selected = _counts(fitted.groups, settings.storage)
     return {
         "method": settings.method,
         **selected,
@@ -69,7 +70,10 @@ def fit_metrics(fitted: FittedModel, settings: FitSettings) -> dict[str, Any]:
             for one in fitted.groups
             if len(one.group.parts) > 1
         ],
-        "families": {family: _counts(own) for family, own in sorted(by_family.items())},
+        "families": {
+            family: _counts(groups, settings.storage)
+            for family, groups in sorted(by_family.items())
+        },
         "whole_model": _removed(
             selected["original_numbers"] + fitted.n_others,
             selected["stored_numbers"] + fitted.n_others_stored,
@@ -89,7 +93,16 @@ def _weighed(fitted: FittedModel) -> dict[str, Any]:
     }
 
 
-def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
+def _form(fitted: FittedGroup, storage: Storage) -> str:
+    """In what form a group is stored."""
+    if fitted.gauge_fixed:
+        return "fixed_columns"
+    if fitted.dense:
+        return "dense"
+    return "masked" if fitted.sparse else storage
+
+
+def _counts(fitted: Sequence[FittedGroup], storage: Storage) -> dict[str, Any]:
     original = sum(one.n_original for one in fitted)
     stored = sum(one.n_stored for one in fitted)
     energy = sum(one.energy for one in fitted)
@@ -97,9 +110,7 @@ def _counts(fitted: Sequence[FittedGroup]) -> dict[str, Any]:
     return {
         **_removed(original, stored),
         "n_groups": len(fitted),
-        "n_dense": sum(one.dense for one in fitted),
-        "n_sparse": sum(one.sparse for one in fitted),
-        "n_gauge_fixed": sum(one.gauge_fixed for one in fitted),
+        "forms": dict(Counter(_form(one, storage) for one in fitted)),
         "structures": dict(Counter(one.group.structure for one in fitted)),
         "min_rank": min(ranks, default=None),
         "max_rank": max(ranks, default=None),

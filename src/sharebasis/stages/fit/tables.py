@@ -23,31 +23,33 @@ Cell = tuple[str, int]
 def ranks_csv(fitted: FittedModel) -> str:
     """A row for each family of each layer: what its parts keep.
 
-    Columns: family, layer, parts, dense and sparse (how many of those are stored as they were, and
-    how many lack entries), rank, full_rank and width (their means; the rank of what lacks entries
-    is the full one), stored and original (numbers). A basis counts for each part that uses it by
-    the part's share of the group's weights. The width is the fraction of its neurons that an MLP's
-    matrix still has, 1 for all others; both ranks are of what is left.
+    Columns: family, layer, parts (how many), rank (the mean of those that have one; empty where
+    none has), full_rank and width (means), stored and original (numbers). A basis counts for each
+    part that uses it by the part's share of the group's weights. The width is the fraction of its
+    neurons that an MLP's matrix still has, 1 for all others; both ranks are of what is left.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
     for one in fitted.groups:
         for cell, share in _parts(one.group):
             width = one.group.n_weights / one.n_original
-            row = [1, one.dense, one.sparse, one.rank, one.group.full_rank, width]
+            rank = (0, 0) if one.sparse else (1, one.rank)
+            row = [1, *rank, one.group.full_rank, width]
             row += [share * one.n_stored, share * one.n_original]
             cells[cell] = cells.get(cell, 0) + np.array(row, dtype=np.float64)
     rows = [
         [
             *cell,
-            *map(int, (n, dense, sparse)),
-            *(f"{mean / n:.6g}" for mean in means),
-            round(own),
-            round(whole),
+            int(n),
+            f"{rank / n_ranked:.6g}" if n_ranked else "",
+            f"{full_rank / n:.6g}",
+            f"{width / n:.6g}",
+            round(stored),
+            round(original),
         ]
-        for cell, (n, dense, sparse, *means, own, whole) in sorted(cells.items())
+        for cell, (n, n_ranked, rank, full_rank, width, stored, original) in sorted(cells.items())
     ]
-    counted, means = ("parts", "dense", "sparse"), ("rank", "full_rank", "width")
-    return csv_text(("family", "layer", *counted, *means, "stored", "original"), rows)
+    columns = ("family", "layer", "parts", "rank", "full_rank", "width", "stored", "original")
+    return csv_text(columns, rows)
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:
