@@ -7,16 +7,11 @@ from sharebasis.config.schema import Settings
 from sharebasis.io.atomic import write_text, writing
 from sharebasis.pipeline.paths import REPORT, RESULTS
 from sharebasis.pipeline.stage import stage
-from sharebasis.stages.report.figures import DETERMINED, figures
+from sharebasis.stages.report.figures import figures
 from sharebasis.stages.report.page import Section, page, section
+from sharebasis.stages.report.panels import DETERMINED
 from sharebasis.stages.report.points import FILE, Point, read_points, workspace_point
-from sharebasis.stages.report.tables import (
-    family_columns,
-    latex,
-    markdown,
-    measured_columns,
-    points_csv,
-)
+from sharebasis.stages.report.tables import point_tables, points_csv
 
 
 @stage
@@ -34,10 +29,9 @@ def main(_: Settings) -> None:  # valid ones: a point is shown with parameters t
 def write(name: str, points: Sequence[Point], directory: Path) -> Section:
     directory.mkdir()
     write_text(directory / "points.csv", points_csv(points))
-    tables = {"points": measured_columns(points), "families": family_columns(points)}
-    for table, columns in tables.items():
-        write_text(directory / f"{table}.md", markdown(columns, points))
-        write_text(directory / f"{table}.tex", latex(columns, points))
+    for table in point_tables(points):
+        write_text(directory / f"{table.name}.md", table.markdown())
+        write_text(directory / f"{table.name}.tex", table.latex())
     drawn = figures(points)
     for figure_name, figure in drawn.items():
         for kind in ("pdf", "png"):

@@ -33,7 +33,7 @@ metrics = {"method": fit["method"], "removed_fraction": fit["removed"], "provena
 pathlib.Path("metrics/fit.json").write_text(json.dumps(metrics))
 verify = {"compressed": {"perplexity": loss, "kl_mean": math.nan if fit["removed"] > 0.4 else 0.1}}
 pathlib.Path("metrics/verify.json").write_text(json.dumps(verify))
-table = "family,layer,parts,dense,rank,full_rank,stored,original\\nq,0,1,0,3,8,30,64\\n"
+table = "family,layer,parts,rank,full_rank,stored,original\\nq,0,1,3.5,8,30,64\\nq,1,1,,8,9,64\\n"
 pathlib.Path("plots/fit/ranks.csv").write_text(table)
 rows = "q,0,0.0,1\\nq,0,0.5,0.25\\nq,1,0.0,1\\nq,1,0.5,0.75\\n"
 pathlib.Path("plots/fit/spectrum.csv").write_text("family,layer,rank_fraction,loss\\n" + rows)
@@ -88,8 +88,10 @@ def test_a_point_is_what_its_experiment_holds(repository: Path) -> None:
     assert ten.metric("fit", "removed_fraction") == 0.5
     assert ten.metric("verify", "compressed", "perplexity") == math.sqrt(0.5)
     assert ten.metrics["fit"]["provenance"] == [{"seed": 0}]
-    (cell,) = ten.cells
-    assert (cell.family, cell.layer, cell.rank, cell.stored, cell.original) == ("q", 0, 3, 30, 64)
+    shared = {"family": "q", "parts": 1, "full_rank": 8, "original": 64}
+    first, second = ten.cells
+    assert first == {**shared, "layer": 0, "rank": 3.5, "stored": 30}
+    assert second == {**shared, "layer": 1, "rank": None, "stored": 9}
     assert ten.spectrum == {"q": (1.0, 0.5)}
     locked = yaml.safe_load(run_command(repository, "git", "show", f"{ten.commit}:dvc.lock"))
     (of_stage,) = locked["stages"].values()
@@ -150,7 +152,7 @@ def test_the_file_outlives_the_experiments(repository: Path, tmp_path: Path) -> 
 
 
 def test_the_command_line_writes_the_file(repository: Path) -> None:
-    command = (sys.executable, "-m", "sharebasis.stages.report.points", "own", "wide-9", "wide-10")
+    command = (sys.executable, "-m", "sharebasis.collect", "own", "wide-9", "wide-10")
     assert run_command(repository, *command) == "results/own/points.json: 2 points\n"
     own = read_points(repository / "results/own/points.json")
     assert list(own) == collect(["wide-*"], repository)
@@ -162,7 +164,7 @@ def test_the_workspace_is_a_point_too(repository: Path, monkeypatch: pytest.Monk
     written = json.loads(Path("metrics/verify.json").read_text())
     assert here.metric("verify", "compressed", "perplexity") == written["compressed"]["perplexity"]
     assert here.commit is None
-    assert [cell.family for cell in here.cells] == ["q"]
+    assert [(cell["family"], cell["layer"]) for cell in here.cells] == [("q", 0), ("q", 1)]
 
 
 def test_a_workspace_without_metrics_is_a_point_without_numbers(

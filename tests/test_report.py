@@ -21,15 +21,13 @@ from matplotlib.figure import Figure
 
 from sharebasis.stages.report.figures import figures
 from sharebasis.stages.report.page import page, section
-from sharebasis.stages.report.points import Cell, Point, write_points
+from sharebasis.stages.report.points import Point, write_points
 from sharebasis.stages.report.series import at_one_budget, labels, series
 from sharebasis.stages.report.tables import (
     MISSING,
-    escaped,
-    family_columns,
-    latex,
-    markdown,
+    PointTable,
     measured_columns,
+    point_tables,
     points_csv,
 )
 
@@ -41,12 +39,13 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 def make_point(method: str, removed: float, perplexity: float | None, **changes: Any) -> Point:
     """A point with numbers that no other has."""
     seed = len(method) + removed
-    own = {"hash": "12ab", "own": None}
-    provenance = {"commit": "c0ffee", "dirty": True, "parameters": f"p{seed}", "data": own}
+    data = {"hash": "12ab", "own": None}
+    provenance = {"commit": "c0ffee", "dirty": True, "parameters": f"p{seed}", "data": data}
     machine = {"device": "cpu (x)", "threads": 1, "dtype": "float32", "seed": 0}
     provenance |= machine | {"versions": {"torch": "9.9.9", "scipy": None}}
     families = {name: {"removed_fraction": removed / 2} for name in FAMILIES}
     fit = {"removed_fraction": removed + 1e-6, "stored_numbers": 12345678, "families": families}
+    fit |= {"forms": {"masked": 2, "dense": 4, "of_tomorrow": 0}, "structures": {"private": 6}}
     compressed = {"perplexity": perplexity, "kl_mean": seed / 7, "top1_agreement": seed / 9}
     verify = {"dense": {"perplexity": 29.531234}, "compressed": compressed, "n_predictions": 511}
     return replace(
@@ -54,11 +53,23 @@ def make_point(method: str, removed: float, perplexity: float | None, **changes:
             f"{method}-{removed}",
             "e" * 40,
             f"git checkout d00d && dvc exp run -S fit.removed={removed}",
-            {"fit": {"method": method, "removed": removed}, "split": {"strategy": "none"}},
+            {
+                "model": {"source": "org/small_model"},
+                "fit": {"method": method, "removed": removed},
+                "split": {"strategy": "none"},
+            },
             {"fit": fit | {"provenance": [provenance]}, "verify": verify},
             {"artifacts/weights": "5eed.dir"},
             tuple(
-                Cell(name, layer, 1, 0, 8 * (1 - removed), 8.0, round(100 * (1 - removed)), 100)
+                {
+                    "family": name,
+                    "layer": layer,
+                    "parts": 1,
+                    "rank": 8 * (1 - removed),
+                    "full_rank": 8.0,
+                    "stored": round(100 * (1 - removed)),
+                    "original": 100,
+                }
                 for name in FAMILIES
                 for layer in range(3)
             ),
@@ -126,32 +137,36 @@ def test_the_csv_holds_every_number_in_full(points: Sequence[Point]) -> None:
     assert rows[0]["md5.artifacts/weights"] == "5eed.dir"
 
 
-def _markdown(table: str) -> list[dict[str, str]]:
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+def _markdown(text: str) -> list[dict[str, str]]:
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table]
     names, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _latex(table: str) -> list[dict[str, str]]:
-    body = [line.removesuffix(r" \\") for line in table.splitlines() if line.endswith(r" \\")]
-    names, *rows = [re.split(r"(?<!\\) & ", line) for line in body]
+def _latex(text: str) -> list[dict[str, str]]:
+    body = [line.removesuffix(r" \\") for line in text.splitlines() if line.endswith(r" \\")]
+    names, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)&", line)] for line in body]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize(("write", "read"), [(markdown, _markdown), (latex, _latex)])
+@pytest.mark.parametrize(
+    ("write", "read"), [(PointTable.markdown, _markdown), (PointTable.latex, _latex)]
+)
 def test_the_tables_show_the_metrics(
     points: Sequence[Point],
-    write: Callable[..., str],
+    write: Callable[[PointTable], str],
     read: Callable[[str], list[dict[str, str]]],
 ) -> None:
-    missing = MISSING if write is markdown else "--"
-    rows = read(write(measured_columns(points), points))
+    measured, families = point_tables(points)
+    rows = read(write(measured))
     shown = [row["perplexity"] for row in rows]
-    assert shown == ["34.00", "55.00", "36.25", "90.40", missing, "1,424.33", missing]
-    assert {row["stored"] for row in rows} == {"12,345,678", missing}
-    assert rows[6]["KL, nats"] == missing
+    assert shown == ["34.00", "55.00", "36.25", "90.40", MISSING, "1,424.33", MISSING]
+    assert {row["stored"] for row in rows} == {"12,345,678", MISSING}
+    assert rows[6]["KL, nats"] == MISSING
+    assert (rows[0]["forms"], rows[0]["structures"]) == ("4 dense, 2 masked", "6 private")
     assert [row["removed"] for row in rows[:3]] == ["0.2000", "0.5000", "0.2500"]
-    kept = read(write(family_columns(points), points))
+    kept = read(write(families))
     assert list(kept[0]) == ["point", "q", "up", "all"]  # in the order of a layer
     assert [kept[1][name] for name in ("q", "all")] == ["0.750", "0.500"]
 
@@ -160,18 +175,25 @@ def test_a_column_that_no_point_has_is_left_out(points: Sequence[Point]) -> None
     titles = [column.title for column in measured_columns(points)]
     assert "perplexity, recovered" not in titles
     recovered = replace(points[0], metrics={"verify": {"recovered": {"perplexity": 31.0}}})
-    assert "perplexity, recovered" in [own.title for own in measured_columns([recovered])]
+    assert "perplexity, recovered" in [column.title for column in measured_columns([recovered])]
+
+
+def test_the_tables_name_the_models(points: Sequence[Point]) -> None:
+    for table in point_tables(points):
+        assert "org/small_model" in table.title
+        assert table.markdown().startswith(f"**{table.title}**\n\n|")
+        assert r"\caption{" in table.latex()
+        assert r"org/small\_model" in table.latex()
 
 
 def test_latex_says_special_characters_literally(points: Sequence[Point]) -> None:
-    assert escaped("a_b & 50% #{x}^~\\$") == (
-        r"a\_b \& 50\% \#\{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}\$"
-    )
-    table = latex(measured_columns(points), points)
+    table = point_tables(points)[0].latex()
+    assert r"a\_b \& 50\% of \#1" in table
+    assert r"\{x\}\^{}2 \textasciitilde{} \textbackslash{} \$" in table
     lines = [line for line in table.splitlines() if line.endswith(r" \\")]
     ends = {len(re.findall(r"(?<!\\)&", line)) for line in lines}
     assert len(ends) == 1  # no row has a column more than another
-    assert table.startswith(r"\begin{tabular}{lll")
+    assert r"\begin{tabular}{lll" in table
     assert r"\toprule" in table
 
 
@@ -217,21 +239,28 @@ def test_ranks_and_stored_numbers_are_those_of_the_cells(
     assert figures(points[6:]) == {}
 
 
-def test_neurons_that_are_gone_are_shown_beside_the_ranks(points: Sequence[Point]) -> None:
-    cells = [replace(own, width=0.7) if own.family == "up" else own for own in points[0].cells]
-    *families, neurons = figures([replace(points[0], cells=tuple(cells))])["ranks"].axes
+def test_what_a_structure_leaves_is_shown_beside_the_ranks(points: Sequence[Point]) -> None:
+    widths = {"up": 0.7, "q": 1.0}
+    cells = [{**cell, "width": widths[cell["family"]]} for cell in points[0].cells]
+    *families, width = figures([replace(points[0], cells=tuple(cells))])["ranks"].axes
     assert [axes.get_title() for axes in families] == ["q", "up"]
-    (line,) = neurons.lines
+    assert width.get_title() == "width"
+    (line,) = width.lines
     assert line.get_xydata().tolist() == [[0, 0.7], [1, 0.7], [2, 0.7]]
 
 
-def test_weights_that_lack_entries_have_no_rank_and_every_method_a_name(
-    points: Sequence[Point],
+@pytest.mark.parametrize("n_methods", [1, 2])
+def test_what_has_no_rank_has_no_point_and_every_method_a_name(
+    points: Sequence[Point], n_methods: int
 ) -> None:
-    cells = tuple(replace(own, sparse=own.parts * (own.family == "q")) for own in points[0].cells)
-    figure = figures([replace(points[0], cells=cells), *points[1:]])["ranks"]
+    cells = tuple(
+        {**cell, "rank": None if cell["family"] == "q" else cell["rank"]}
+        for cell in points[0].cells
+    )
+    others = points[1:] if n_methods > 1 else ()
+    figure = figures([replace(points[0], cells=cells), *others])["ranks"]
     q, up = figure.axes
-    assert len(q.lines) == len(up.lines) - 1
+    assert (len(q.lines), len(up.lines)) == (n_methods - 1, n_methods)
     names = {text.get_text() for text in figure.legends[0].get_texts()}
     assert names == {str(line.get_label()) for line in up.lines}
 
@@ -302,10 +331,10 @@ addEventListener("load", () => {
   table.querySelector("tbody a").click();
   setTimeout(() => {
     seen.opened = [...document.querySelectorAll("section > details[open]")].map(
-      own => own.querySelector("summary").textContent);
+      details => details.querySelector("summary").textContent);
     seen.behind = document.querySelector("section > details[open]").textContent;
     seen.images = [...document.images].map(image => image.naturalWidth);
-    seen.fetched = performance.getEntriesByType("resource").map(own => own.name)
+    seen.fetched = performance.getEntriesByType("resource").map(entry => entry.name)
       .filter(name => !name.startsWith("data:"));
     seen.bold = document.querySelectorAll("td b").length;
     const result = document.createElement("pre");
@@ -376,8 +405,9 @@ def test_an_error_on_the_console_would_be_noticed(tmp_path: Path) -> None:
 
 def test_behind_every_number_stands_what_made_it(points: Sequence[Point]) -> None:
     html = page([section("ladder", points, {})])
-    for own in ("c0ffee", "12ab", "torch 9.9.9", "5eed.dir", "cpu (x)", "changes that were not"):
-        assert own in html
+    sources = ("c0ffee", "12ab", "torch 9.9.9", "5eed.dir", "cpu (x)", "changes that were not")
+    for source in (*sources, "4 dense, 2 masked"):
+        assert source in html
     assert "git checkout d00d &amp;&amp; dvc exp run -S fit.removed=0.2" in html
     assert not re.search(r'(src|href)="(?!#|data:)', html)
     assert "nan" not in re.findall(r'data-value="([^"]*)"', html)

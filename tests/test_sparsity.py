@@ -336,9 +336,11 @@ def _assert_sizes(run: Calibrated, fitted: FittedModel, settings: FitSettings) -
     assert n_stored(run.directory / "small") == told
     rows = list(csv.DictReader(io.StringIO(ranks_csv(fitted))))
     for family, own in metrics["families"].items():
-        n_sparse = sum(int(row["sparse"]) for row in rows if row["family"] == family)
-        assert n_sparse == own["n_sparse"] == own["structures"].get("sparse", 0)
-        assert (own["min_rank"] is None) == (n_sparse == own["n_groups"])
+        n_masked = own["forms"].get("masked", 0)
+        assert n_masked == own["structures"].get("sparse", 0)
+        assert (own["min_rank"] is None) == (n_masked == own["n_groups"])
+        without_rank = [not row["rank"] for row in rows if row["family"] == family]
+        assert all(without_rank) == (n_masked == own["n_groups"])
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.compressed.index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
 from sharebasis.errors import StoreError, WeightsError
+from sharebasis.io.artefact import TensorArtefact, TensorIndex
 from sharebasis.io.atomic import require_disk, writing
 from sharebasis.io.manifest import Manifest, TensorOrigin
 from sharebasis.io.records import load_record, read_json, save_record, write_json
@@ -115,9 +116,9 @@ def test_an_exception_leaves_no_directory_where_there_was_none(tmp_path: Path) -
 WRITE_AND_DIE = """
     import os, signal, sys
     from pathlib import Path
-    from sharebasis import store, tensor_store
+    from sharebasis.io import atomic, records, tensor_files
 
-    with store.writing(Path(sys.argv[1])) as out:
+    with atomic.writing(Path(sys.argv[1])) as out:
         (out / "c.txt").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -140,13 +141,13 @@ def test_a_kill_in_the_middle_leaves_the_old_content_and_the_next_run_succeeds(
 KILL_EVERYWHERE = """
     import json, os, signal, sys
     from pathlib import Path
-    from sharebasis import store, tensor_store
+    from sharebasis.io import atomic, records, tensor_files
 
     directory = Path(sys.argv[1])
     os.fsync = lambda _: None  # slow, and no matter to a kill that leaves the machine running
 
     def write(text):
-        with store.writing(directory) as out:
+        with atomic.writing(directory) as out:
             (out / "one").write_text(text)
             (out / "two").write_text(text)
 
@@ -176,7 +177,7 @@ KILL_EVERYWHERE = """
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         between += not directory.exists()
-        store.recover(directory)
+        atomic.recover(directory)
         seen.append(read())
         assert list(directory.parent.iterdir()) == [directory], n
         if status == 0:
@@ -203,19 +204,19 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_content(
 FILL_THE_DISK = """
     import resource, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store, tensor_store
+    from sharebasis.io import atomic, records, tensor_files
     from sharebasis.errors import StoreError
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        with store.writing(Path(sys.argv[1])) as out:
+        with atomic.writing(Path(sys.argv[1])) as out:
             if sys.argv[2] == "tensors":
-                writer = tensor_store.TensorWriter(out, "tensors", 10**9)
+                writer = tensor_files.TensorWriter(out, "tensors", 10**9)
                 writer.add("large", torch.zeros(100_000))
                 writer.flush()
             elif sys.argv[2] == "json":
-                store.write_json(out / "large.json", list(range(100_000)))
+                records.write_json(out / "large.json", list(range(100_000)))
             else:
                 (out / "large").write_bytes(bytes(100_000))
     except StoreError as error:
@@ -412,6 +413,57 @@ def test_an_index_without_a_weight_map_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises((StoreError, WeightsError), match=r"model\.safetensors\.index\.json"):
         TensorReader.of_checkpoint(tmp_path)
+
+
+# Tensors with an index
+
+
+@dataclass(frozen=True)
+class Catalogue(TensorIndex):
+    """An index with a field before and one after the files."""
+
+    title: str
+    files: Mapping[str, str]
+    note: str = ""
+
+
+CATALOGUE = TensorArtefact("catalogue.json", Catalogue, "page")
+
+
+def _write_catalogue(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    with CATALOGUE.writing(directory, shard_bytes=1) as catalogue:
+        for name, tensor in tensors:
+            catalogue.add(name, tensor)
+        catalogue.finish(lambda files: Catalogue("numbers", files, "none"))
+
+
+def test_an_artefact_of_tensors_is_opened_as_it_was_written(tmp_path: Path) -> None:
+    directory = tmp_path / "catalogue"
+    assert not CATALOGUE.is_in(directory)
+    _write_catalogue(directory, [("a", torch.arange(3)), ("b", torch.ones(2, 2))])
+    assert CATALOGUE.is_in(directory)
+    index, reader = CATALOGUE.open(directory)
+    files = {"a": "page-00001.safetensors", "b": "page-00002.safetensors"}
+    assert index == Catalogue("numbers", files, "none")
+    assert list(json.loads((directory / "catalogue.json").read_text())) == [*asdict(index)]
+    assert {name: tensor.tolist() for name, tensor in reader.stream()} == {
+        "a": [0, 1, 2],
+        "b": [[1, 1], [1, 1]],
+    }
+
+
+def test_an_artefact_that_is_not_finished_leaves_the_one_before(tmp_path: Path) -> None:
+    directory = tmp_path / "catalogue"
+    _write_catalogue(directory, [("a", torch.arange(3))])
+    before = contents(directory)
+    with pytest.raises(StoreError, match="b is written twice"):
+        _write_catalogue(directory, [("b", torch.ones(2)), ("b", torch.ones(2))])
+    assert contents(directory) == before
+
+
+def test_an_artefact_that_is_missing_says_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"catalogue\.json is missing; run the stage"):
+        CATALOGUE.open(tmp_path)
 
 
 # Records

@@ -21,11 +21,11 @@ Each of them as parts, whose weights can be replaced by a basis that several of 
 coefficient that is a part's own:
 
     >>> parts = {name: module.parts[0] for name, module in sharebasis.wrap(model).items()}
-    >>> basis = torch.nn.Parameter(torch.randn(4, 32))
-    >>> for i in range(2):
-    ...     parts[f"model.layers.{i}.mlp.up_proj"].compress(basis, torch.randn(48, 4))
+    >>> shared = sharebasis.LowRank(torch.randn(4, 32), (torch.randn(48, 4), torch.randn(48, 4)))
+    >>> for i, form in enumerate(shared.modules()):
+    ...     parts[f"model.layers.{i}.mlp.up_proj"].compress(form)
     >>> parts["model.layers.1.mlp.up_proj"]
-    ShareLinear(in_features=32, out_features=48, rank=4, state=compressed)
+    ShareLinear(in_features=32, out_features=48, form=low_rank, rank=4, state=compressed)
     >>> sharebasis.unwrap(model)
 
 Weights by head, and a forward pass taken apart:
@@ -48,13 +48,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sharebasis.compressed.loader import load_compressed
-    from sharebasis.forms.share_linear import ShareLinear, SplitLinear
+    from sharebasis.forms.low_rank import LowRank
+    from sharebasis.forms.share_linear import ShareLinear
+    from sharebasis.forms.split_linear import SplitLinear
     from sharebasis.model.classify import classify_model as classify
     from sharebasis.model.wrapping import unwrap, wrap
     from sharebasis.residual.cache import run_with_cache
     from sharebasis.residual.head_views import head_views
 
 __all__ = [
+    "LowRank",
     "ShareLinear",
     "SplitLinear",
     "classify",
@@ -66,8 +69,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LowRank": "forms.low_rank",
     "ShareLinear": "forms.share_linear",
-    "SplitLinear": "forms.share_linear",
+    "SplitLinear": "forms.split_linear",
     "classify": "model.classify",
     "head_views": "residual.head_views",
     "load_compressed": "compressed.loader",

@@ -1,81 +1,108 @@
-"""What the last run measured, as a table: python -m sharebasis.summary"""
+"""What the last run measured, as tables: python -m sharebasis.summary"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
 from sharebasis.io.records import read_json
+from sharebasis.io.tables import counted
 from sharebasis.pipeline.paths import METRICS
+from sharebasis.pipeline.settings import load_settings
 from sharebasis.pipeline.stage import report_errors
 from sharebasis.runtime.console import print_tables
+
+FIDELITY = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("KL per token, mean", "kl_mean", "{:.4f} nats"),
+    ("KL per token, p99", "kl_p99", "{:.4f} nats"),
+    ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("largest logit difference", "max_abs_logit_diff", "{:.2f}"),
+)
+"""Title, key and format of what is measured of every compressed model."""
 
 
 @report_errors
 def main() -> None:
     fit = read_json(METRICS / "fit.json")
     verify = read_json(METRICS / "verify.json")
-    print_tables(_storage(fit), _fidelity(verify))
+    model = load_settings().model.source
+    print_tables(storage_table(fit, model), forms_table(fit), fidelity_table(verify))
 
 
-def _storage(fit: dict[str, Any]) -> Table:
-    table = Table(title=f"Stored numbers, method {fit['method']}")
-    for column in (
-        "family",
-        "original",
-        "stored",
-        "removed",
-        "groups",
-        "dense",
-        "sparse",
-        "ranks",
-        "relative loss",
-    ):
-        table.add_column(column, justify="left" if column == "family" else "right")
-    rows = [*fit["families"].items(), ("all", fit)]
-    for name, row in rows:
+def storage_table(fit: dict[str, Any], model: str) -> Table:
+    """Numbers before and after, by family.
+
+    Args:
+        fit: metrics/fit.json.
+        model: whose, for the title.
+    """
+    table = Table("family", title=f"Stored numbers of {model}, method {fit['method']}")
+    for column in ("original", "stored", "removed", "relative loss"):
+        table.add_column(column, justify="right")
+    for family, row, is_last in _families_and_all(fit):
         table.add_row(
-            name,
+            family,
             f"{row['original_numbers']:,}",
             f"{row['stored_numbers']:,}",
             f"{row['removed_fraction']:.4f}",
-            str(row["n_groups"]),
-            str(row["n_dense"]),
-            str(row["n_sparse"]),
-            "" if row["min_rank"] is None else f"{row['min_rank']}-{row['max_rank']}",
             f"{row['relative_loss']:.4f}",
-            end_section=name == rows[-2][0],
+            end_section=is_last,
         )
-    whole = fit["whole_model"]
+    total = fit["whole_model"]
     table.caption = (
-        f"whole model: {whole['original_numbers']:,} -> {whole['stored_numbers']:,} numbers, "
-        f"{whole['removed_fraction']:.4f} removed"
+        f"whole model: {total['original_numbers']:,} -> {total['stored_numbers']:,} numbers, "
+        f"{total['removed_fraction']:.4f} removed"
     )
-    structures = fit.get("structures", {})
-    if len(structures) > 1:  # there was a choice
-        picked = ", ".join(f"{n} {name}" for name, n in sorted(structures.items()))
-        table.caption += f"\ngroups picked: {picked}"
     return table
 
 
-def _fidelity(verify: dict[str, Any]) -> Table:
-    lossless = verify["lossless"]
+def forms_table(fit: dict[str, Any]) -> Table:
+    """What became of the weights, by family: how many of each structure and form, and ranks.
+
+    Args:
+        fit: metrics/fit.json.
+    """
+    table = Table("family", "structures", "forms", title="Structures and stored forms")
+    for column in ("groups", "ranks"):
+        table.add_column(column, justify="right")
+    for family, row, is_last in _families_and_all(fit):
+        table.add_row(
+            family,
+            counted(row["structures"]),
+            counted(row["forms"]),
+            str(row["n_groups"]),
+            "" if row["min_rank"] is None else f"{row['min_rank']}-{row['max_rank']}",
+            end_section=is_last,
+        )
+    return table
+
+
+def _families_and_all(fit: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """(name, metrics, whether it is the last of the families)."""
+    *_, last = families = fit["families"]
+    yield from ((family, row, family == last) for family, row in families.items())
+    yield "all", fit, False
+
+
+def fidelity_table(verify: dict[str, Any]) -> Table:
+    """How near the compressed models are to the original.
+
+    Args:
+        verify: metrics/verify.json.
+    """
     models = {
         name: verify[name] for name in ("compressed", "propagated", "recovered") if name in verify
     }
-    table = Table(title=f"Fidelity over {verify['n_predictions']:,} predictions")
-    for column in ("", "original", *models):
-        table.add_column(column, justify="right" if column else "left")
-
-    def add(name: str, key: str, shown: str, original: str = "") -> None:
-        table.add_row(name, original, *(shown.format(model[key]) for model in models.values()))
-
-    add("perplexity", "perplexity", "{:.2f}", f"{verify['dense']['perplexity']:.2f}")
-    add("KL per token, mean", "kl_mean", "{:.4f} nats")
-    add("KL per token, p99", "kl_p99", "{:.4f} nats")
-    add("top-1 agreement", "top1_agreement", "{:.1%}")
-    add("largest logit difference", "max_abs_logit_diff", "{:.2f}")
+    table = Table("", title=f"Fidelity over {verify['n_predictions']:,} predictions")
+    for column in ("original", *models):
+        table.add_column(column, justify="right")
+    for title, key, shown in FIDELITY:
+        original = shown.format(verify["dense"][key]) if key in verify["dense"] else ""
+        table.add_row(title, original, *(shown.format(model[key]) for model in models.values()))
+    lossless = verify["lossless"]
     table.add_row(
         f"lossless wrap of {lossless['n_modules']} modules",
         "",

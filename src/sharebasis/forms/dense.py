@@ -17,6 +17,8 @@ from sharebasis.linalg.objective import Problem
 class DenseModule(FormModule):
     """x Wᵀ."""
 
+    kind: ClassVar[str] = "dense"
+
     def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         super().__init__()
         self.weight = parameter(weight)

@@ -29,6 +29,8 @@ class RoleTensors:
 class FormModule(nn.Module, ABC):
     """The product of one part with its inputs, x -> x Wᵀ."""
 
+    kind: ClassVar[str]
+    """Of the form."""
     rank: int | None = None
     """Of the weight, where it is a product of factors."""
 

@@ -25,6 +25,7 @@ from sharebasis.runtime import matmul
 class InterpolativeModule(LowRankModule):
     """Some outputs are those of the first factor; the others are made of these by the second."""
 
+    kind: ClassVar[str] = "interpolative"
     order: Int64[Tensor, " d_out"]
     """Where each output lies, pivots before the others."""
 

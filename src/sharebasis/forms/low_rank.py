@@ -23,6 +23,8 @@ NEGLIGIBLE_EIGENVALUE = 1e-10
 class LowRankModule(FormModule):
     """x -> (x inᵀ) outᵀ, with W = out @ in."""
 
+    kind: ClassVar[str] = "low_rank"
+
     def __init__(
         self, basis: Float[Tensor, "_ _"], coefficient: Float[Tensor, "_ _"], side: Side
     ) -> None:

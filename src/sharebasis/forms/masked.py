@@ -25,6 +25,12 @@ BITS = 16
 """Of an integer of a mask: as many as a number of a model in half precision has."""
 
 
+class MaskedModule(DenseModule):
+    """x Wᵀ, zeros included."""
+
+    kind: ClassVar[str] = "masked"
+
+
 @dataclass(frozen=True, slots=True)
 class Masked(Form):
     """One weight with zeros."""
@@ -49,8 +55,8 @@ class Masked(Form):
     def tensors(self) -> RoleTensors:
         return RoleTensors({}, ({"dense": self.weight[self.kept], "mask": pack(self.kept)},))
 
-    def modules(self) -> Sequence[DenseModule]:
-        return [DenseModule(self.weight)]
+    def modules(self) -> Sequence[MaskedModule]:
+        return [MaskedModule(self.weight)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         weight = function(self.weight)

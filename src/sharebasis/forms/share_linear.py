@@ -59,7 +59,9 @@ class ShareLinear(nn.Module):
         Raises:
             StateError: not in state ORIGINAL.
         """
-        self._leave(State.ORIGINAL, to=State.CALIBRATING)
+        if self._state is not State.ORIGINAL:
+            raise StateError(f"{self!r} cannot be calibrated: that needs state {State.ORIGINAL}.")
+        self._state = State.CALIBRATING
         self._tracker, self._gradient_tracker = tracker, gradient_tracker
 
     def compress(self, form: FormModule) -> None:
@@ -72,10 +74,7 @@ class ShareLinear(nn.Module):
             StateError: the shapes differ.
         """
         if form.shape != (self.out_features, self.in_features):
-            raise StateError(
-                f"ShareLinear({self.extra_repr()}) cannot hold a form of a weight of shape "
-                f"{form.shape}."
-            )
+            raise StateError(f"{self!r} cannot hold a form of a weight of shape {form.shape}.")
         self._state, self.form = State.COMPRESSED, form
         self._tracker = self._gradient_tracker = None
 
@@ -92,15 +91,7 @@ class ShareLinear(nn.Module):
             return matmul.observed_linear(x, self.dense(), self._gradient_tracker)
         return matmul.linear(x, self.dense())
 
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+    def __repr__(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         rank = "" if self.form.rank is None else f", rank={self.form.rank}"
-        return f"{shape}{rank}, state={self._state}"
-
-    def _leave(self, *allowed: State, to: State) -> None:
-        if self._state not in allowed:
-            raise StateError(
-                f"ShareLinear({self.extra_repr()}) cannot become {to}: that needs state "
-                f"{' or '.join(allowed)}."
-            )
-        self._state = to
+        return f"ShareLinear({sizes}, form={self.form.kind}{rank}, state={self._state})"

@@ -1,6 +1,6 @@
 """Artefacts on disk: records in JSON, tables and directories, whole or not at all.
 
-It loads no torch; tensors are the matter of tensor_store.
+It loads no torch; tensors are the matter of tensor_files.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -14,15 +12,27 @@ from typing import Any
 
 from torch import Tensor
 
-from sharebasis.io.atomic import recover, writing
-from sharebasis.io.records import read_json, write_json
-from sharebasis.io.tensor_files import TensorReader, TensorWriter
+from sharebasis.io.artefact import TensorArtefact, TensorIndex
+from sharebasis.io.atomic import recover
+from sharebasis.io.hashing import json_digest
+from sharebasis.io.tensor_files import TensorReader
 
 log = logging.getLogger(__name__)
 
-_PROGRESS = "progress.json"
-SHARD_BYTES = 64 * 2**20
-"""Of its files; what writing a checkpoint adds to the memory in use."""
+
+@dataclass(frozen=True)
+class Progress(TensorIndex):
+    """How far a run was."""
+
+    key: str
+    """Digest of the identity of the run."""
+    record: Mapping[str, Any]
+    """What the run wants to know of it."""
+    files: Mapping[str, str]
+    """Tensor name -> file name."""
+
+
+PROGRESS = TensorArtefact("progress.json", Progress, "state")
 
 
 @dataclass
@@ -45,7 +55,7 @@ class Checkpoint:
     @property
     def key(self) -> str:
         """Digest of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return json_digest(self.identity)
 
     @property
     def due(self) -> bool:
@@ -55,13 +65,13 @@ class Checkpoint:
     def resume(self) -> tuple[Mapping[str, Any], TensorReader] | None:
         """The record and the tensors of a killed run; None if there is none."""
         recover(self.directory)
-        if not (self.directory / _PROGRESS).exists():
+        if not PROGRESS.is_in(self.directory):
             return None
-        state = read_json(self.directory / _PROGRESS)
-        if state["key"] != self.key:
+        progress, reader = PROGRESS.open(self.directory)
+        if progress.key != self.key:
             log.info("The checkpoint in %s is of another run; starting anew.", self.directory)
             return None
-        return state["record"], TensorReader(self.directory, state["files"])
+        return progress.record, reader
 
     def save(self, record: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Take the place of the last checkpoint; whole or not at all.
@@ -70,13 +80,10 @@ class Checkpoint:
             record: JSON.
             tensors: by name, read one at a time.
         """
-        with writing(self.directory) as out:
-            writer = TensorWriter(out, "state", SHARD_BYTES)
+        with PROGRESS.writing(self.directory) as checkpoint:
             for name, tensor in tensors:
-                writer.add(name, tensor)
-            writer.flush()
-            state = {"key": self.key, "record": record, "files": writer.files}
-            write_json(out / _PROGRESS, state)
+                checkpoint.add(name, tensor)
+            checkpoint.finish(lambda files: Progress(self.key, record, files))
         self._last = time.monotonic()
 
     def remove(self) -> None:

@@ -1,38 +1,26 @@
-"""What stands for a file, a tensor or settings in an identity."""
+"""SHA-256 of texts, JSON, files and directories. It loads no torch: a sweep hashes, too."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+
+def digest(content: bytes | str) -> str:
+    """SHA-256, in hexadecimal; a text counts as its UTF-8."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def digest_of(content: Tensor | Path) -> str:
-    """SHA-256 of a tensor's shape and numbers, of a file, or of all files of a directory."""
-    if isinstance(content, Tensor):
-        raw = content.contiguous().cpu().numpy().tobytes()
-        return hashlib.sha256(f"{tuple(content.shape)}".encode() + raw).hexdigest()
-    if content.is_file():
-        with content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = {path.name: digest_of(path) for path in sorted(content.iterdir())}
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+def json_digest(content: Any) -> str:
+    """Of what can be written as JSON, whatever the order of its keys."""
+    return digest(json.dumps(content, sort_keys=True))
 
 
-def identity_of(settings: Any, windows: Tensor, **inputs: Tensor | Path) -> dict[str, object]:
-    """What a run depends on: its settings, but for how often it is kept, its text and its inputs.
-
-    Args:
-        settings: a dataclass.
-        windows: token ids.
-        inputs: by name; digests stand for them.
-    """
-    own = asdict(settings).items()
-    return {
-        "settings": {key: value for key, value in own if key != "checkpoint_seconds"},
-        **{name: digest_of(content) for name, content in ({"windows": windows} | inputs).items()},
-    }
+def path_digest(path: Path) -> str:
+    """Of a file, which is read in blocks, or of a directory's names and files."""
+    if path.is_dir():
+        return json_digest({file.name: path_digest(file) for file in path.iterdir()})
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

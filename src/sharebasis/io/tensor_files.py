@@ -31,7 +31,7 @@ class TensorWriter:
     """
 
     def __init__(self, directory: Path, stem: str, shard_bytes: int) -> None:
-        self._directory, self._stem, self._shard_bytes = directory, stem, shard_bytes
+        self.directory, self._stem, self._shard_bytes = directory, stem, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._n_files = 0
@@ -43,7 +43,7 @@ class TensorWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name in self._names:
-            raise StoreError(f"{name} is written twice to {self._directory}.")
+            raise StoreError(f"{name} is written twice to {self.directory}.")
         self._names.add(name)
         self.n_numbers += tensor.numel()
         # A clone keeps a view from dragging the storage of a whole fused weight along.
@@ -58,12 +58,12 @@ class TensorWriter:
             return
         self._n_files += 1
         file = f"{self._stem}-{self._n_files:05d}.safetensors"
-        with disk_errors(self._directory):
-            save_file(self._pending, self._directory / file, metadata={"format": "pt"})
+        with disk_errors(self.directory):
+            save_file(self._pending, self.directory / file, metadata={"format": "pt"})
             # safetensors keeps its files to their owner; ours are as readable as others are.
             umask = os.umask(0)
             os.umask(umask)
-            (self._directory / file).chmod(0o666 & ~umask)
+            (self.directory / file).chmod(0o666 & ~umask)
         self.files |= dict.fromkeys(self._pending, file)
         self._pending, self._pending_bytes = {}, 0
 

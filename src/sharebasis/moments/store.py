@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from sharebasis.errors import CalibrationError
-from sharebasis.io.atomic import require_disk, writing
-from sharebasis.io.records import load_record, save_record
-from sharebasis.io.tensor_files import TensorReader, TensorWriter
+from sharebasis.io.artefact import TensorArtefact, TensorIndex
+from sharebasis.io.atomic import require_disk
+from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.moments import Moment, MomentAccumulator
 from sharebasis.model.sites import Site
-
-INDEX = "moments.json"
-SHARD_BYTES = 64 * 2**20
-"""Of the moments' files; what writing them adds to the memory in use."""
 
 Accumulators = Mapping[str, MomentAccumulator]
 """By site name."""
 
 
 @dataclass(frozen=True)
-class MomentIndex:
+class MomentIndex(TensorIndex):
     """What artifacts/moments holds."""
 
     sites: tuple[Site, ...]
@@ -37,6 +33,9 @@ class MomentIndex:
     """Tokens that were left out, by site name, where there were any."""
 
 
+MOMENTS = TensorArtefact("moments.json", MomentIndex, "moments")
+
+
 def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulators) -> None:
     """Write artifacts/moments: packed triangles in float64, and an index.
 
@@ -44,16 +43,12 @@ def write_moments(target: Path, sites: Sequence[Site], accumulators: Accumulator
         CalibrationError: an input was not finite, or there was none.
         StoreError: the disk is full.
     """
-    with writing(target) as out:
-        require_disk(out, sum(4 * site.d * (site.d + 1) for site in sites))
-        writer = TensorWriter(out, "moments", SHARD_BYTES)
+    tokens, trimmed = tokens_of(accumulators), trimmed_of(accumulators)
+    with MOMENTS.writing(target) as moments:
+        require_disk(moments.directory, sum(4 * site.d * (site.d + 1) for site in sites))
         for name, tensor in packed(accumulators):
-            writer.add(name, tensor)
-        writer.flush()
-        index = MomentIndex(
-            tuple(sites), tokens_of(accumulators), writer.files, trimmed_of(accumulators)
-        )
-        save_record(out / INDEX, index)
+            moments.add(name, tensor)
+        moments.finish(lambda files: MomentIndex(tuple(sites), tokens, files, trimmed))
 
 
 def packed(accumulators: Accumulators) -> Iterator[tuple[str, Tensor]]:
@@ -99,8 +94,7 @@ class MomentStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        index = load_record(directory / INDEX, MomentIndex)
-        self._reader = TensorReader(directory, index.files)
+        index, self._reader = MOMENTS.open(directory)
         self._n_tokens, self._n_trimmed = index.n_tokens, index.n_trimmed
         self._site = {reader: site.name for site in index.sites for reader in site.readers}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from sharebasis.config.schema import Settings
 from sharebasis.io.git import known_to_git
-from sharebasis.io.hashing import digest_of
+from sharebasis.io.hashing import json_digest
+from sharebasis.io.identity import digest_of
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import read_json, write_json
 from sharebasis.pipeline.dvc_file import PIPELINE, read_stages
@@ -96,7 +95,7 @@ def parameters_digest(stage: str) -> str:
     if PIPELINE.exists():
         keys = read_stages()[stage].get("params", ())
         parameters = {key: value_at(parameters, key) for key in keys}
-    return _json_digest(parameters)
+    return json_digest(parameters)
 
 
 def _data_digest(content: Tensor | Path) -> str | None:
@@ -106,11 +105,7 @@ def _data_digest(content: Tensor | Path) -> str | None:
     if not manifest.exists():
         return None
     tensors = read_json(manifest)["tensors"]
-    return _json_digest({tensor["name"]: tensor["sha256"] for tensor in tensors})
-
-
-def _json_digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest({tensor["name"]: tensor["sha256"] for tensor in tensors})
 
 
 def _versions() -> dict[str, str | None]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 from sharebasis.errors import StoreError
+from sharebasis.io.tables import csv_rows
 
 COLUMNS = ("first", "second", "family", "unaligned", "aligned", "random")
 
@@ -22,7 +22,7 @@ def read_table(path: Path) -> Mapping[str, Mapping[str, Mapping[Pair, float]]]:
     """
     found: Mapping[str, dict[str, dict[Pair, float]]] = {name: {} for name in COLUMNS[3:]}
     try:
-        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        for row in csv_rows(path.read_text(encoding="utf-8")):
             pair = int(row["first"]), int(row["second"])
             for name, families in found.items():
                 if row[name]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sharebasis.io.hashing import json_digest, path_digest
 from sharebasis.pipeline.dvc_file import PIPELINE, outputs, read_stages
 from sharebasis.pipeline.settings import value_at
 
@@ -62,8 +61,7 @@ class Pipeline:
                 made = self.maker.get(path)
                 reads[path] = keys[made] if made else _identity(self.root / path)
             own = {key: value_at(params, key) for key in stage["params"]}
-            content = json.dumps([stage["cmd"], reads, own], sort_keys=True)
-            keys[name] = hashlib.sha256(content.encode()).hexdigest()
+            keys[name] = json_digest([stage["cmd"], reads, own])
         return keys
 
     def outside(self, target: str, params: Mapping[str, Any]) -> list[str]:
@@ -96,7 +94,7 @@ def _identity(path: Path) -> Any:
         return None
     if stat.st_size > READ_BYTES:
         return [stat.st_size, stat.st_mtime_ns]
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return path_digest(path)
 
 
 def _counts(path: Path) -> bool:

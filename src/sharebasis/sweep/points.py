@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from sharebasis.io.hashing import digest
 from sharebasis.pipeline.compose import compose_params
 from sharebasis.pipeline.settings import parse_settings
 from sharebasis.sweep.pipeline import Pipeline
@@ -51,8 +51,7 @@ class Point:
     def unit(self) -> str:
         """A name for the shared stages; points with the same one share all that they share."""
         last = self.shared[-1] if self.shared else "nothing"
-        digest = hashlib.sha256("".join(self.common.values()).encode()).hexdigest()
-        return f"common-{last}-{digest[:8]}"
+        return f"common-{last}-{digest(''.join(self.common.values()))[:8]}"
 
 
 def expand(arguments: Sequence[str]) -> list[tuple[str, ...]]:

@@ -14,7 +14,7 @@ from sharebasis.architecture.sublayers import Sublayer
 from sharebasis.config.calibrate import OutlierSettings
 from sharebasis.config.types import Labels
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.io.hashing import digest_of
+from sharebasis.io.identity import digest_of
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.model.blocks import PROBE_TOKENS, run_blocks
 from sharebasis.model.sites import Site

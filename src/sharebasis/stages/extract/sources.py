@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from sharebasis.errors import SourceError
+from sharebasis.io.hashing import path_digest
 from sharebasis.model.hub import first_line
 
 BLOCK_BYTES = 64 * 2**20
@@ -41,7 +41,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SourceError(f"model.source={name} is a file, but not a GGUF file (.gguf).")
-        return Source(name, _file_sha256(path), path)
+        return Source(name, path_digest(path), path)
     if path.is_dir():
         return Source(name, "", path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -82,8 +82,3 @@ def _downloaded(name: str, revision: str | None) -> Source:
             f"hub: {first_line(error)}"
         ) from error
     return Source(name, path.name, path)  # a snapshot's directory is its commit
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,33 +23,33 @@ Cell = tuple[str, int]
 def ranks_csv(fitted: FittedModel) -> str:
     """A row for each family of each layer: what its parts keep.
 
-    Columns: family, layer, parts, factored (how many of those are stored as factors), rank,
-    full_rank and width (their means; what is no product of factors has its full rank), stored and
-    original (numbers). A basis counts for each part that uses it by the part's share of the group's
-    weights. The width is the fraction of its neurons that an MLP's matrix still has, 1 for all
-    others; both ranks are of what is left.
+    Columns: family, layer, parts (how many), rank (the mean of those that have one; empty where
+    none has), full_rank and width (means), stored and original (numbers). A basis counts for each
+    part that uses it by the part's share of the group's weights. The width is the fraction of its
+    neurons that an MLP's matrix still has, 1 for all others; both ranks are of what is left.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
     for fitted_group in fitted.groups:
-        group = fitted_group.group
-        rank = fitted_group.rank or group.full_rank
+        group, rank = fitted_group.group, fitted_group.rank
         for cell, share in _parts(group):
             width = group.n_weights / fitted_group.n_original
-            row = [1, fitted_group.rank is not None, rank, group.full_rank, width]
+            row = [1, rank is not None, rank or 0, group.full_rank, width]
             row += [share * fitted_group.n_stored, share * fitted_group.n_original]
             cells[cell] = cells.get(cell, 0) + np.array(row, dtype=np.float64)
     rows = [
         [
             *cell,
-            *map(int, (n, factored)),
-            *(f"{mean / n:.6g}" for mean in means),
+            int(n),
+            f"{rank / n_ranked:.6g}" if n_ranked else "",
+            f"{full_rank / n:.6g}",
+            f"{width / n:.6g}",
             round(stored),
             round(original),
         ]
-        for cell, (n, factored, *means, stored, original) in sorted(cells.items())
+        for cell, (n, n_ranked, rank, full_rank, width, stored, original) in sorted(cells.items())
     ]
-    counted, means = ("parts", "factored"), ("rank", "full_rank", "width")
-    return csv_text(("family", "layer", *counted, *means, "stored", "original"), rows)
+    columns = ("family", "layer", "parts", "rank", "full_rank", "width", "stored", "original")
+    return csv_text(columns, rows)
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:

@@ -26,7 +26,7 @@ from sharebasis.config.refine import PropagateSettings
 from sharebasis.data.windows import cut, read_windows
 from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.io.hashing import identity_of
+from sharebasis.io.identity import identity_of
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import save_record
 from sharebasis.model.blocks import Blocks, block_names

@@ -24,7 +24,6 @@ from sharebasis.stages.report.points import (
     artefact_hashes,
     as_json,
     family_cells,
-    is_json,
     mean_spectrum,
 )
 
@@ -76,14 +75,18 @@ def experiment_point(name: str, commit: str, baseline: str, repository: Path = P
 
     files = known_to_git(repository, "ls-tree", "--name-only", commit, f"{METRICS}/") or ""
     parameters = yaml.safe_load(read(PARAMS)) or {}
-    given = overrides(yaml.safe_load(read(PARAMS, baseline)) or {}, parameters)
-    settings = [f"-S {shlex.quote(one)}" for one in given]
+    changes = overrides(yaml.safe_load(read(PARAMS, baseline)) or {}, parameters)
+    settings = [f"-S {shlex.quote(change)}" for change in changes]
     return Point(
         name,
         commit,
         " ".join([f"git checkout {baseline} && dvc exp run", *settings]),
         parameters,
-        {path.stem: as_json(read(path)) for path in map(Path, files.split()) if is_json(path)},
+        {
+            path.stem: as_json(read(path))
+            for path in map(Path, files.split())
+            if path.suffix == ".json"
+        },
         artefact_hashes(read(LOCK)),
         family_cells(read(RANKS)),
         mean_spectrum(read(SPECTRUM)),
@@ -92,20 +95,20 @@ def experiment_point(name: str, commit: str, baseline: str, repository: Path = P
 
 def overrides(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What Hydra has to be told to get from some parameters to others, as `key=value`."""
-    told: list[str] = []
+    changes: list[str] = []
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            told += overrides(old, value, f"{prefix}{key}.")
+            changes += overrides(old, value, f"{prefix}{key}.")
         elif key not in before or old != value or type(old) is not type(value):
-            told.append(f"{prefix}{key}={_hydra(value)}")
-    return told
+            changes.append(f"{prefix}{key}={_hydra(value)}")
+    return changes
 
 
 def _hydra(value: Any) -> str:
     """A value in the grammar of Hydra's overrides."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_hydra(own)}" for key, own in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_hydra, value)) + "]"
     if isinstance(value, str):

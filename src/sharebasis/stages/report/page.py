@@ -13,15 +13,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from sharebasis.io.tables import counted
 from sharebasis.pipeline.paths import PROVENANCE
-from sharebasis.stages.report.figures import DETERMINED
+from sharebasis.stages.report.panels import DETERMINED
 from sharebasis.stages.report.points import Point
-from sharebasis.stages.report.tables import Column, family_columns, measured_columns
+from sharebasis.stages.report.tables import PointTable, point_tables
 
 TEMPLATE = "page.html"
 ALT: Mapping[str, str] = {
     "quality": "Perplexity and KL against the removed fraction, a line for each method",
-    "ranks": "Rank of every layer, a panel for each family, and the neurons that MLPs have left",
+    "ranks": "Rank of every layer, a panel for each family, and what structures leave",
     "families": "The fraction of its numbers that each family keeps",
     "depth": "Where the numbers went, layer by layer",
     "spectrum": "Loss against the fraction of the full rank, a panel for each family",
@@ -47,17 +48,13 @@ class Section:
     figures: Sequence[Inlined]
 
     @property
-    def measured(self) -> list[Column]:
-        return measured_columns(self.points)
-
-    @property
-    def families(self) -> list[Column]:
-        return family_columns(self.points)
+    def tables(self) -> list[PointTable]:
+        return point_tables(self.points)
 
 
 def section(name: str, points: Sequence[Point], drawn: Mapping[str, Figure]) -> Section:
     """Points and their figures, by name, for `page`."""
-    return Section(name, points, [Inlined(_svg(own), ALT[key]) for key, own in drawn.items()])
+    return Section(name, points, [Inlined(_svg(figure), ALT[key]) for key, figure in drawn.items()])
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -73,7 +70,7 @@ def page(sections: Sequence[Section]) -> str:
         trim_blocks=True,
     )
     template = environment.get_template(TEMPLATE)
-    return template.render(sections=sections, yaml=_yaml, numbers=_numbers)
+    return template.render(sections=sections, yaml=_yaml, numbers=_numbers, counted=counted)
 
 
 def _svg(figure: Figure) -> str:
@@ -90,6 +87,6 @@ def _yaml(tree: Any) -> str:
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics without their provenance, which is shown by itself."""
     return {
-        stage: {key: value for key, value in own.items() if key != PROVENANCE}
-        for stage, own in metrics.items()
+        stage: {key: value for key, value in numbers.items() if key != PROVENANCE}
+        for stage, numbers in metrics.items()
     }

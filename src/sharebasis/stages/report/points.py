@@ -2,14 +2,13 @@
 
 Experiments are refs, which `dvc exp gc` and a fresh clone lose:
 
-    python -m sharebasis.stages.report.points NAME PATTERN...
+    python -m sharebasis.collect NAME PATTERN...
 
 writes those whose names match to results/NAME/points.json, and the stage `report` goes by that.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from pydantic import TypeAdapter
 
@@ -26,36 +26,10 @@ from sharebasis.io.records import load_record
 from sharebasis.pipeline.paths import METRICS, PLOTS, RESULTS
 
 FILE = "points.json"
-
-
 PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
-
-
 RANKS, SPECTRUM = PLOTS / "fit" / "ranks.csv", PLOTS / "fit" / "spectrum.csv"
-
-
-OWN = ("classify", "calibrate", "fit", "verify")
-"""Stages whose metrics the workspace's own point has."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A family of a layer, after `fit`."""
-
-    family: str
-    layer: int
-    parts: int
-    dense: int
-    """Of the parts, those stored as they were."""
-    rank: float
-    """Mean over the parts."""
-    full_rank: float
-    stored: int
-    original: int
-    width: float = 1.0
-    """Of an MLP, the fraction of its neurons that it has; the ranks are those of what is left."""
-    sparse: int = 0
-    """Of the parts, those that lack entries; their rank is the full one."""
+STAGES = ("classify", "calibrate", "fit", "verify")
+"""Those whose metrics the workspace's own point has."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +47,8 @@ class Point:
     """By stage, with their provenance."""
     artefacts: Mapping[str, str]
     """Path -> the MD5 by which DVC keeps it."""
-    cells: tuple[Cell, ...] = ()
+    cells: tuple[Mapping[str, Any], ...] = ()
+    """The rows of plots/fit/ranks.csv: what each family of each layer keeps."""
     spectrum: Mapping[str, tuple[float, ...]] | None = None
     """Family -> relative loss left at evenly spaced fractions of the full rank, from 0."""
     error: str | None = None
@@ -81,17 +56,17 @@ class Point:
 
     def metric(self, stage: str, *keys: str) -> Any:
         """A number of a metrics file; None where there is none."""
-        found: Any = self.metrics.get(stage)
-        for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+        return _value_at(self.metrics, stage, *keys)
 
     def parameter(self, key: str) -> Any:
         """The value at a dotted key; None where there is none."""
-        found: Any = self.parameters
-        for step in key.split("."):
-            found = found.get(step) if isinstance(found, Mapping) else None
-        return found
+        return _value_at(self.parameters, *key.split("."))
+
+
+def _value_at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 @dataclass(frozen=True)
@@ -104,7 +79,7 @@ class Points:
 _POINT = TypeAdapter(Point)
 
 
-def workspace_point(stages: Sequence[str] = OWN) -> Point:
+def workspace_point(stages: Sequence[str] = STAGES) -> Point:
     """What the files here say; not dvc.lock, which belongs to no stage.
 
     Args:
@@ -143,11 +118,8 @@ def read_points(path: Path) -> tuple[Point, ...]:
     return load_record(path, Points).points
 
 
-def is_json(path: Path) -> bool:
-    return path.suffix == ".json"
-
-
 def as_json(text: str) -> Any:
+    """JSON with None for what is no number; nothing, if it is no JSON."""
     try:
         return _finite(json.loads(text))
     except json.JSONDecodeError:
@@ -155,7 +127,6 @@ def as_json(text: str) -> Any:
 
 
 def _finite(tree: Any) -> Any:
-    """The same with None for what is no number."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -164,36 +135,27 @@ def _finite(tree: Any) -> Any:
 
 
 def artefact_hashes(lock: str) -> dict[str, str]:
+    """Path -> MD5 of every output in a dvc.lock."""
     stages = (yaml.safe_load(lock) or {}).get("stages", {})
     outs = (out for stage in stages.values() for out in stage.get("outs", ()))
     return {out["path"]: out["md5"] for out in outs if "md5" in out}
 
 
-def family_cells(table: str) -> tuple[Cell, ...]:
-    return tuple(
-        Cell(
-            row["family"],
-            int(row["layer"]),
-            int(row["parts"]),
-            int(row["dense"]),
-            float(row["rank"]),
-            float(row["full_rank"]),
-            int(row["stored"]),
-            int(row["original"]),
-            float(row.get("width", 1.0)),
-            int(row.get("sparse", 0)),
-        )
-        for row in csv.DictReader(io.StringIO(table))
-    )
+def family_cells(table: str) -> tuple[dict[str, Any], ...]:
+    """The rows of a CSV table, None for what is missing; none of no table."""
+    if not table:
+        return ()
+    frame = pd.read_csv(io.StringIO(table)).astype(object)
+    return tuple(frame.where(frame.notna(), None).to_dict("records"))
 
 
 def mean_spectrum(table: str) -> dict[str, tuple[float, ...]] | None:
-    """The mean over layers, family by family."""
-    losses: dict[str, dict[float, list[float]]] = {}
-    for row in csv.DictReader(io.StringIO(table)):
-        steps = losses.setdefault(row["family"], {})
-        steps.setdefault(float(row["rank_fraction"]), []).append(float(row["loss"]))
+    """The mean over layers, family by family; None of no table."""
+    if not table:
+        return None
+    frame = pd.read_csv(io.StringIO(table))
+    means = frame.groupby(["family", "rank_fraction"])["loss"].mean()
     return {
-        family: tuple(float(f"{sum(own) / len(own):.4g}") for _, own in sorted(steps.items()))
-        for family, steps in losses.items()
-    } or None
+        family: tuple(float(f"{loss:.4g}") for loss in losses)
+        for family, losses in means.groupby("family")
+    }
