@@ -1,11 +1,11 @@
 """The commands in README.md and docs/: list them, or try them in a fresh clone.
 
     python docs/check_commands.py                # every command, with its page
-    python docs/check_commands.py --run fast     # what can be tried in seconds
+    python docs/check_commands.py --run fast     # what can be tried without computing
 
-`fast` runs a command that is cheap. Of one that computes for long it tries what can be wrong in a
-text: that overrides compose to valid settings, that a script exists and knows the options, that
-make has the target. Links between pages are checked, too.
+Of a command that computes, `fast` tries what a text can have wrong: that overrides compose to valid
+settings, that a script exists and knows the options, that make has the target. Links between pages
+are checked, too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md")
-COMPOSE = "import sys; from sharebasis.pipeline.compose import compose_settings as compose; "
-SWEEP = (
-    COMPOSE
-    + "from sharebasis.sweep.points import expand; [compose(p) for p in expand(sys.argv[1:])]"
-)
+COMPOSE = """
+import sys
+from sharebasis.pipeline.compose import compose_settings
+from sharebasis.sweep.points import expand
+[compose_settings(point) for point in expand(sys.argv[1:])]
+"""
 SHELL = re.compile("&&|^PYTHONPATH=")
 """In commands that are listed, and not tried."""
 EXAMPLES = "extending.md"
@@ -71,21 +72,20 @@ def trial(command: str) -> list[str] | None:
             return ["make", "--dry-run", *words[1:]]
         case ["dvc", "exp", "run", *rest]:
             overrides = [value for flag, value in pairwise(rest) if flag == "-S"]
-            return [python, "-c", SWEEP, *overrides] if overrides else None
+            return [python, "-c", COMPOSE, *overrides] if overrides else None
         case ["dvc", "repro", stage]:
             return [python, "-m", "dvc", "dag", stage]
         case ["python", "-m", "sharebasis.sweep", *rest]:
-            overrides = [word for word in rest if word != "-m"]
-            return [python, "-c", SWEEP, *overrides]
+            return [python, "-c", COMPOSE, *(word for word in rest if word != "-m")]
         case ["python", "-m", "sharebasis.params", *_]:
             return [python, *words[1:]]
         case ["python", "-m", "pytest", *_]:
             return [python, *words[1:], "--collect-only", "-q", "-p", "no:cacheprovider"]
         case ["python", "-m", *_]:
             return [python, *words[1:], "--help"]
-        case ["python", script, *rest] if script.startswith("benchmarks/"):
-            return [python, script, *rest, "--help"]
-        case ["python", script, *_]:
+        case ["python", script, *rest]:
+            if (ROOT / script).exists() and "argparse" in (ROOT / script).read_text():
+                return [python, script, *rest, "--help"]
             return [python, "-m", "py_compile", script]
     return None
 
@@ -99,21 +99,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as clone:
         if arguments.run:
             subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-        environment = {**environ, "PYTHONPATH": f"{clone}/src", "OMP_NUM_THREADS": "1"}
+        environment = {**environ, "PYTHONPATH": f"{clone}/src"}
         for page, command in listed:
-            to_try = arguments.run and page.name != EXAMPLES
-            tried = trial(command) if to_try else None
-            verdict = "" if tried is None else "ok    "
+            tried = trial(command) if arguments.run and page.name != EXAMPLES else None
+            verdict, where = "", f"{page.relative_to(ROOT)}: {command}"
             if tried is not None:
                 run = subprocess.run(
                     tried, cwd=clone, env=environment, capture_output=True, text=True
                 )
-                if run.returncode:
-                    verdict = "FAILED"
-                    faults.append(
-                        f"{page.relative_to(ROOT)}: {command}\n{run.stderr.strip()[-500:]}"
-                    )
-            print(f"{verdict:7}{page.relative_to(ROOT)}: {command}", flush=True)
+                verdict = "FAILED" if run.returncode else "ok"
+                faults += [f"{where}\n{run.stderr.strip()[-500:]}"] if run.returncode else []
+            print(f"{verdict:7}{where}", flush=True)
     sys.exit("\n".join(faults) or 0)
 
 
