@@ -33,12 +33,14 @@ windows = read_windows(
 )
 
 # 1. Who makes the error?
-found = attribute(original, compressed, windows)
-heads = [one for one in found.ranked("kl") if one.head is not None]
-print(f"KL(original || compressed) = {found.whole['kl']:.4f} nats. The heads that make most of it:")
-for one in heads[:4]:
-    made, passed_on = 1e3 * one.made["kl"], 1e3 * one.passed_on["kl"]
-    print(f"  {one.label:6} makes {made:5.2f}, passes on {passed_on:5.2f} thousandths of a nat")
+attribution = attribute(original, compressed, windows)
+heads = [component for component in attribution.ranked("kl") if component.head is not None]
+print(f"KL(original || compressed) = {attribution.whole['kl']:.4f} nats.", end=" ")
+print("The heads that make most of it:")
+for component in heads[:4]:
+    made, passed_on = 1e3 * component.made["kl"], 1e3 * component.passed_on["kl"]
+    print(f"  {component.label:6} makes {made:5.2f}, passes on {passed_on:5.2f}", end=" ")
+    print("thousandths of a nat")
 layer, head = heads[0].layer, heads[0].head
 assert layer is not None
 assert head is not None
@@ -52,8 +54,8 @@ def cost(names: tuple[str, ...], layer: int, head: int) -> float:
     views, others = head_views(patched)[layer], head_views(compressed)[layer]
     for name in names:
         weight, other = getattr(views, name), getattr(others, name)
-        own = head * len(weight) // len(views.W_O)  # queries share keys and values
-        weight[own] = other[own]
+        row = head * len(weight) // len(views.W_O)  # queries share keys and values
+        weight[row] = other[row]
     return compare(original, {"": patched}, windows[:2], batch=2)[""].kl_mean
 
 
@@ -69,10 +71,10 @@ print(f"  {' '.join(MATRICES):16} {1e3 * middle_cost:5.2f} thousandths of a nat"
 
 # 3. Where does it go wrong? The head on the original's stream, token by token.
 names = ["z", "resid_pre", "resid_mid"]
-_, old = Observer(original)(windows, names)
-_, made = Observer(compressed)(windows, names, forced=old)
-error = (made["result", layer] - old["result", layer])[:, :, head].norm(dim=-1)
-size = old["result", layer][:, :, head].norm(dim=-1)
+_, cache = Observer(original)(windows, names)
+_, forced = Observer(compressed)(windows, names, forced=cache)
+error = (forced["result", layer] - cache["result", layer])[:, :, head].norm(dim=-1)
+size = cache["result", layer][:, :, head].norm(dim=-1)
 share = (error / size).mean()
 print(f"\n|error of {heads[0].label}| / |what it adds|, mean over tokens: {share:.2f}")
 print("The tokens at which its error is largest, with what stands before them:")
