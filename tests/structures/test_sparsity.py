@@ -15,8 +15,6 @@ import pytest
 import torch
 from calibrated import AUTO, Calibrate, Calibrated, fit_settings, maker, tokens
 from conftest import MakeDirectory, MakeSettings
-from hypothesis import given
-from hypothesis import strategies as st
 from propagating import AUTO as PROPAGATING
 from propagating import Case, MakeCase, n_stored
 from propagating import maker as case_maker
@@ -28,21 +26,11 @@ from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
-from sharebasis.errors import BudgetError, CalibrationError, SettingsError, StateError
-from sharebasis.forms.mask import n_kept, pack, unpack, whole
-from sharebasis.forms.mask import n_stored as n_with_mask
-from sharebasis.forms.share_linear import ShareLinear, State
+from sharebasis.errors import BudgetError, SettingsError
+from sharebasis.forms.mask import n_kept
+from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
-from sharebasis.linalg.moments import Moment
-from sharebasis.linalg.optimal_brain_surgeon import (
-    Eliminator,
-    Sparsities,
-    loss_of,
-    measure,
-    refit,
-    sparsify,
-)
 from sharebasis.model.hub import load_model
 from sharebasis.model.surgery import weight_of
 from sharebasis.pipeline.compose import compose_settings
@@ -61,220 +49,6 @@ CPU = torch.device("cpu")
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _moment(d: int, seed: int, n: int = 200) -> Moment:
-    """Of inputs that are correlated and of different sizes."""
-    scale = torch.logspace(0, -1, d, dtype=torch.float64)
-    x = _random(n, d, seed=seed) @ _random(d, d, seed=seed + 1) * scale
-    return Moment(x.T @ x, x.sum(0), n, "site")
-
-
-# Which entries go, and what the others become
-
-
-def test_what_it_costs_to_let_one_entry_go() -> None:
-    """G_ii w² over what is left of the inverse once the columns left of it are settled."""
-    weight, inputs, gradient = _random(6, 5), _moment(5, 1), _moment(6, 7)
-    eliminator = Eliminator(weight, inputs, gradient)
-    rows = gradient.second.diagonal()[:, None] * weight**2
-    for j in range(5):
-        precision = torch.linalg.inv(inputs.second[j:, j:])[0, 0]
-        found = eliminator.typical[:, j].double()
-        torch.testing.assert_close(found, rows[:, j] / precision, rtol=1e-4, atol=0)
-    least = eliminator.typical.min().item()
-    assert eliminator.at(0.99 * least).kept.all()
-    assert torch.equal(eliminator.at(0.0).weight, weight.float())
-
-
-def test_what_goes_at_a_price_costs_what_it_says() -> None:
-    """With a diagonal G, rows have nothing to do with each other: the sum is the loss."""
-    weight, inputs = _random(8, 12), _moment(12, 3)
-    gradient = _moment(8, 5).diagonal()
-    eliminator = Eliminator(weight, inputs, gradient)
-    price = eliminator.typical.median().item()
-    sweep = eliminator.at(price)
-    assert 0.2 < sweep.kept.double().mean() < 0.8
-    assert (sweep.worth[sweep.kept] >= price).all()
-    assert (sweep.worth[~sweep.kept] < price).all()
-    told = sweep.worth[~sweep.kept].double().sum().item()
-    assert told == pytest.approx(loss_of(weight, sweep.weight, inputs, gradient), rel=1e-4)
-    assert told == pytest.approx(eliminator.loss(sweep.weight), rel=1e-3)
-
-
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_values_are_those_of_least_loss(two_sided: bool) -> None:
-    """By the normal equations of the entries that there are."""
-    weight, inputs = _random(4, 5), _moment(5, 2)
-    gradient = _moment(4, 9) if two_sided else None
-    kept = torch.zeros(4, 5, dtype=torch.bool)
-    kept.flatten()[torch.randperm(20, generator=torch.Generator().manual_seed(3))[:10]] = True
-    outer = torch.eye(4, dtype=torch.float64) if gradient is None else gradient.second
-    metric = torch.kron(outer, inputs.second)
-    own = kept.flatten()
-    values = torch.linalg.solve(metric[own][:, own], (metric @ weight.flatten())[own])
-    expected = torch.zeros(20, dtype=torch.float64).masked_scatter(own, values).view(4, 5)
-    found = refit(weight, torch.where(kept, weight, 0.0), kept, inputs, gradient)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    assert (found[~kept] == 0).all()
-
-
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_refitted_values_lose_less_and_the_loss_told_is_the_loss(two_sided: bool) -> None:
-    weight, inputs = _random(30, 40), _moment(40, 2)
-    gradient = _moment(30, 9) if two_sided else None
-    points = measure(weight, inputs, gradient)
-    assert points is not None
-    for n in range(1150, round(1200 * (1 - points.removed[-1])), -150):
-        found = sparsify(weight, inputs, gradient, n, points.price_at(1 - n / 1200))
-        assert found.kept.sum() == n
-        assert (found.weight[~found.kept] == 0).all()
-        error = weight - found.weight
-        weighed = error if gradient is None else gradient.second @ error
-        loss = (weighed @ inputs.second * error).sum().item()
-        assert found.loss == pytest.approx(loss, rel=1e-6)
-        assert found.loss < 1.5 * points.loss_at(torch.tensor([1 - n / 1200]).double()).item()
-    eliminator = Eliminator(weight, inputs, gradient)
-    for price in points.prices:
-        sweep = eliminator.at(price)
-        refitted = eliminator.refit(sweep, sweep.kept)
-        assert eliminator.loss(refitted) < 0.97 * eliminator.loss(sweep.weight)
-    # Where they were measured refitted, if by fewer steps.
-    removed, told, price = points.removed[1], points.losses[1], points.prices[1]
-    found = sparsify(weight, inputs, gradient, round(1200 * (1 - removed)), price)
-    assert 0.5 * told < found.loss <= told
-
-
-@pytest.mark.parametrize(("steps", "zeros"), [(1000, 0), (8, 0.05), (3.3, 0.13), (0.75, 0.5)])
-def test_what_is_told_is_near_what_is_lost_however_many_entries_are_zero(
-    steps: float, zeros: float
-) -> None:
-    """Between the prices that are looked at, too. Zeros are those of quantized weights."""
-    weight = (steps * _random(64, 96)).round() / steps
-    assert (weight == 0).double().mean().item() == pytest.approx(zeros, abs=0.01)
-    moments = []
-    for seed, d in ((4, 96), (6, 64)):
-        mixed = torch.eye(d, dtype=torch.float64) + 0.1 * _random(d, d, seed=seed + 1)
-        x = _random(400, d, seed=seed) @ mixed
-        moments.append(Moment(x.T @ x, x.sum(0), 400, "site"))
-    points = measure(weight, *moments)
-    assert points is not None
-    first, last = max(points.removed[0], zeros + 0.01), points.removed[-1]
-    assert first < zeros + 0.07
-    assert last > 0.7
-    for removed in torch.linspace(first, last, 14, dtype=torch.float64).tolist():
-        n = round((1 - removed) * weight.numel())
-        lost = sparsify(weight, *moments, n, points.price_at(removed)).loss
-        told = points.loss_at(torch.tensor([removed], dtype=torch.float64)).item()
-        assert 0.5 < told / lost < 6
-
-
-def test_losses_are_told_where_inputs_are_fewer_than_their_width() -> None:
-    """C has no inverse but by the ridge, and float32 sees losses below zero."""
-    for seed in range(20):
-        points = measure(_random(30, 40, seed=seed), _moment(40, seed, n=12), _moment(30, 9))
-        if points is not None:
-            every = torch.linspace(points.removed[0], points.removed[-1], 9, dtype=torch.float64)
-            losses = points.loss_at(every)
-            assert losses.isfinite().all()
-            assert (losses > 0).all()
-
-
-def test_more_entries_lose_less() -> None:
-    weight, inputs, gradient = _random(20, 30), _moment(30, 2), _moment(20, 9)
-    points = measure(weight, inputs, gradient)
-    assert points is not None
-    for own in (points.removed, points.losses, points.prices):
-        assert list(own) == sorted(set(own))
-    losses = [
-        sparsify(weight, inputs, gradient, n, points.price_at(1 - n / 600)).loss
-        for n in range(round(600 * (1 - points.removed[-1])), 600, 50)
-    ]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_zeros_go_and_nothing_is_lost() -> None:
-    planted = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) < 0.5
-    weight = torch.where(planted, _random(20, 30), 0.0)
-    found = sparsify(weight, _moment(30, 2), _moment(20, 9), int(planted.sum()), 1e-12)
-    assert torch.equal(found.kept, planted)
-    torch.testing.assert_close(found.weight, weight, rtol=1e-4, atol=1e-4)
-
-
-def test_of_an_input_that_is_there_twice_one_is_enough() -> None:
-    x = _random(200, 6, seed=4)
-    x = torch.cat([x, x], dim=1)
-    inputs, weight = Moment(x.T @ x, x.sum(0), 200, "site"), _random(8, 12)
-    found = sparsify(weight, inputs, None, 48, 1e-9)
-    scale = loss_of(weight, torch.zeros_like(weight), inputs, None)
-    assert loss_of(weight, found.weight, inputs, None) < 1e-5 * scale
-
-
-def test_rows_that_nobody_hears_go_first() -> None:
-    weight, gradient = _random(6, 10), _moment(6, 9)
-    deaf = torch.tensor([1, 4])
-    gradient.total[deaf] = gradient.total[:, deaf] = 0
-    found = sparsify(weight, _moment(10, 2), gradient, 40, 1e-9)
-    assert not found.kept[deaf].any()
-    assert found.loss < 1e-6
-
-
-def test_an_input_that_never_comes_takes_its_column_along() -> None:
-    inputs = _moment(10, 2)
-    inputs.total[3] = inputs.total[:, 3] = 0
-    found = sparsify(_random(6, 10), inputs, None, 54, 1e-9)
-    assert not found.kept[:, 3].any()
-
-
-def test_a_weight_of_zeros_has_nothing_to_offer() -> None:
-    assert measure(torch.zeros(6, 10), _moment(10, 2), None) is None
-
-
-def test_a_moment_that_is_none_says_which() -> None:
-    broken = Moment(-torch.eye(5, dtype=torch.float64), torch.zeros(5).double(), 3, "h.1.mlp")
-    with pytest.raises(CalibrationError, match=r"h\.1\.mlp has no inverse"):
-        Eliminator(_random(4, 5), broken, None)
-
-
-# How they are stored
-
-
-@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 100))
-def test_masks_are_what_was_packed(d_out: int, d_in: int, seed: int) -> None:
-    kept = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = pack(kept)
-    assert torch.equal(unpack(packed, (d_out, d_in)), kept)
-    n = int(kept.sum())
-    assert n_with_mask(n, kept.numel()) == n + len(packed) == n + math.ceil(d_out * d_in / 16)
-    assert n_kept(n + len(packed), kept.numel()) == n
-    weight = torch.where(kept, torch.arange(1.0, 1 + kept.numel()).view_as(kept), 0.0)
-    assert torch.equal(whole(weight[kept], kept), weight)
-
-
-def test_the_first_entries_are_in_the_lowest_bits() -> None:
-    kept = torch.zeros(2, 10, dtype=torch.bool)
-    kept[0, 0] = kept[0, 4] = kept[1, 9] = True
-    assert pack(kept).tolist() == [0b10001, 0b1000]
-
-
-def test_a_module_says_what_the_weight_says_and_knows_what_is_there() -> None:
-    kept = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
-    weight = torch.where(kept, _random(5, 7).float(), 0.0)
-    linear, x = ShareLinear(torch.empty(5, 7, device="meta")), _random(3, 7).float()
-    linear.leave_out(weight[kept], pack(kept))
-    assert linear.state is State.COMPRESSED
-    assert linear.kept is not None
-    assert torch.equal(linear.kept, kept)
-    torch.testing.assert_close(linear(x), x @ weight.T)
-    assert torch.equal(linear.dense(), weight)
-    with pytest.raises(StateError, match="cannot become compressed"):
-        linear.leave_out(weight[kept], pack(kept))
-
-
-def test_a_mask_of_other_values_is_told() -> None:
-    kept = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(StateError, match="6 entries does not go with 5 values"):
-        ShareLinear(torch.empty(2, 3)).leave_out(torch.ones(5), pack(kept))
 
 
 # From the moments to a model
@@ -460,13 +234,6 @@ def test_a_curve_says_what_is_stored_and_weighs_its_loss(
     assert math.isinf(once.loss[-1])
 
 
-def test_between_measured_points_a_loss_is_a_power() -> None:
-    points = Sparsities((0.1, 0.2, 0.4), (1.0, 8.0, 16.0), (1.0, 4.0, 16.0))
-    removed = torch.tensor([0.1, 0.1 * math.sqrt(2), 0.2, 0.2 * math.sqrt(2)]).double()
-    assert points.loss_at(removed).tolist() == pytest.approx([1, 8**0.5, 8, 8 * 2**0.5])
-    assert points.price_at(0.1 * math.sqrt(2)) == pytest.approx(2)
-
-
 @pytest.mark.parametrize("fit", ["svd", "asvd"])
 def test_a_method_that_does_not_look_at_correlations_does_not_offer_it(fit: str) -> None:
     overrides = [f"fit={fit}", "fit.structures=[private,sparse]", "fit.allocation=global"]
@@ -534,16 +301,6 @@ def test_loading_asks_for_the_memory_that_whole_weights_take(
     tensors = [*model.parameters(), *(own for own in model.buffers() if own.dtype == torch.int16)]
     assert sum(isinstance(own, nn.Parameter) for own in tensors) < len(tensors)
     assert asked == [sum(own.nbytes for own in tensors)]
-
-
-def test_gradients_that_vanish_leave_finite_values() -> None:
-    """Their squares are next to what float32 can tell from zero, or below."""
-    for power in range(0, 40, 2):
-        inputs, gradient = _moment(12, 2), _moment(8, 9)
-        tiny = replace(gradient, total=gradient.total * 10.0**-power)
-        weight, kept = _random(8, 12), torch.rand(8, 12) < 0.5
-        found = refit(weight, torch.where(kept, weight, 0.0), kept, inputs, tiny)
-        assert found.isfinite().all()
 
 
 def test_an_update_leaves_zeros_where_they_are() -> None:
