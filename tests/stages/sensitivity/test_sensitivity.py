@@ -1,13 +1,12 @@
-"""What is measured is what theory and another road say, and what the allocation makes of it."""
+"""What is measured is what theory and another road say."""
 
 from __future__ import annotations
 
 import json
 import math
 import runpy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,105 +14,41 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, REPOSITORY, MakeDirectory, MakeSettings, contents, with_changes
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import CORPUS, REPOSITORY, MakeDirectory, MakeSettings, with_changes
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from sensing import (
+    AUTO,
+    CPU,
+    PROBES,
+    STRUCTURES,
+    WINDOWS,
+    Case,
+    MakeCase,
+    decomposed_case,
+    logits_of,
+)
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.allocation.lagrangian import allocate
 from sharebasis.allocation.loss_weights import group_weight, weigh
-from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.architecture.parts import split_selected
-from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import linears_by_tensor, load_compressed
-from sharebasis.config.analyse import SensitivitySettings
-from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
-from sharebasis.errors import CalibrationError
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record, save_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_model
-from sharebasis.model.late_start import LateStart
 from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.attribute.error_attribution import attribute
 from sharebasis.stages.calibrate.calibrate import calibrate
 from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.stages.fit.fit import fit
-from sharebasis.stages.fit.metrics import fit_metrics
-from sharebasis.stages.sensitivity.corrections import Cell, cells_of, corrections
-from sharebasis.stages.sensitivity.draft import Draft, compressed, draft, wrap_parts
+from sharebasis.stages.sensitivity.corrections import cells_of
+from sharebasis.stages.sensitivity.draft import compressed, wrap_parts
 from sharebasis.stages.sensitivity.measure import measure_sensitivity
 from sharebasis.stages.sensitivity.probes import probe
-from sharebasis.structures.curve import Curve
-
-CPU = torch.device("cpu")
-WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))
-PROBES = SensitivitySettings("probes", 0.3, 3, 3, 24, 2, 1e6)
-AUTO = {
-    "fit.method": "auto",
-    "fit.group_size": 1,
-    "fit.shared": [],
-    "fit.two_sided": True,
-    "fit.allocation": "global",
-    "fit.storage": "interpolative",
-    "fit.removed": 0.3,
-}
-
-STRUCTURES = {
-    "private": {},
-    "narrowed": {"fit.structures": ["private", "narrowed"], "fit.removed": 0.5},
-    "sparse": {"fit.structures": ["private", "sparse"]},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small model, decomposed."""
-
-    family: str
-    weights: Path
-    spectra: Path
-    fit: FitSettings
-    moments: MomentStore | None = None
-    """For structures that are offered."""
-
-    def load(self) -> PreTrainedModel:
-        return load_model(self.weights, "float32", CPU)
-
-    @property
-    def found(self) -> Classification:
-        return classify_model(self.load())
-
-    def measure(
-        self, own: SensitivitySettings = PROBES, removed: float | None = None, **changes: Any
-    ) -> Sensitivity:
-        own, budget = (
-            replace(own, removed=removed or self.fit.removed),
-            replace(self.fit, **changes),
-        )
-        models = self.weights, self.spectra, self.moments, self.found
-        windows = WINDOWS[: own.windows]
-        return measure_sensitivity(*models, windows, own, budget, "float32", self.scratch, CPU)
-
-    @property
-    def scratch(self) -> Path:
-        return self.spectra.parent / "draft"
-
-    @contextmanager
-    def draft(self) -> Iterator[Draft]:
-        with draft(self.weights, self.spectra, self.moments, self.fit, self.scratch, CPU) as plan:
-            yield plan
-        assert not self.scratch.exists()
-
-
-MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -136,34 +71,11 @@ def make_case(
 ) -> MakeCase:
     def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
         target = tmp_path_factory.mktemp("case")
-        return _case(family, structure, split, make_directory(family), target, make_settings)
+        return decomposed_case(
+            family, structure, split, make_directory(family), target, make_settings
+        )
 
     return make
-
-
-def _case(
-    family: str,
-    structure: str,
-    split: SplitStrategy,
-    weights: Path,
-    target: Path,
-    make_settings: MakeSettings,
-) -> Case:
-    model = load_model(weights, "float32", CPU)
-    found = classify_model(model)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    write_moments(
-        target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint, "text")
-    )
-    own = make_settings({**AUTO, **STRUCTURES[structure]}).fit
-    parts, moments = split_selected(found, split), MomentStore(target / "moments")
-    decompose(weights, parts, moments, own, target / "spectra", CPU)
-    return Case(family, weights, target / "spectra", own, moments)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, windows: Tensor = WINDOWS[:3]) -> Tensor:
-    return model(input_ids=windows).logits[:, :-1]
 
 
 # What is measured
@@ -172,7 +84,7 @@ def _logits(model: nn.Module, windows: Tensor = WINDOWS[:3]) -> Tensor:
 def _divergence_of(case: Case, directory: Path, groups: Sequence[int]) -> float:
     """By torch's own divergence, from a model whose weights are written over by hand."""
     model = case.load()
-    original, small = _logits(model), load_compressed(directory)
+    original, small = logits_of(model), load_compressed(directory)
     index = load_record(directory / INDEX_FILE, CompressedIndex)
     linears = linears_by_tensor(small, index)
     with torch.no_grad():
@@ -188,7 +100,7 @@ def _divergence_of(case: Case, directory: Path, groups: Sequence[int]) -> float:
                 weight[:, columns[0]] = new
             else:
                 weight[kept[0] if kept else part.rows.numbers] = new
-    p, q = (x.flatten(0, 1).double().log_softmax(-1) for x in (original, _logits(model)))
+    p, q = (x.flatten(0, 1).double().log_softmax(-1) for x in (original, logits_of(model)))
     return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
 
 
@@ -207,7 +119,7 @@ def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(
     assert max(expected) > 1e-3
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     # Afterwards it is the model that it was.
-    assert torch.equal(_logits(model), _logits(case.load()))
+    assert torch.equal(logits_of(model), logits_of(case.load()))
     assert all(torch.equal(before[name], own) for name, own in case.load().state_dict().items())
 
 
@@ -220,10 +132,10 @@ def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_
     assert bool(masks) == ("sparse" in case.fit.structures)
     linears = wrap_parts(model, Spectra(case.spectra))
     with case.draft() as plan, compressed(linears, plan, range(len(plan.groups))):
-        found = _logits(model)
-    wanted = _logits(load_compressed(tmp_path / "small"))
+        found = logits_of(model)
+    wanted = logits_of(load_compressed(tmp_path / "small"))
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
-    assert (_logits(model) - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    assert (logits_of(model) - wanted).abs().max() > 1e-2 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("split", ["none", "qkv"])
@@ -322,158 +234,6 @@ def test_attribution_counts_every_part_once_and_measures_what_attribute_says(cas
     assert sum(one.n_groups for one in found.cells) == len(plan.groups)
     assert {part.name for group in plan.groups for part in group.parts} == set(found.parts)
     assert sum(one.predicted for one in found.cells) == pytest.approx(sum(plan.losses) / 2)
-
-
-# Starting a pass later
-
-
-def test_a_pass_can_start_at_every_block_of_a_plain_stack(case: Case) -> None:
-    model = case.load()
-    late = LateStart(model, case.found.blocks)
-    assert late.exact({0, 1, 2}, lambda: _logits(model)) == {1, 2}
-    whole, outputs = late.record({1, 2}, lambda: _logits(model))
-    with late.start_at(2, outputs):  # the first blocks do not run, whatever they are given
-        assert torch.equal(_logits(model, WINDOWS[3:6]), whole)
-    assert torch.equal(_logits(model), whole)
-    assert not torch.equal(_logits(model, WINDOWS[3:6]), whole)
-
-
-class _Remembering(nn.Module):
-    """A block that leaves something for a later one."""
-
-    def __init__(self, asks: bool) -> None:
-        super().__init__()
-        self.linear, self.asks = nn.Linear(4, 4), asks
-
-    def forward(self, x: Tensor, memory: dict[str, Tensor]) -> Tensor:
-        y: Tensor = self.linear(x) + (memory["first"] if self.asks else 0)
-        memory.setdefault("first", y)
-        return y
-
-
-def test_no_pass_starts_where_a_later_block_asks_for_what_an_earlier_one_left() -> None:
-    blocks = nn.ModuleList([_Remembering(i == 2) for i in range(4)])
-    x = torch.randn(2, 4)
-
-    def run() -> Tensor:
-        memory: dict[str, Tensor] = {}
-        y = x
-        for block in blocks:
-            y = block(y, memory)
-        return y
-
-    late = LateStart(blocks, {i: str(i) for i in range(4)})
-    assert late.exact({1, 2, 3}, run) == {3}
-    assert torch.equal(run(), run())
-
-
-# From losses to weights
-
-
-def _cells(n: int) -> list[Cell]:
-    return [Cell("q", (i, i), (i,)) for i in range(n)]
-
-
-def test_weights_are_ratios_to_the_ratio_of_the_sums() -> None:
-    losses, ratio = corrections(_cells(3), [1.0, 2.0, 1.0], [1.0, 1.0, 4.0], 100.0)
-    assert ratio == 1.5
-    assert [one.weight for one in losses] == pytest.approx([1 / 1.5, 0.5 / 1.5, 4 / 1.5])
-
-
-def test_weights_are_clipped_and_a_cell_that_loses_nothing_has_weight_1() -> None:
-    losses, ratio = corrections(_cells(4), [1.0, 1.0, 0.0, 8.0], [100.0, -1.0, 3.0, 8.0], 4.0)
-    assert ratio == 10.7
-    assert [one.weight for one in losses] == pytest.approx([4.0, 0.25, 1.0, 0.25])
-
-
-@pytest.mark.parametrize(
-    ("predicted", "measured"), [([0.0], [1.0]), ([1.0], [0.0]), ([1.0], [math.nan])]
-)
-def test_a_draft_that_loses_nothing_gives_no_weights(
-    predicted: list[float], measured: list[float]
-) -> None:
-    with pytest.raises(CalibrationError, match=r"Raise sensitivity\.removed"):
-        corrections(_cells(1), predicted, measured, 4.0)
-
-
-@pytest.mark.parametrize("runs", [1, 2, 3, 5])
-def test_cells_hold_every_group_once_in_runs_of_neighbours(case: Case, runs: int) -> None:
-    groups = Spectra(case.spectra).groups
-    cells = cells_of(groups, runs, lambda group: group.family)
-    assert sorted(i for cell in cells for i in cell.groups) == list(range(len(groups)))
-    for cell in cells:
-        for i in cell.groups:
-            assert groups[i].family == cell.kind
-            assert cell.layers[0] <= groups[i].parts[0].sublayer.layer <= cell.layers[1]
-    covered = sorted({cell.layers for cell in cells})
-    assert len(covered) == min(runs, 3)
-    assert [layer for a, b in covered for layer in range(a, b + 1)] == [0, 1, 2]
-
-
-# What the allocation makes of them
-
-
-def _ones(case: Case) -> Sensitivity:
-    names = {part.name for group in Spectra(case.spectra).groups for part in group.parts}
-    return replace(UNWEIGHED, by="probes", parts=dict.fromkeys(names, 1.0))
-
-
-def test_weights_of_1_and_none_at_all_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
-    found = []
-    for i, own in enumerate([(), (UNWEIGHED,), (_ones(case),)]):
-        target = tmp_path / str(i)
-        fitted = fit(case.weights, case.spectra, case.fit, target, CPU, None, *own)
-        found.append((contents(target), [one.rank for one in fitted.groups]))
-    assert found[0] == found[1] == found[2]
-
-
-def test_the_allocation_minimises_the_weighed_loss_and_reports_both(
-    case: Case, tmp_path: Path
-) -> None:
-    sensitivity = case.measure(replace(PROBES, clip=4.0))
-    weights = [one.weight for one in sensitivity.cells]
-    assert 0.25 <= min(weights) < 0.9 < 1.1 < max(weights) <= 4
-    metrics = []
-    for own in (UNWEIGHED, sensitivity):
-        fitted = fit(case.weights, case.spectra, case.fit, tmp_path / "compressed", CPU, None, own)
-        metrics.append(fit_metrics(fitted, case.fit))
-    plain, weighed = metrics
-    assert plain["sensitivity"]["by"] == "none"
-    assert plain["sensitivity"]["relative_weighed_loss"] == plain["relative_loss"]
-    assert weighed["sensitivity"]["by"] == "probes"
-    assert weighed["sensitivity"]["max_weight"] == pytest.approx(max(weights))
-    assert weighed["relative_loss"] > plain["relative_loss"]  # that one was the least there is
-    groups, energies = Spectra(case.spectra).groups, Spectra(case.spectra).energies()
-    with case.draft() as unweighed:
-        pairs = zip(unweighed.groups, unweighed.losses, strict=True)
-        of_plain = sum(group_weight(sensitivity, group) * loss for group, loss in pairs)
-    of_plain /= sum(own.sum() for own in weigh(sensitivity, groups, energies))
-    assert weighed["sensitivity"]["relative_weighed_loss"] < of_plain
-    assert load_compressed(tmp_path / "compressed")
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**16),
-    which=st.integers(0, 7),
-    factor=st.floats(1, 50),
-    removed=st.floats(0.1, 0.6),
-)
-def test_a_larger_weight_never_lowers_what_is_kept(
-    seed: int, which: int, factor: float, removed: float
-) -> None:
-    generator = np.random.default_rng(seed)
-    curves = []
-    for i in range(8):
-        energies = np.sort(generator.exponential(size=24))[::-1] * generator.uniform(0.1, 10)
-        ranks = np.arange(1, 25)
-        stored = np.append(ranks * (24 + 40 - ranks) + ranks, 24 * 40)
-        tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
-        curves.append(Curve(str(i), stored, tails))
-    before = allocate(curves, removed)[which]
-    curves[which] = replace(curves[which], loss=factor * curves[which].loss)
-    after = allocate(curves, removed)[which]
-    assert curves[which].stored[after] >= curves[which].stored[before]
 
 
 # The stage
