@@ -90,7 +90,11 @@ SIZES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
 
 
 LONGEST = (
-    "test_sweep.py", "test_families.py", "test_pipeline.py", "test_scripts.py", "test_head_views.py"
+    "test_sweep.py",
+    "test_families.py",
+    "test_pipeline.py",
+    "test_scripts.py",
+    "test_head_views.py",
 )
 
 
