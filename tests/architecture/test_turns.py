@@ -1,4 +1,8 @@
-"""Blocks that take turns are cut where the families' own code puts them."""
+"""Blocks that take turns are cut where the families' own code puts them.
+
+What is expected is written by reshaping the numbers of the rows, as the families' own modelling
+code reshapes what the fused sublayer gives.
+"""
 
 import math
 

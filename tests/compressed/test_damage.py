@@ -108,13 +108,14 @@ def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
 FIT_AND_DIE = """
     import os, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store, tensor_store
-    from sharebasis.fitting import fit
-    from sharebasis.settings import FitSettings
+    from sharebasis.config.fit import FitSettings
+    from sharebasis.io.records import load_record
+    from sharebasis.io.tensor_files import TensorWriter
+    from sharebasis.stages.fit.fit import fit
 
     target = Path(sys.argv[1])
-    settings = store.load_record(target / "fit.json", FitSettings)
-    flush, left = tensor_store.TensorWriter.flush, 3
+    settings = load_record(target / "fit.json", FitSettings)
+    flush, left = TensorWriter.flush, 3
 
     def die(self):
         global left
@@ -123,7 +124,7 @@ FIT_AND_DIE = """
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    tensor_store.TensorWriter.flush = die
+    TensorWriter.flush = die
     device = torch.device("cpu")
     fit(target / "weights", target / "spectra", settings, target / "compressed", device, None)
 """

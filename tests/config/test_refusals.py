@@ -236,8 +236,13 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 def test_every_knob_says_what_it_is() -> None:
-    source = (REPOSITORY / "src/sharebasis/config/schema.py").read_text(encoding="utf-8")
-    sections = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    modules = (REPOSITORY / "src/sharebasis/config").glob("*.py")
+    sections = [
+        node
+        for module in modules
+        for node in ast.parse(module.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
     assert len(sections) > 5
     for section in sections:
         for field, following in itertools.pairwise([*section.body, ast.Pass()]):

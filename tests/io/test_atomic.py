@@ -99,9 +99,9 @@ def test_an_exception_leaves_no_directory_where_there_was_none(tmp_path: Path) -
 WRITE_AND_DIE = """
     import os, signal, sys
     from pathlib import Path
-    from sharebasis import store, tensor_store
+    from sharebasis.io.atomic import writing
 
-    with store.writing(Path(sys.argv[1])) as out:
+    with writing(Path(sys.argv[1])) as out:
         (out / "c.txt").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -124,13 +124,13 @@ def test_a_kill_in_the_middle_leaves_the_old_content_and_the_next_run_succeeds(
 KILL_EVERYWHERE = """
     import json, os, signal, sys
     from pathlib import Path
-    from sharebasis import store, tensor_store
+    from sharebasis.io.atomic import writing
 
     directory = Path(sys.argv[1])
     os.fsync = lambda _: None  # slow, and no matter to a kill that leaves the machine running
 
     def write(text):
-        with store.writing(directory) as out:
+        with writing(directory) as out:
             (out / "one").write_text(text)
             (out / "two").write_text(text)
 
@@ -160,7 +160,7 @@ KILL_EVERYWHERE = """
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         between += not directory.exists()
-        store.recover(directory)
+        recover(directory)
         seen.append(read())
         assert list(directory.parent.iterdir()) == [directory], n
         if status == 0:
@@ -187,19 +187,21 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_content(
 FILL_THE_DISK = """
     import resource, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store, tensor_store
     from sharebasis.errors import StoreError
+    from sharebasis.io.atomic import writing
+    from sharebasis.io.records import write_json
+    from sharebasis.io.tensor_files import TensorWriter
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        with store.writing(Path(sys.argv[1])) as out:
+        with writing(Path(sys.argv[1])) as out:
             if sys.argv[2] == "tensors":
-                writer = tensor_store.TensorWriter(out, "tensors", 10**9)
+                writer = TensorWriter(out, "tensors", 10**9)
                 writer.add("large", torch.zeros(100_000))
                 writer.flush()
             elif sys.argv[2] == "json":
-                store.write_json(out / "large.json", list(range(100_000)))
+                write_json(out / "large.json", list(range(100_000)))
             else:
                 (out / "large").write_bytes(bytes(100_000))
     except StoreError as error:

@@ -11,7 +11,7 @@ SIZE = 256 * 2**20
 
 FAULTS = f"""
 import resource, sys
-from sharebasis.allocator import keep_freed_memory
+from sharebasis.runtime.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 faults = []
@@ -36,7 +36,7 @@ def test_another_c_library_is_left_alone(run_python: RunPython) -> None:
     ran = run_python(
         """
         import ctypes, platform
-        from sharebasis.allocator import keep_freed_memory
+        from sharebasis.runtime.malloc import keep_freed_memory
         platform.libc_ver = lambda: ("", "")
         ctypes.CDLL = None
         assert not keep_freed_memory()

@@ -30,7 +30,7 @@ import json, os, time
 from pathlib import Path
 import yaml
 from sharebasis.errors import BudgetError
-from sharebasis.stage import report_errors
+from sharebasis.pipeline.stage import report_errors
 
 NAME = Path(__file__).stem
 

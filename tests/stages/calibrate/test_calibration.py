@@ -114,11 +114,11 @@ def test_written_moments_are_read_back_bit_for_bit(llama: Path, tmp_path: Path) 
 CALIBRATE_AND_DIE = """
     import json, os, signal, sys, torch
     from pathlib import Path
-    from sharebasis import store
-    from sharebasis.calibration import calibrate
-    from sharebasis.checkpoint import Checkpoint
-    from sharebasis.hub import load_model
-    from sharebasis.sublayer import Classification
+    from sharebasis.architecture.sublayers import Classification
+    from sharebasis.io.checkpoint import Checkpoint
+    from sharebasis.io.records import load_record
+    from sharebasis.model.hub import load_model
+    from sharebasis.stages.calibrate.calibrate import calibrate
 
     torch.set_num_threads(1)
     weights, directory, record, windows, passes = sys.argv[1:]
@@ -133,7 +133,7 @@ CALIBRATE_AND_DIE = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     model.base_model.register_forward_pre_hook(die)
-    selected = store.load_record(Path(record), Classification).selected
+    selected = load_record(Path(record), Classification).selected
     calibrate(model, selected, windows, 2, Checkpoint(Path(directory), {"run": 1}, 1e-9))
 """
 
