@@ -124,7 +124,7 @@ def test_a_kill_in_the_middle_leaves_the_old_content_and_the_next_run_succeeds(
 KILL_EVERYWHERE = """
     import json, os, signal, sys
     from pathlib import Path
-    from sharebasis.io.atomic import writing
+    from sharebasis.io.atomic import recover, writing
 
     directory = Path(sys.argv[1])
     os.fsync = lambda _: None  # slow, and no matter to a kill that leaves the machine running
