@@ -89,7 +89,13 @@ SIZES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
 """A small config of every family, by name."""
 
 
-LONGEST = ("test_sweep.py", "test_families.py", "test_head_views.py", "test_pipeline.py")
+LONGEST = (
+    "test_sweep.py",
+    "test_families.py",
+    "test_pipeline.py",
+    "test_scripts.py",
+    "test_head_views.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

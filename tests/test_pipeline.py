@@ -2,74 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-import os
-import runpy
-import shutil
-import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import (
-    CORPUS,
-    REPOSITORY,
-    MakeDirectory,
-    MakeSettings,
-    RunPython,
-    contents,
-    fit_at_once,
-    small_config,
-    with_changes,
-)
-from low_rank_fits import fit_rank
-from safetensors.torch import load_file, save_file
+from compressing import CALIBRATION, SHARE, Run, compress
+from conftest import MakeDirectory, MakeSettings
+from sharebasis.linalg.factorize import fit_read_basis
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis import load_compressed
 from sharebasis.architecture.families import ARCHITECTURES
-from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
-from sharebasis.architecture.sublayers import Classification
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex
-from sharebasis.config.fit import FitSettings
-from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
+from sharebasis.architecture.parts import rows_by_sublayer
+from sharebasis.compressed.index import INDEX_FILE
 from sharebasis.forms.share_linear import ShareLinear, State
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.manifest import MANIFEST
-from sharebasis.io.records import load_record, save_record
 from sharebasis.linalg.moments import Moment
 from sharebasis.linalg.rows import Rows
 from sharebasis.model import surgery
-from sharebasis.model.classify import classify_model
-from sharebasis.model.experts import unstack
-from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.store import MomentStore, write_moments
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.extract.extract import extract
-from sharebasis.stages.extract.sources import find_source
-from sharebasis.stages.fit.fit import fit
-from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
 from sharebasis.stages.verify.verify import compare, continuations, lossless_difference
 
-CPU = torch.device("cpu")
-CALIBRATION = torch.randint(288, (12, 32), generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(288, (3, 24), generator=torch.Generator().manual_seed(2))
 
-SHARE = {"fit.method": "basis_sharing", "fit.group_size": 2}
 ALONE = {"fit.group_size": 1, "fit.shared": []}
 SVD, SVD_LLM = {"fit.method": "svd", **ALONE}, {"fit.method": "svd_llm", **ALONE}
 
@@ -98,85 +56,6 @@ MIXTRAL = {f"self_attn_{x}_proj" for x in "qkvo"} | {"mlp_experts_gate_up_proj"}
 MIXTRAL |= {"mlp_experts_down_proj"}
 
 
-@dataclass
-class Run:
-    """A model and all that the pipeline made of it."""
-
-    weights: Path
-    compressed: Path
-    classification: Classification
-    parts: Sequence[Part]
-    settings: FitSettings
-    fitted: FittedModel
-    moments: Path
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        return fit_metrics(self.fitted, self.settings)
-
-    @cached_property
-    def index(self) -> CompressedIndex:
-        return load_record(self.compressed / INDEX_FILE, CompressedIndex)
-
-    @cached_property
-    def stored(self) -> dict[str, Tensor]:
-        """Every tensor of the compressed directory; a name in two files is an error."""
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(self.compressed.glob("*.safetensors")):
-            own = load_file(file)
-            assert not tensors.keys() & own.keys()
-            tensors |= own
-        return tensors
-
-    def factors(self) -> set[str]:
-        """Names of the bases and coefficients."""
-        coefficients = {part.coefficient for group in self.index.groups for part in group.parts}
-        return coefficients | {group.basis for group in self.index.groups}
-
-    def dense(self) -> PreTrainedModel:
-        model = load_model(self.weights, "float32", CPU)
-        unstack(model)
-        return model
-
-    def dense_rows(self, model: PreTrainedModel, sublayer: str, rows: Rows) -> Tensor:
-        """A view of rows of the (d_out, d_in) weight, whatever way round it is stored."""
-        module = model.get_submodule(sublayer)
-        assert isinstance(module.weight, Tensor)
-        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-        return rows.take(weight)
-
-    def product(self, group: CompressedGroup) -> Tensor:
-        """The dense rows that a group's factors stand for, stacked."""
-        coefficients = [self.stored[part.coefficient].double() for part in group.parts]
-        return torch.cat(coefficients) @ self.stored[group.basis].double()
-
-
-def compress(
-    source: Path, target: Path, strategy: str, settings: FitSettings, shard_bytes: int = 20_000
-) -> Run:
-    """Every stage of the pipeline but `verify`, by the functions that the scripts call."""
-    weights = target / "weights"
-    extract(find_source(str(source)), weights)
-    config = load_config(weights)
-    classification = classify_model(meta_model(config))
-    model = load_model(weights, "float32", CPU)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    sites, sums = calibrate(model, classification.selected, CALIBRATION, 4, checkpoint)
-    write_moments(target / "moments", sites, sums)
-    parts = split_selected(classification, strategy)  # type: ignore[arg-type]
-    moments = MomentStore(target / "moments")
-    fitted = fit_at_once(weights, parts, moments, settings, target / "compressed")
-    return Run(
-        weights,
-        target / "compressed",
-        classification,
-        parts,
-        settings,
-        fitted,
-        target / "moments",
-    )
-
-
 @pytest.fixture(scope="module", params=CASES)
 def run(
     request: pytest.FixtureRequest,
@@ -190,13 +69,6 @@ def run(
     return compress(
         make_directory(family), tmp_path_factory.mktemp("artifacts"), strategy, settings
     )
-
-
-@pytest.fixture
-def llama_run(llama_directory: Path, make_settings: MakeSettings, tmp_path: Path) -> Run:
-    """A llama of its own, to be damaged."""
-    settings = make_settings({**SHARE, "fit.shard_bytes": 20_000}).fit
-    return compress(llama_directory, tmp_path, "none", settings)
 
 
 @torch.no_grad()
@@ -361,7 +233,7 @@ def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(r
         own = {part.sublayer: moments[part.sublayer] for part in group.parts}.values()
         pooled = sum(one.total for one in own) / sum(one.n_tokens for one in own)
         moment = Moment(pooled, torch.zeros(len(pooled)).double(), 1, "pooled")
-        factors = fit_rank(weights, moment if whitened else None, group.rank)
+        factors = fit_read_basis(weights, moment if whitened else None, group.rank)
         expected = torch.cat(factors.coefficients) @ factors.basis
         product = run.product(group)
         assert _close(product, expected, 1e-4), group.name
@@ -443,7 +315,7 @@ def test_half_precision_weights_become_half_precision_factors(
     for group in run.index.groups:
         (part,) = group.parts
         weight = run.dense_rows(model, part.sublayer, part.rows)
-        factors = fit_rank([weight], None, group.rank)
+        factors = fit_read_basis([weight], None, group.rank)
         expected = factors.coefficients[0] @ factors.basis
         assert _close(run.product(group), expected, 4 * torch.finfo(torch.bfloat16).eps)
 
@@ -492,249 +364,3 @@ def test_continuations_of_equal_models_are_equal(
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
     expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert texts == {"one": expected, "other": expected}
-
-
-# Damage
-
-
-def _shard_of(run: Run, ending: str) -> Path:
-    name = next(name for name in run.index.files if name.endswith(ending))
-    return run.compressed / run.index.files[name]
-
-
-def _forget_a_tensor(run: Run) -> None:
-    path = run.compressed / INDEX_FILE
-    content = json.loads(path.read_text())
-    del content["files"]["model.layers.1.input_layernorm.weight"]
-    path.write_text(json.dumps(content))
-
-
-def _forget_a_basis(run: Run) -> None:
-    path = run.compressed / INDEX_FILE
-    content = json.loads(path.read_text())
-    del content["files"][content["groups"][0]["basis"]]
-    path.write_text(json.dumps(content))
-
-
-DAMAGES: Mapping[str, tuple[Callable[[Run], object], type[ShareBasisError], str]] = {
-    "missing shard": (
-        lambda run: _shard_of(run, ".basis").unlink(),
-        WeightsError,
-        r"sharebasis-\d+\.safetensors is missing",
-    ),
-    "truncated shard": (
-        lambda run: os.truncate(_shard_of(run, ".basis"), 3000),
-        WeightsError,
-        r"sharebasis-\d+\.safetensors \(3000 bytes\) is truncated",
-    ),
-    "missing index": (
-        lambda run: (run.compressed / INDEX_FILE).unlink(),
-        StoreError,
-        r"sharebasis\.json is missing; run the stage",
-    ),
-    "damaged index": (
-        lambda run: (run.compressed / INDEX_FILE).write_text('{"groups": []}'),
-        StoreError,
-        r"sharebasis\.json is no CompressedIndex .*files",
-    ),
-    "missing config": (
-        lambda run: (run.compressed / "config.json").unlink(),
-        SourceError,
-        r"no usable config\.json",
-    ),
-    "forgotten tensor": (
-        _forget_a_tensor,
-        StoreError,
-        r"lacks 1 tensors of the model, model\.layers\.1\.input_layernorm\.weight among",
-    ),
-    "forgotten basis": (_forget_a_basis, StoreError, r"layers\.0-1\.self_attn\.q_proj\.basis"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_compressed_directory_is_refused(llama_run: Run, what: str) -> None:
-    damage, error, text = DAMAGES[what]
-    damage(llama_run)
-    with pytest.raises(error, match=text):
-        load_compressed(llama_run.compressed)
-
-
-def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
-    llama_run: Run, tmp_path: Path
-) -> None:
-    earlier = contents(llama_run.compressed)
-    damaged = Path(shutil.copytree(llama_run.weights, tmp_path / "damaged"))
-    tensors = load_file(damaged / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    moments = MomentStore(llama_run.moments)
-    with pytest.raises(WeightsError, match=r"holds no tensor for model.*1\.mlp\.up_proj\.w"):
-        fit_at_once(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed)
-    assert contents(llama_run.compressed) == earlier
-
-
-FIT_AND_DIE = """
-    import os, signal, sys, torch
-    from pathlib import Path
-    from sharebasis import store, tensor_store
-    from sharebasis.fitting import fit
-    from sharebasis.settings import FitSettings
-
-    target = Path(sys.argv[1])
-    settings = store.load_record(target / "fit.json", FitSettings)
-    flush, left = tensor_store.TensorWriter.flush, 3
-
-    def die(self):
-        global left
-        flush(self)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    tensor_store.TensorWriter.flush = die
-    device = torch.device("cpu")
-    fit(target / "weights", target / "spectra", settings, target / "compressed", device, None)
-"""
-
-
-def test_a_kill_in_the_middle_of_fit_leaves_the_earlier_result(
-    llama_run: Run, tmp_path: Path, run_python: RunPython
-) -> None:
-    earlier = contents(llama_run.compressed)
-    save_record(tmp_path / "fit.json", llama_run.settings)
-    killed = run_python(FIT_AND_DIE, tmp_path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(list((tmp_path / ".compressed.partial").iterdir())) == 3
-    assert contents(llama_run.compressed) == earlier
-    target = llama_run.compressed
-    fit(llama_run.weights, target.parent / "spectra", llama_run.settings, target, CPU, None)
-    assert contents(target) == earlier  # nothing in the fit is random
-    assert not (tmp_path / ".compressed.partial").exists()
-
-
-# The scripts
-
-
-def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
-    llama_directory: Path,
-    params: Mapping[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name in ("text.txt", "other.txt"):
-        (tmp_path / name).write_text(CORPUS)
-    changes = {
-        "model.source": str(llama_directory),
-        "data.source": "files",
-        "data.window": 16,
-        "data.calibration.path": "text.txt",
-        "data.calibration.windows": 8,
-        "data.evaluation.path": "other.txt",
-        "data.evaluation.windows": 3,
-        "device": "cpu",
-        "split.strategy": "heads",
-        "verify.new_tokens": 3,
-        "curve.windows": 3,
-        "curve.removed": [0.4, 0.2],
-        "attribute.windows": 3,
-        "attribute.window": 16,
-    }
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(with_changes(params, changes)))
-    monkeypatch.chdir(tmp_path)
-    before_fit = ("extract", "classify", "calibrate", "decompose", "sensitivity")
-    for stage in (*before_fit, "fit", "verify", "curve", "attribute"):
-        runpy.run_path(str(REPOSITORY / "stages" / f"{stage}.py"), run_name="__main__")
-    metrics = {path.stem: json.loads(path.read_text()) for path in Path("metrics").iterdir()}
-    assert metrics["classify"]["n_selected"] == metrics["verify"]["lossless"]["n_modules"] == 21
-    assert 0.2 <= metrics["fit"]["removed_fraction"] < 0.3
-    assert metrics["verify"]["lossless"]["max_abs_logit_diff"] <= 2e-5
-    assert metrics["verify"]["n_predictions"] == 3 * 15
-    assert 0 < metrics["verify"]["compressed"]["kl_mean"] < 5
-    assert metrics["attribute"]["model"] == "compressed"
-    # The same text and windows: two roads to one number.
-    split = metrics["attribute"]["kl"]
-    assert split["whole"] == pytest.approx(metrics["verify"]["compressed"]["kl_mean"], rel=1e-4)
-    assert sum(value for part, value in split.items() if part != "whole") == pytest.approx(
-        split["whole"], rel=1e-4
-    )
-    low, high = metrics["curve"]["points"]["0.2"], metrics["curve"]["points"]["0.4"]
-    assert low["removed_fraction"] == metrics["fit"]["removed_fraction"]
-    for key in ("perplexity", "kl_mean", "top1_agreement"):  # the same budget, text and windows
-        assert low[key] == metrics["verify"]["compressed"][key]
-    assert 0.4 <= high["removed_fraction"] < 0.5
-    assert low["kl_mean"] < high["kl_mean"]
-    with Path("plots/curve.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    assert rows[0]["perplexity"] == metrics["verify"]["dense"]["perplexity"]
-    assert rows[1:] == [low, high]
-    assert not Path("artifacts/curve").exists()
-    assert not Path("artifacts/checkpoints/calibrate").exists()
-    assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
-    runpy.run_module("sharebasis.summary", run_name="__main__")
-    assert "lossless wrap of 21 modules" in capsys.readouterr().out
-    # Where there is a recovered model, it is the one to be explained.
-    shutil.copytree("artifacts/compressed", "artifacts/recovered")
-    runpy.run_path(str(REPOSITORY / "stages" / "attribute.py"), run_name="__main__")
-    recovered = json.loads(Path("metrics/attribute.json").read_text())
-    assert recovered == {**metrics["attribute"], "model": "recovered"}
-
-
-@pytest.fixture
-def classify_metrics(
-    params: Mapping[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[PretrainedConfig], Any]:
-    """Runs the stage in an empty directory, which needs a config and no weights."""
-
-    def run(config: PretrainedConfig) -> Any:
-        monkeypatch.chdir(tmp_path)
-        config.save_pretrained(tmp_path / "artifacts" / "weights")
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(params)))
-        runpy.run_path(str(REPOSITORY / "stages" / "classify.py"), run_name="__main__")
-        return json.loads((tmp_path / "metrics" / "classify.json").read_text())
-
-    return run
-
-
-def test_a_name_that_what_was_seen_contradicts_is_told_and_counted(
-    classify_metrics: Callable[[PretrainedConfig], Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
-    metrics = classify_metrics(small_config("rwkv", **sizes))
-    told = [record.getMessage() for record in caplog.records if record.name == "__main__"]
-    assert told == [
-        f"rwkv.blocks.{layer}.feed_forward.value: trace: write, shape: write, name: read; it is "
-        "write."
-        for layer in (0, 1)
-    ]
-    assert metrics["n_disagreements"] == 2
-    assert metrics["evidence"] == {"trace": 14}
-    assert metrics["role"] == {"read": 10, "write": 4}
-
-
-def test_the_metrics_of_classify_count_every_sublayer(
-    classify_metrics: Callable[[PretrainedConfig], Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = classify_metrics(small_config("qwen2_moe"))
-    assert not [record for record in caplog.records if record.name == "__main__"]
-    assert metrics.pop("provenance")
-    n_layer = {"attention": 4, "experts": 2 * 4, "shared expert": 3}
-    gates = 3
-    assert metrics == {
-        "n_sublayers": 3 * sum(n_layer.values()) + gates,
-        "n_selected": 3 * sum(n_layer.values()),
-        "role": {"read": 3 * (3 + 4 + 2) + gates, "write": 3 * (1 + 4 + 1)},
-        "evidence": {"trace": 3 * 15 + gates},
-        "category": {
-            "ambiguous_read": 3,
-            "read": 3 * (2 + 4 + 2) + gates,
-            "ambiguous_write": 3,
-            "write": 3 * (4 + 1),
-        },
-        "n_disagreements": 0,
-        "n_tied": 0,
-        "family": {"q": 3, "k": 3, "v": 3, "o": 3, "fused": 12, "down": 15, "gate": 3, "up": 3}
-        | {"other": gates},
-    }

@@ -1,0 +1,72 @@
+"""A pass that starts at a later block is the whole pass, or is not started there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MakeDirectory, MakeSettings
+from sensing import WINDOWS, Case, MakeCase, decomposed_case, logits_of
+from sharebasis.model.late_start import LateStart
+from torch import Tensor, nn
+
+from sharebasis.config.types import SplitStrategy
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
+    return make_case(request.param)
+
+
+@pytest.fixture(scope="module")
+def make_case(
+    make_directory: MakeDirectory,
+    make_settings: MakeSettings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> MakeCase:
+    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
+        target = tmp_path_factory.mktemp("case")
+        return decomposed_case(
+            family, structure, split, make_directory(family), target, make_settings
+        )
+
+    return make
+
+
+def test_a_pass_can_start_at_every_block_of_a_plain_stack(case: Case) -> None:
+    model = case.load()
+    late = LateStart(model, case.found.blocks)
+    assert late.exact({0, 1, 2}, lambda: logits_of(model)) == {1, 2}
+    whole, outputs = late.record({1, 2}, lambda: logits_of(model))
+    with late.start_at(2, outputs):  # the first blocks do not run, whatever they are given
+        assert torch.equal(logits_of(model, WINDOWS[3:6]), whole)
+    assert torch.equal(logits_of(model), whole)
+    assert not torch.equal(logits_of(model, WINDOWS[3:6]), whole)
+
+
+class _Remembering(nn.Module):
+    """A block that leaves something for a later one."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.linear, self.asks = nn.Linear(4, 4), asks
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        y: Tensor = self.linear(x) + (memory["first"] if self.asks else 0)
+        memory.setdefault("first", y)
+        return y
+
+
+def test_no_pass_starts_where_a_later_block_asks_for_what_an_earlier_one_left() -> None:
+    blocks = nn.ModuleList([_Remembering(i == 2) for i in range(4)])
+    x = torch.randn(2, 4)
+
+    def run() -> Tensor:
+        memory: dict[str, Tensor] = {}
+        y = x
+        for block in blocks:
+            y = block(y, memory)
+        return y
+
+    late = LateStart(blocks, {i: str(i) for i in range(4)})
+    assert late.exact({1, 2, 3}, run) == {3}
+    assert torch.equal(run(), run())
