@@ -9,13 +9,7 @@ from expected_sublayers import EXPECTED_NAMES
 from selecting import BLOCKS, D, module
 
 from sharebasis.architecture.dims import Dims, dims
-from sharebasis.architecture.families import (
-    ARCHITECTURES,
-    Architecture,
-    architecture_of,
-    slot_pattern,
-    weight_type_name,
-)
+from sharebasis.architecture.families import ARCHITECTURES, architecture_of
 from sharebasis.architecture.model_family import Architecture, slot_pattern, weight_type_name
 from sharebasis.architecture.selection import classify
 from sharebasis.config.model import WeightTypeSettings

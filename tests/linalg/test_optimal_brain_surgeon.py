@@ -14,7 +14,6 @@ from sharebasis.linalg.moments import Moment
 from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.optimal_brain_surgeon import (
     OptimalBrainSurgeon,
-    measure,
     refit,
     sparsify,
 )

@@ -314,23 +314,6 @@ def test_a_clone_that_has_pulled_nothing_runs_an_experiment(swept: Swept, tmp_pa
     assert names == ["fresh"]
 
 
-def test_a_clone_that_has_pulled_nothing_runs_an_experiment(swept: Swept, tmp_path: Path) -> None:
-    swept.checkout.git("clone", "--quiet", ".", str(tmp_path / "clone"))
-    clone = Checkout(tmp_path / "clone")
-    clone.git("config", "user.name", "someone")
-    clone.git("config", "user.email", "someone@example.org")
-    assert not (clone.root / ".dvc/cache").exists()
-    clone.dvc("exp", "run", "--name", "fresh", "--set-param", "fit.removed=0.3", "verify")
-    assert list(clone.experiments()) == ["fresh"]
-    metrics = clone.shown(clone.experiments()["fresh"], "metrics/verify.json")
-    assert metrics["fit"]["removed"] == 0.3
-    shown = json.loads(clone.dvc("exp", "show", "--json"))
-    names = [
-        row["name"] for rev in shown for one in rev["experiments"] or () for row in one["revs"]
-    ]
-    assert names == ["fresh"]
-
-
 def test_a_sweep_that_is_killed_goes_on_where_it_was(make_checkout: MakeCheckout) -> None:
     checkout = make_checkout()
     command = ("hydra/launcher=cores", "split=heads", "fit.removed=0.2,0.3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -43,7 +43,7 @@ class Dense(Form):
     weights: tuple[Float[Tensor, "_ _"], ...]
 
     @classmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Dense:
         return cls(tuple(part["dense"] for part in tensors.parts))
 
     def tensors(self) -> RoleTensors:
@@ -52,8 +52,8 @@ class Dense(Form):
     def modules(self) -> Sequence[DenseModule]:
         return [DenseModule(weight) for weight in self.weights]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(tuple(map(function, self.weights)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(tuple(map(function, self.weights)))
 
     def change_inputs(self, part: int, change: Callable[[Tensor], Tensor]) -> Dense:
         weights = list(self.weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,7 +31,7 @@ class FixedColumns(Form):
     """C of every head, one below the other; the other columns in their order."""
 
     @classmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> FixedColumns:
         (part,) = tensors.parts
         return cls(part["pivots"], part["dense"])
 
@@ -41,7 +41,7 @@ class FixedColumns(Form):
     def modules(self) -> Sequence[DenseModule]:
         return self.editable().modules()
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> FixedColumns:
         return replace(self, coefficient=function(self.coefficient))
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Form(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Form:
         """A form, of what was stored.
 
         Args:
@@ -83,7 +83,7 @@ class Form(ABC):
         return [module.dense() for module in self.modules()]
 
     @abstractmethod
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Form:
         """The same form of other numbers.
 
         Args:

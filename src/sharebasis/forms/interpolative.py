@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -114,7 +114,7 @@ class Interpolative(Form):
         return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
 
     @classmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Interpolative:
         pivots = [tensors.shared["pivots"]] if tensors.side == "output" else []
         pivots += [part["pivots"] for part in tensors.parts if "pivots" in part]
         coefficients = tuple(part["coefficient"] for part in tensors.parts)
@@ -140,7 +140,7 @@ class Interpolative(Form):
             for coefficient, own, first in zip(self.coefficients, pivots, firsts, strict=False)
         ]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Interpolative:
         coefficients = tuple(map(function, self.coefficients))
         return replace(self, basis=function(self.basis), coefficients=coefficients)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -83,7 +83,7 @@ class LowRank(Form):
         return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
 
     @classmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> LowRank:
         coefficients = tuple(part["coefficient"] for part in tensors.parts)
         return cls(tensors.shared["basis"], coefficients, tensors.side)
 
@@ -95,7 +95,7 @@ class LowRank(Form):
         basis = parameter(self.basis)
         return [LowRankModule(basis, own, self.side) for own in self.coefficients]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
         coefficients = tuple(map(function, self.coefficients))
         return replace(self, basis=function(self.basis), coefficients=coefficients)
 

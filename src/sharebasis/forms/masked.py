@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Masked(Form):
         return n_kept + -(-n // BITS)
 
     @classmethod
-    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Self:
+    def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Masked:
         ((part,), (shape,)) = tensors.parts, shapes
         kept = unpack(part["mask"], shape)
         weight = torch.zeros_like(kept, dtype=part["dense"].dtype)
@@ -58,7 +58,7 @@ class Masked(Form):
     def modules(self) -> Sequence[MaskedModule]:
         return [MaskedModule(self.weight)]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Masked:
         weight = function(self.weight)
         return replace(self, weight=weight, kept=self.kept.to(weight.device))
 
