@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,18 @@ import hypothesis
 import pytest
 import torch
 import yaml
+from small_pipeline import (
+    CPU,
+    WINDOWS,
+    Change,
+    MakeSmallModel,
+    MakeSmallPipeline,
+    SmallModel,
+    SmallPipeline,
+    calibrated_model,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -55,12 +66,16 @@ from sharebasis.architecture.parts import Part
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.schema import Settings
+from sharebasis.config.types import Labels
 from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
+from sharebasis.model.hub import load_model
 from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_params
 from sharebasis.pipeline.settings import parse_settings
 from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.stages.extract.extract import extract
+from sharebasis.stages.extract.sources import find_source
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel
 
@@ -155,9 +170,9 @@ def fit_at_once(
     target: Path,
 ) -> FittedModel:
     """The stages decompose and fit; the spectra go beside the target."""
-    cpu, spectra = torch.device("cpu"), target.parent / "spectra"
-    decompose(weights, parts, moments, settings, spectra, cpu)
-    return fit(weights, spectra, settings, target, cpu, moments)
+    spectra = target.parent / "spectra"
+    decompose(weights, parts, moments, settings, spectra, CPU)
+    return fit(weights, spectra, settings, target, CPU, moments)
 
 
 MakeDirectory = Callable[..., Path]
@@ -198,6 +213,65 @@ MakeSettings = Callable[..., Settings]
 def params() -> Mapping[str, Any]:
     """The repository's params.yaml, but for the method: Basis Sharing."""
     return yaml.safe_load(compose_params(REPOSITORY / "conf", ["fit=basis_sharing"]))
+
+
+@pytest.fixture(scope="session")
+def small_model(
+    make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFactory
+) -> MakeSmallModel:
+    """`small_model(family, change=, windows=, batch=, labels=, **config)`: a random model to which
+    `change` is applied, extracted and calibrated; once for the same arguments."""
+    made: dict[Hashable, SmallModel] = {}
+
+    def make(
+        family: str,
+        change: Change | None = None,
+        windows: Tensor = WINDOWS,
+        batch: int = 8,
+        labels: Labels | None = "text",
+        **config: Any,
+    ) -> SmallModel:
+        text = tuple(windows.flatten().tolist()), windows.shape, batch, labels
+        key = family, change, text, repr(sorted(config.items()))
+        if key not in made:
+            # Whether it is made or was there does not matter to what a test draws later on.
+            with torch.random.fork_rng(devices=[]):
+                source, target = make_directory(family, **config), tmp_path_factory.mktemp("small")
+                if change:
+                    model = load_model(source, "float32", CPU)
+                    with torch.no_grad():
+                        change(model)
+                    model.save_pretrained(source)
+                extract(find_source(str(source)), target / "weights")
+                made[key] = calibrated_model(target / "weights", target, windows, batch, labels)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(
+    small_model: MakeSmallModel,
+    make_settings: MakeSettings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> MakeSmallPipeline:
+    """`small_pipeline(family, {"fit.removed": ...}, ...)`: what `small_model` makes of the other
+    arguments, decomposed and fitted as told; once for the same arguments."""
+    made: dict[Hashable, SmallPipeline] = {}
+
+    def make(
+        family: str, changes: Mapping[str, Any] = {}, *arguments: Any, **others: Any
+    ) -> SmallPipeline:
+        model, settings = small_model(family, *arguments, **others), make_settings(changes)
+        key = model.weights, repr(sorted(changes.items()))
+        if key not in made:
+            target, split = tmp_path_factory.mktemp("pipeline"), settings.split.strategy
+            fitted = model.fit(target, settings.fit, split)
+            paths = target / "spectra", target / "compressed"
+            made[key] = SmallPipeline(model, settings, *paths, fitted)
+        return made[key]
+
+    return make
 
 
 def with_changes(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

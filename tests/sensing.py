@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import MakeSettings
+from small_pipeline import CPU, MakeSmallModel, SmallModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sharebasis.allocation.sensitivity import Sensitivity
-from sharebasis.architecture.parts import split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.analyse import SensitivitySettings
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
-from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
+from sharebasis.moments.store import MomentStore
 from sharebasis.stages.sensitivity.draft import Draft, draft
 from sharebasis.stages.sensitivity.measure import measure_sensitivity
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))
 PROBES = SensitivitySettings("probes", 0.3, 3, 3, 24, 2, 1e6)
 AUTO = {
@@ -54,18 +48,24 @@ class Case:
     """A small model, decomposed."""
 
     family: str
-    weights: Path
+    model: SmallModel
     spectra: Path
     fit: FitSettings
-    moments: MomentStore | None = None
-    """For structures that are offered."""
 
-    def load(self) -> PreTrainedModel:
-        return load_model(self.weights, "float32", CPU)
+    @property
+    def weights(self) -> Path:
+        return self.model.weights
+
+    @property
+    def moments(self) -> MomentStore:
+        return self.model.moments
 
     @property
     def found(self) -> Classification:
-        return classify_model(self.load())
+        return self.model.classification
+
+    def load(self) -> PreTrainedModel:
+        return self.model.load()
 
     def measure(
         self, own: SensitivitySettings = PROBES, removed: float | None = None, **changes: Any
@@ -92,24 +92,18 @@ class Case:
 MakeCase = Callable[..., Case]
 
 
-def decomposed_case(
-    family: str,
-    structure: str,
-    split: SplitStrategy,
-    weights: Path,
-    target: Path,
-    make_settings: MakeSettings,
-) -> Case:
-    model = load_model(weights, "float32", CPU)
-    found = classify_model(model)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    write_moments(
-        target / "moments", *calibrate(model, found.selected, WINDOWS, 4, checkpoint, "text")
-    )
-    own = make_settings({**AUTO, **STRUCTURES[structure]}).fit
-    parts, moments = split_selected(found, split), MomentStore(target / "moments")
-    decompose(weights, parts, moments, own, target / "spectra", CPU)
-    return Case(family, weights, target / "spectra", own, moments)
+def maker(
+    small_model: MakeSmallModel, make_settings: MakeSettings, temporary: pytest.TempPathFactory
+) -> MakeCase:
+    """`make(family, structure=, split=)`: a small model, decomposed for a structure."""
+
+    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
+        model, target = small_model(family, windows=WINDOWS, batch=4), temporary.mktemp("case")
+        settings = make_settings({**AUTO, **STRUCTURES[structure]}).fit
+        model.decompose(target / "spectra", settings, split)
+        return Case(family, model, target / "spectra", settings)
+
+    return make
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import SIZES, MakeDirectory, MakeSettings, rows_left
 from safetensors.torch import load_file
+from small_pipeline import CPU, SmallModel, calibrated_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,21 +21,15 @@ from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, NarrowedMlp
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.forms.split_linear import SplitLinear
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import unstack
 from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.store import MomentStore, write_moments
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.stages.extract.extract import extract
 from sharebasis.stages.extract.sources import find_source
-from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.verify.verify import lossless_difference
 
-CPU = torch.device("cpu")
 STRATEGIES = ("none", "qkv", "heads")
 AUTO = {
     "fit.method": "auto",
@@ -76,16 +70,9 @@ def found(weights: Path) -> Classification:
 
 
 @pytest.fixture(scope="module")
-def moments(
-    weights: Path, found: Classification, tmp_path_factory: pytest.TempPathFactory
-) -> MomentStore:
-    """What the sublayers of a family were given, and the gradients of what they gave."""
-    target = tmp_path_factory.mktemp("calibration")
-    model = load_model(weights, "float32", CPU)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    sites, sums = calibrate(model, found.selected, _windows(), 4, checkpoint, "text")
-    write_moments(target / "moments", sites, sums)
-    return MomentStore(target / "moments")
+def small(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    """A family with what its sublayers were given, and the gradients of what they gave."""
+    return calibrated_model(weights, tmp_path_factory.mktemp("calibration"), _windows(), 4)
 
 
 def _parts(found: Classification, strategy: str) -> Sequence[Part]:
@@ -149,28 +136,25 @@ def _with_products(
 def test_it_is_compressed_and_loads(
     weights: Path,
     found: Classification,
-    moments: MomentStore,
+    small: SmallModel,
     strategy: str,
     make_settings: MakeSettings,
     tmp_path: Path,
 ) -> None:
-    parts = _parts(found, strategy)
+    _parts(found, strategy)
     settings = make_settings(AUTO).fit
-    decompose(weights, parts, moments, settings, tmp_path / "spectra", CPU)
-    fitted = fit(weights, tmp_path / "spectra", settings, tmp_path / "small", CPU, moments)
-    small = load_compressed(tmp_path / "small")
-    index = load_record(tmp_path / "small" / INDEX_FILE, CompressedIndex)
+    fitted = small.fit(tmp_path, settings, strategy)
+    compressed = load_compressed(tmp_path / "compressed")
+    index = load_record(tmp_path / "compressed" / INDEX_FILE, CompressedIndex)
     torch.testing.assert_close(
-        small(input_ids=_windows(1)).logits,
-        _with_products(load_model(weights, "float32", CPU), small, index.mlps)(
-            input_ids=_windows(1)
-        ).logits,
+        compressed(input_ids=_windows(1)).logits,
+        _with_products(small.load(), compressed, index.mlps)(input_ids=_windows(1)).logits,
         rtol=0,
         atol=2e-4,
     )
     metrics = fit_metrics(fitted, settings)
     assert 0.2 - 1e-12 <= metrics["removed_fraction"] < 0.25  # 1 - 0.8 is not 0.2 in binary
-    files = (tmp_path / "small").glob("*.safetensors")
+    files = (tmp_path / "compressed").glob("*.safetensors")
     stored = sum(tensor.numel() for file in files for tensor in load_file(file).values())
     assert metrics["whole_model"]["stored_numbers"] == stored
     assert metrics["whole_model"]["original_numbers"] == _numbers(meta_model(load_config(weights)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressing import CALIBRATION, SHARE, Run, compress
-from conftest import MakeDirectory, MakeSettings
-from sharebasis.linalg.factorize import fit_read_basis
+from compressing import CALIBRATION, SHARE
+from small_pipeline import MakeSmallPipeline, SmallPipeline, dense_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis import load_compressed
@@ -26,8 +24,10 @@ from sharebasis.linalg.rows import Rows
 from sharebasis.model import surgery
 from sharebasis.stages.verify.verify import compare, continuations, lossless_difference
 
+CALIBRATION = torch.randint(288, (12, 32), generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(288, (3, 24), generator=torch.Generator().manual_seed(2))
 
+SHARE = {"fit.method": "basis_sharing", "fit.group_size": 2}
 ALONE = {"fit.group_size": 1, "fit.shared": []}
 SVD, SVD_LLM = {"fit.method": "svd", **ALONE}, {"fit.method": "svd_llm", **ALONE}
 
@@ -57,18 +57,11 @@ MIXTRAL |= {"mlp_experts_down_proj"}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def run(
-    request: pytest.FixtureRequest,
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Run:
-    """Each of CASES, compressed once; not to be changed."""
+def run(request: pytest.FixtureRequest, small_pipeline: MakeSmallPipeline) -> SmallPipeline:
+    """Each of CASES; not to be changed."""
     family, strategy, changes = CASES[request.param]
-    settings = make_settings({**changes, "fit.shard_bytes": 20_000}).fit
-    return compress(
-        make_directory(family), tmp_path_factory.mktemp("artifacts"), strategy, settings
-    )
+    changes = {**changes, "split.strategy": strategy, "fit.shard_bytes": 20_000}
+    return small_pipeline(family, changes, windows=CALIBRATION, batch=4, labels=None)
 
 
 @torch.no_grad()
@@ -84,24 +77,26 @@ def _close(one: Tensor, other: Tensor, relative: float) -> bool:
 # The wrap
 
 
-def test_the_wrap_alone_changes_nothing(run: Run) -> None:
-    model = run.dense()
+def test_the_wrap_alone_changes_nothing(run: SmallPipeline) -> None:
+    model = run.model.unstacked()
     before = _logits(model)
     assert lossless_difference(model, rows_by_sublayer(run.parts), TOKENS) <= 2e-5
     assert torch.equal(_logits(model), before)
     assert not any(isinstance(module, ShareLinear) for module in model.modules())
 
 
-def test_a_wrap_that_loses_something_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrap_that_loses_something_is_noticed(
+    run: SmallPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, d_out = run.parts[-1].sublayer.name, run.parts[-1].sublayer.shape[0]
     half = d_out // 2
     swapped = {**rows_by_sublayer(run.parts), name: [Rows(half, d_out - half), Rows(0, half)]}
-    assert lossless_difference(run.dense(), swapped, TOKENS) <= 2e-5
+    assert lossless_difference(run.model.unstacked(), swapped, TOKENS) <= 2e-5
     monkeypatch.setattr(surgery, "inverse_order", lambda rows: None)  # the halves stay swapped
-    assert lossless_difference(run.dense(), swapped, TOKENS) > 1e-2
+    assert lossless_difference(run.model.unstacked(), swapped, TOKENS) > 1e-2
 
 
-def test_all_that_the_family_promises_is_selected(run: Run) -> None:
+def test_all_that_the_family_promises_is_selected(run: SmallPipeline) -> None:
     found = run.classification.architecture.weight_types
     promised = ARCHITECTURES[run.classification.model_type].weight_types
     if run.classification.model_type == "mixtral":  # has experts in every layer
@@ -116,9 +111,9 @@ def test_all_that_the_family_promises_is_selected(run: Run) -> None:
 # What is stored
 
 
-def test_stored_numbers_are_those_in_the_files(run: Run) -> None:
+def test_stored_numbers_are_those_in_the_files(run: SmallPipeline) -> None:
     in_files = sum(run.stored[name].numel() for name in run.factors())
-    model = run.dense()
+    model = run.model.unstacked()
     weights = [
         model.get_submodule(sublayer.name).weight for sublayer in run.classification.selected
     ]
@@ -134,17 +129,19 @@ def test_stored_numbers_are_those_in_the_files(run: Run) -> None:
     assert whole["original_numbers"] == sum(one.numel() for one in model.parameters())
 
 
-def test_what_was_asked_is_removed_and_one_rank_more_would_not_be(run: Run) -> None:
-    assert run.metrics["removed_fraction"] >= run.settings.removed
+def test_what_was_asked_is_removed_and_one_rank_more_would_not_be(run: SmallPipeline) -> None:
+    assert run.metrics["removed_fraction"] >= run.settings.fit.removed
     for one in run.fitted.groups:
         a_rank = one.group.d_in + one.group.d_out
-        assert one.rank * a_rank <= (1 - run.settings.removed) * one.group.n_weights
-        assert (one.rank + 1) * a_rank > (1 - run.settings.removed) * one.group.n_weights
+        assert one.rank * a_rank <= (1 - run.settings.fit.removed) * one.group.n_weights
+        assert (one.rank + 1) * a_rank > (1 - run.settings.fit.removed) * one.group.n_weights
 
 
-def test_the_files_hold_the_model_without_its_original_weights_and_nothing_else(run: Run) -> None:
+def test_the_files_hold_the_model_without_its_original_weights_and_nothing_else(
+    run: SmallPipeline,
+) -> None:
     fitted = {f"{sublayer.name}.weight" for sublayer in run.classification.selected}
-    model = run.dense()
+    model = run.model.unstacked()
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert run.stored.keys() == (model.state_dict().keys() - fitted - tied) | run.factors()
     for name in run.stored.keys() - run.factors():
@@ -155,13 +152,13 @@ def test_the_files_hold_the_model_without_its_original_weights_and_nothing_else(
     assert 4 * numels < n_bytes < 4 * numels + n_headers
 
 
-def test_companions_come_along_and_the_manifest_does_not(run: Run) -> None:
+def test_companions_come_along_and_the_manifest_does_not(run: SmallPipeline) -> None:
     ours = {path.name for path in run.compressed.iterdir() if path.suffix != ".safetensors"}
     theirs = {path.name for path in run.weights.iterdir() if path.suffix != ".safetensors"}
     assert ours == theirs - {MANIFEST} | {INDEX_FILE}
 
 
-def test_every_basis_is_on_disk_once_and_in_memory_once(run: Run) -> None:
+def test_every_basis_is_on_disk_once_and_in_memory_once(run: SmallPipeline) -> None:
     bases = [group.basis for group in run.index.groups]
     assert len(set(bases)) == len(bases) == run.metrics["n_groups"]
     model = load_compressed(run.compressed)
@@ -184,18 +181,18 @@ def test_every_basis_is_on_disk_once_and_in_memory_once(run: Run) -> None:
     )
 
 
-def test_only_shared_families_share_and_only_with_their_neighbours(run: Run) -> None:
+def test_only_shared_families_share_and_only_with_their_neighbours(run: SmallPipeline) -> None:
     for group in run.index.groups:
         numbers = [_numbers(part.sublayer) for part in group.parts]
-        if run.settings.share_experts and len(numbers[0]) == 2:
+        if run.settings.fit.share_experts and len(numbers[0]) == 2:
             assert numbers == [(numbers[0][0], expert) for expert in range(4)]
             continue
         layers = [layer for layer, *_ in numbers]
         assert layers == list(range(layers[0], layers[0] + len(layers)))
         assert len({tuple(expert) for _, *expert in numbers}) == 1
-        assert len(layers) == 1 or group.family in run.settings.shared
-    if run.settings.method == "basis_sharing":
-        assert any(len(group.parts) == run.settings.group_size for group in run.index.groups)
+        assert len(layers) == 1 or group.family in run.settings.fit.shared
+    if run.settings.fit.method == "basis_sharing":
+        assert any(len(group.parts) == run.settings.fit.group_size for group in run.index.groups)
 
 
 def _numbers(name: str) -> tuple[int, ...]:
@@ -207,9 +204,9 @@ def _numbers(name: str) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _hooked_moments(run: Run) -> dict[str, Moment]:
+def _hooked_moments(run: SmallPipeline) -> dict[str, Moment]:
     """Moments by sublayer, from hooks on the dense model."""
-    model, seen = run.dense(), {}
+    model, seen = run.model.unstacked(), {}
     for sublayer in run.classification.selected:
         inputs = seen[sublayer.name] = []
         model.get_submodule(sublayer.name).register_forward_pre_hook(
@@ -223,12 +220,14 @@ def _hooked_moments(run: Run) -> dict[str, Moment]:
     return moments
 
 
-def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(run: Run) -> None:
-    model, moments = run.dense(), _hooked_moments(run)
-    whitened = run.settings.method != "svd"
+def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(
+    run: SmallPipeline,
+) -> None:
+    model, moments = run.model.unstacked(), _hooked_moments(run)
+    whitened = run.settings.fit.method != "svd"
     loss = energy = 0.0
     for group in run.index.groups:
-        weights = [run.dense_rows(model, p.sublayer, p.rows) for p in group.parts]
+        weights = [dense_rows(model, p.sublayer, p.rows) for p in group.parts]
         # Experts have seen tokens of their own, and not as many as each other.
         own = {part.sublayer: moments[part.sublayer] for part in group.parts}.values()
         pooled = sum(one.total for one in own) / sum(one.n_tokens for one in own)
@@ -246,20 +245,20 @@ def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(r
     assert run.metrics["relative_loss"] == pytest.approx(loss / energy, rel=1e-4)
 
 
-def test_the_compressed_model_is_the_dense_one_with_the_products_put_in(run: Run) -> None:
-    by_hand = run.dense()
+def test_the_compressed_model_is_the_dense_one_with_the_products_put_in(run: SmallPipeline) -> None:
+    by_hand = run.model.unstacked()
     original = _logits(by_hand)
     for group in run.index.groups:
         rows = iter(run.product(group).split([len(part.rows) for part in group.parts]))
         for part in group.parts:
-            view = run.dense_rows(by_hand, part.sublayer, part.rows)
+            view = dense_rows(by_hand, part.sublayer, part.rows)
             view.copy_(next(rows))
     expected = _logits(by_hand)
     assert not _close(expected, original, 1e-2)  # putting them in made a difference
     assert _close(_logits(load_compressed(run.compressed)), expected, 1e-4)
 
 
-def test_the_compressed_model_generates_what_its_logits_say(run: Run) -> None:
+def test_the_compressed_model_generates_what_its_logits_say(run: SmallPipeline) -> None:
     model = load_compressed(run.compressed)
     assert not model.training
     assert not any(parameter.requires_grad for name, parameter in _factor_parameters(model))
@@ -288,7 +287,7 @@ def _factor_parameters(model: PreTrainedModel) -> list[tuple[str, torch.nn.Param
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_dtype_is_that_of_every_parameter(run: Run, dtype: torch.dtype) -> None:
+def test_the_dtype_is_that_of_every_parameter(run: SmallPipeline, dtype: torch.dtype) -> None:
     model = load_compressed(run.compressed, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     if dtype == torch.float64:
@@ -296,7 +295,7 @@ def test_the_dtype_is_that_of_every_parameter(run: Run, dtype: torch.dtype) -> N
         assert _close(_logits(model), reference, 1e-3)
 
 
-def test_tied_embeddings_stay_tied_and_others_apart(run: Run) -> None:
+def test_tied_embeddings_stay_tied_and_others_apart(run: SmallPipeline) -> None:
     model = load_compressed(run.compressed)
     one, other = (m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     assert (one.data_ptr() == other.data_ptr()) == model.config.tie_word_embeddings
@@ -304,25 +303,22 @@ def test_tied_embeddings_stay_tied_and_others_apart(run: Run) -> None:
 
 
 def test_half_precision_weights_become_half_precision_factors(
-    make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
+    small_pipeline: MakeSmallPipeline,
 ) -> None:
-    source = make_directory("llama")
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
-    run = compress(source, tmp_path, "none", make_settings(SVD).fit)
+    run = small_pipeline("llama", SVD, PreTrainedModel.bfloat16)
     assert {tensor.dtype for tensor in run.stored.values()} == {torch.bfloat16}
     assert {p.dtype for p in load_compressed(run.compressed).parameters()} == {torch.bfloat16}
-    model = run.dense()
+    model = run.model.unstacked()
     for group in run.index.groups:
         (part,) = group.parts
-        weight = run.dense_rows(model, part.sublayer, part.rows)
+        weight = dense_rows(model, part.sublayer, part.rows)
         factors = fit_read_basis([weight], None, group.rank)
         expected = factors.coefficients[0] @ factors.basis
         assert _close(run.product(group), expected, 4 * torch.finfo(torch.bfloat16).eps)
 
 
-def _make_low_rank(directory: Path, rank: int) -> None:
+def _make_low_rank(model: PreTrainedModel, rank: int = 6) -> None:
     """Give every linear sublayer of every block a weight of rank `rank`, exactly that."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and name != "lm_head":
@@ -330,33 +326,26 @@ def _make_low_rank(directory: Path, rank: int) -> None:
             left = torch.randn(rows, rank, generator=generator)
             right = torch.randn(rank, columns, generator=generator)
             module.weight.data = 0.2 / rank**0.5 * left @ right
-    model.save_pretrained(directory)
 
 
 @pytest.mark.parametrize("changes", [SVD, SVD_LLM, SHARE], ids=["svd", "svd_llm", "share"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weights_that_have_the_rank_that_is_kept_lose_nothing(
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-    tmp_path: Path,
-    family: str,
-    changes: Mapping[str, Any],
+    small_pipeline: MakeSmallPipeline, family: str, changes: Mapping[str, Any]
 ) -> None:
-    directory = make_directory(family)
-    _make_low_rank(directory, rank=6)
-    run = compress(directory, tmp_path, "none", make_settings(changes).fit)
+    run = small_pipeline(family, changes, _make_low_rank, CALIBRATION, 4)
     assert min(one.rank for one in run.fitted.groups) >= 6
     assert run.metrics["removed_fraction"] >= 0.2
     assert run.metrics["relative_loss"] < 1e-9
-    assert _close(_logits(load_compressed(run.compressed)), _logits(run.dense()), 1e-4)
+    assert _close(_logits(load_compressed(run.compressed)), _logits(run.model.unstacked()), 1e-4)
     compressed = {"compressed": load_compressed(run.compressed)}
-    fidelity = compare(run.dense(), compressed, TOKENS, batch=2)["compressed"]
+    fidelity = compare(run.model.unstacked(), compressed, TOKENS, batch=2)["compressed"]
     assert fidelity.kl_mean < 1e-6
     assert fidelity.compressed_perplexity == pytest.approx(fidelity.dense_perplexity, rel=1e-4)
 
 
 def test_continuations_of_equal_models_are_equal(
-    run: Run, tokenizer: PreTrainedTokenizerBase
+    run: SmallPipeline, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = load_compressed(run.compressed)
     texts = continuations({"one": model, "other": model}, tokenizer, "the union", 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,31 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from small_pipeline import CPU, MakeSmallModel
 
 from sharebasis.allocation.lagrangian import allocate
 from sharebasis.allocation.uniform import uniform_ranks
 from sharebasis.architecture.families import Architecture
 from sharebasis.architecture.groups import Group
-from sharebasis.architecture.parts import Part, split_selected
+from sharebasis.architecture.parts import Part
 from sharebasis.architecture.selection import LinearModule, classify
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.types import Storage
 from sharebasis.errors import BudgetError, SelectionError
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.linalg.rows import Rows
-from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
 from sharebasis.structures.curve import DENSE, Curve, curve_of
 from sharebasis.structures.limits import Limit, limits_of
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (8, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -285,20 +279,15 @@ def test_uniform_ranks_cannot_make_up_for_everything() -> None:
 
 @pytest.fixture(scope="module")
 def decomposed(
-    llama_directory: Path, make_settings: MakeSettings, tmp_path_factory: pytest.TempPathFactory
+    small_model: MakeSmallModel,
+    make_settings: MakeSettings,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """artifacts/spectra of a small Llama; not to be changed."""
-    target = tmp_path_factory.mktemp("decomposed")
-    model = load_model(llama_directory, "float32", CPU)
-    classification = classify_model(model)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    write_moments(
-        target / "moments", *calibrate(model, classification.selected, WINDOWS, 4, checkpoint)
-    )
-    parts, moments = split_selected(classification, "none"), MomentStore(target / "moments")
-    settings = _alone(make_settings, {})
-    decompose(llama_directory, parts, moments, settings, target / "spectra", CPU)
-    return target / "spectra"
+    target = tmp_path_factory.mktemp("decomposed") / "spectra"
+    small = small_model("llama", windows=WINDOWS, batch=4, labels=None)
+    small.decompose(target, _alone(make_settings, {}))
+    return target
 
 
 def _alone(make_settings: MakeSettings, changes: dict[str, Any]) -> FitSettings:

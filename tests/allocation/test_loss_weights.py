@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeDirectory, MakeSettings, contents
+from conftest import MakeSettings, contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sensing import CPU, PROBES, Case, MakeCase, decomposed_case
+from sensing import PROBES, Case, MakeCase, maker
+from small_pipeline import CPU, MakeSmallModel
 
 from sharebasis.allocation.lagrangian import allocate
 from sharebasis.allocation.loss_weights import group_weight, weigh
 from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.compressed.loader import load_compressed
-from sharebasis.config.types import SplitStrategy
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
@@ -30,17 +30,11 @@ def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
 
 @pytest.fixture(scope="module")
 def make_case(
-    make_directory: MakeDirectory,
+    small_model: MakeSmallModel,
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> MakeCase:
-    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
-        target = tmp_path_factory.mktemp("case")
-        return decomposed_case(
-            family, structure, split, make_directory(family), target, make_settings
-        )
-
-    return make
+    return maker(small_model, make_settings, tmp_path_factory)
 
 
 def _ones(case: Case) -> Sensitivity:

@@ -7,48 +7,48 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compressing import CPU, SHARE, Run, compress
-from conftest import MakeSettings, RunPython, contents, fit_at_once
+from conftest import RunPython, contents
 from safetensors.torch import load_file, save_file
+from small_pipeline import CPU, MakeSmallPipeline, SmallPipeline
 
 from sharebasis import load_compressed
 from sharebasis.compressed.index import INDEX_FILE
 from sharebasis.errors import ShareBasisError, SourceError, StoreError, WeightsError
 from sharebasis.io.records import save_record
-from sharebasis.moments.store import MomentStore
 from sharebasis.stages.fit.fit import fit
 
 
 @pytest.fixture
-def llama_run(llama_directory: Path, make_settings: MakeSettings, tmp_path: Path) -> Run:
+def llama_run(small_pipeline: MakeSmallPipeline, tmp_path: Path) -> SmallPipeline:
     """A llama of its own, to be damaged."""
-    settings = make_settings({**SHARE, "fit.shard_bytes": 20_000}).fit
-    return compress(llama_directory, tmp_path, "none", settings)
+    changes = {"fit.method": "basis_sharing", "fit.group_size": 2, "fit.shard_bytes": 20_000}
+    return small_pipeline("llama", changes).copy(tmp_path)
 
 
-def _shard_of(run: Run, ending: str) -> Path:
+def _shard_of(run: SmallPipeline, ending: str) -> Path:
     name = next(name for name in run.index.files if name.endswith(ending))
     return run.compressed / run.index.files[name]
 
 
-def _forget_a_tensor(run: Run) -> None:
+def _forget_a_tensor(run: SmallPipeline) -> None:
     path = run.compressed / INDEX_FILE
     content = json.loads(path.read_text())
     del content["files"]["model.layers.1.input_layernorm.weight"]
     path.write_text(json.dumps(content))
 
 
-def _forget_a_basis(run: Run) -> None:
+def _forget_a_basis(run: SmallPipeline) -> None:
     path = run.compressed / INDEX_FILE
     content = json.loads(path.read_text())
     del content["files"][content["groups"][0]["basis"]]
     path.write_text(json.dumps(content))
 
 
-DAMAGES: Mapping[str, tuple[Callable[[Run], object], type[ShareBasisError], str]] = {
+DAMAGES: Mapping[str, tuple[Callable[[SmallPipeline], object], type[ShareBasisError], str]] = {
     "missing shard": (
         lambda run: _shard_of(run, ".basis").unlink(),
         WeightsError,
@@ -84,7 +84,7 @@ DAMAGES: Mapping[str, tuple[Callable[[Run], object], type[ShareBasisError], str]
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_compressed_directory_is_refused(llama_run: Run, what: str) -> None:
+def test_a_damaged_compressed_directory_is_refused(llama_run: SmallPipeline, what: str) -> None:
     damage, error, text = DAMAGES[what]
     damage(llama_run)
     with pytest.raises(error, match=text):
@@ -92,16 +92,15 @@ def test_a_damaged_compressed_directory_is_refused(llama_run: Run, what: str) ->
 
 
 def test_weights_without_one_of_the_sublayers_leave_the_earlier_result(
-    llama_run: Run, tmp_path: Path
+    llama_run: SmallPipeline, tmp_path: Path
 ) -> None:
     earlier = contents(llama_run.compressed)
     damaged = Path(shutil.copytree(llama_run.weights, tmp_path / "damaged"))
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    moments = MomentStore(llama_run.moments)
     with pytest.raises(WeightsError, match=r"holds no tensor for model.*1\.mlp\.up_proj\.w"):
-        fit_at_once(damaged, llama_run.parts, moments, llama_run.settings, llama_run.compressed)
+        replace(llama_run.model, weights=damaged).fit(tmp_path, llama_run.settings.fit)
     assert contents(llama_run.compressed) == earlier
 
 
@@ -131,15 +130,15 @@ FIT_AND_DIE = """
 
 
 def test_a_kill_in_the_middle_of_fit_leaves_the_earlier_result(
-    llama_run: Run, tmp_path: Path, run_python: RunPython
+    llama_run: SmallPipeline, tmp_path: Path, run_python: RunPython
 ) -> None:
     earlier = contents(llama_run.compressed)
-    save_record(tmp_path / "fit.json", llama_run.settings)
+    save_record(tmp_path / "fit.json", llama_run.settings.fit)
     killed = run_python(FIT_AND_DIE, tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((tmp_path / ".compressed.partial").iterdir())) == 3
     assert contents(llama_run.compressed) == earlier
     target = llama_run.compressed
-    fit(llama_run.weights, target.parent / "spectra", llama_run.settings, target, CPU, None)
+    fit(llama_run.weights, llama_run.spectra, llama_run.settings.fit, target, CPU, None)
     assert contents(target) == earlier  # nothing in the fit is random
     assert not (tmp_path / ".compressed.partial").exists()

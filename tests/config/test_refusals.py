@@ -21,10 +21,8 @@ from sharebasis.errors import SettingsError
 from sharebasis.pipeline.compose import compose_params
 from sharebasis.pipeline.settings import load_settings, parse_settings
 
-UNKNOWN = ["typo", "data.calibration.typo", "calibrate.outliers.inputs.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "recover.typo", "vary.typo", "verify.typo", "attribute.typo"]
-UNKNOWN += ["sensitivity.typo"]
-UNKNOWN += ["split.typo", "fit.typo", "propagate.typo", "recover.typo"]
+UNKNOWN = ["typo", "model.typo", "data.typo", "data.calibration.typo", "calibrate.typo"]
+UNKNOWN += ["split.typo", "sensitivity.typo", "fit.typo", "propagate.typo", "recover.typo"]
 UNKNOWN += ["vary.typo", "verify.typo", "attribute.typo"]
 
 

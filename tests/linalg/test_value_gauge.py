@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrated import Calibrate, Calibrated, fit_settings, maker, tokens
-from conftest import SIZES, MakeDirectory, MakeSettings
+from calibrated import Calibrate, Calibrated, fit_settings, maker
+from conftest import SIZES, MakeSettings
 from hypothesis import given
 from hypothesis import strategies as st
-from sharebasis.stages.propagate.turned_original import turn_original
+from small_pipeline import MakeSmallModel, tokens
 from torch import Tensor
 
 from sharebasis.allocation.lagrangian import allocate
@@ -113,8 +113,8 @@ def test_values_that_may_not_be_dense_are_not_stored_in_the_gauge() -> None:
 
 
 @pytest.fixture
-def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
-    return partial(maker(make_directory, tmp_path), n_windows=8)
+def calibrated(small_model: MakeSmallModel, tmp_path: Path) -> Calibrate:
+    return partial(maker(small_model, tmp_path), windows=tokens(8))
 
 
 OWN = {"value_gauge": True}

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings
-from sensing import WINDOWS, Case, MakeCase, decomposed_case, logits_of
+from sensing import WINDOWS
 from sharebasis.model.late_start import LateStart
+from small_pipeline import WINDOWS, MakeSmallModel, SmallModel
 from torch import Tensor, nn
 
-from sharebasis.config.types import SplitStrategy
+
+@pytest.fixture(params=["llama", "gpt2"])
+def small(request: pytest.FixtureRequest, small_model: MakeSmallModel) -> SmallModel:
+    return small_model(request.param)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
-    return make_case(request.param)
+@torch.no_grad()
+def _logits(model: nn.Module, windows: Tensor = WINDOWS[:3]) -> Tensor:
+    return model(input_ids=windows).logits[:, :-1]
 
 
-@pytest.fixture(scope="module")
-def make_case(
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> MakeCase:
-    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
-        target = tmp_path_factory.mktemp("case")
-        return decomposed_case(
-            family, structure, split, make_directory(family), target, make_settings
-        )
-
-    return make
-
-
-def test_a_pass_can_start_at_every_block_of_a_plain_stack(case: Case) -> None:
-    model = case.load()
-    late = LateStart(model, case.found.blocks)
-    assert late.exact({0, 1, 2}, lambda: logits_of(model)) == {1, 2}
-    whole, outputs = late.record({1, 2}, lambda: logits_of(model))
+def test_a_pass_can_start_at_every_block_of_a_plain_stack(small: SmallModel) -> None:
+    model = small.load()
+    late = LateStart(model, small.classification.blocks)
+    assert late.exact({0, 1, 2}, lambda: _logits(model)) == {1, 2}
+    whole, outputs = late.record({1, 2}, lambda: _logits(model))
     with late.start_at(2, outputs):  # the first blocks do not run, whatever they are given
-        assert torch.equal(logits_of(model, WINDOWS[3:6]), whole)
-    assert torch.equal(logits_of(model), whole)
-    assert not torch.equal(logits_of(model, WINDOWS[3:6]), whole)
+        assert torch.equal(_logits(model, WINDOWS[3:6]), whole)
+    assert torch.equal(_logits(model), whole)
+    assert not torch.equal(_logits(model, WINDOWS[3:6]), whole)
 
 
 class _Remembering(nn.Module):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from conftest import REPOSITORY
+from small_pipeline import SmallModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.architecture.parts import Part
 from sharebasis.config.fit import FitSettings
 from sharebasis.forms.share_linear import SplitLinear
-from sharebasis.model.experts import unstack
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.spectra.store import Spectra
-from sharebasis.stages.decompose.decompose import decompose
-from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel
-from sharebasis.structures.layer_distances import LayerDistances
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (24, 24), generator=torch.Generator().manual_seed(0))
 EVERY = "private,joint,experts,shared:2,shared:3,shared:all"
 READS, WRITES = ["q", "k", "v", "gate", "up"], ["o", "down"]
@@ -42,34 +33,10 @@ def sharing_settings(structures: str, removed: float = 0.4, **changes: object) -
     return compose_settings(overrides, REPOSITORY / "conf").fit
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A small model and its moments."""
-
-    weights: Path
-    parts: Sequence[Part]
-    moments: MomentStore
-
-    def decompose(self, target: Path, settings: FitSettings) -> Spectra:
-        decompose(self.weights, self.parts, self.moments, settings, target, CPU)
-        return Spectra(target)
-
-    def fit(
-        self, target: Path, settings: FitSettings, distances: LayerDistances | None = None
-    ) -> FittedModel:
-        spectra, device = target / "spectra", CPU
-        decompose(self.weights, self.parts, self.moments, settings, spectra, device, distances)
-        out = target / "compressed"
-        return fit(self.weights, target / "spectra", settings, out, CPU, self.moments)
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        return load_model(self.weights, "float32", CPU)(input_ids=WINDOWS[:4]).logits
-
-
-MakeCalibrated = Callable[..., Calibrated]
-
-SIZES = {
+FOUR_LAYERS: dict[str, Any] = {
+    "windows": WINDOWS,
+    "batch": 6,
+    "num_hidden_layers": 4,
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_attention_heads": 4,
@@ -78,10 +45,9 @@ SIZES = {
 }
 
 
-def errors_of(model: PreTrainedModel, case: Calibrated) -> dict[str, Tensor]:
+def errors_of(model: PreTrainedModel, case: SmallModel) -> dict[str, Tensor]:
     """W - Ŵ of every sublayer, the product put together from what is stored."""
-    dense = load_model(case.weights, "float32", CPU)
-    unstack(dense)
+    dense = case.unstacked()
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitLinear):
@@ -91,7 +57,7 @@ def errors_of(model: PreTrainedModel, case: Calibrated) -> dict[str, Tensor]:
     return found
 
 
-def loss_of_error(name: str, error: Tensor, case: Calibrated, settings: FitSettings) -> float:
+def loss_of_error(name: str, error: Tensor, case: SmallModel, settings: FitSettings) -> float:
     """tr(G E C Eᵀ) by Cholesky factors of the damped moments."""
     own = case.moments.gradient(name)
     gradient = own.total / case.moments.n_tokens
@@ -117,3 +83,8 @@ def share_basis(modules: Sequence[torch.nn.Linear], rank: int, side: str) -> Non
 
 def total_loss(fitted: FittedModel) -> float:
     return sum(one.loss for one in fitted.groups)
+
+
+@torch.no_grad()
+def dense_logits(case: SmallModel) -> Tensor:
+    return case.load()(input_ids=WINDOWS[:4]).logits

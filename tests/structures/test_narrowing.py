@@ -6,12 +6,14 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibrated import Calibrate, fit_settings, maker, tokens
-from conftest import MakeDirectory, MakeSettings, random_model, rows_left
+from calibrated import Calibrate, fit_settings, maker
+from conftest import MakeSettings, random_model, rows_left
+from small_pipeline import MakeSmallModel, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -40,8 +42,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
-    return maker(make_directory, tmp_path)
+def calibrated(small_model: MakeSmallModel, tmp_path: Path) -> Calibrate:
+    return maker(small_model, tmp_path)
 
 
 OWN = {"structures": ["private", "narrowed"]}

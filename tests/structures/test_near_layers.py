@@ -2,74 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, MakeDirectory
+from conftest import REPOSITORY
 from gauges import layers_of, random_element
 from sharing import (
-    CPU,
-    SIZES,
+    FOUR_LAYERS,
     WINDOWS,
-    Calibrated,
-    MakeCalibrated,
+    dense_logits,
     errors_of,
     loss_of_error,
     share_basis,
     sharing_settings,
     total_loss,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_pipeline import CPU, MakeSmallModel, SmallModel
+from transformers import PreTrainedModel
 
 from sharebasis import align
-from sharebasis.architecture.parts import split_selected
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.gauge.units import Layer
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.stages.calibrate.calibrate import calibrate
 from sharebasis.stages.vary.variation import measure_variation, write_distances
 from sharebasis.structures.layer_distances import read_table
-
-
-@pytest.fixture(scope="module")
-def make_calibrated(
-    make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFactory
-) -> MakeCalibrated:
-    """`make_calibrated(family, plant=, **config)`: `plant` may change the weights."""
-
-    def make(
-        family: str,
-        plant: Callable[[PreTrainedModel], None] = lambda _: None,
-        strategy: str = "none",
-        **changes: Any,
-    ) -> Calibrated:
-        directory = make_directory(family, **changes)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        with torch.no_grad():
-            plant(model)
-        model.save_pretrained(directory)
-        work = tmp_path_factory.mktemp("calibrated")
-        model = load_model(directory, "float32", CPU)
-        found = classify_model(model)
-        never = Checkpoint(work / "checkpoint", {}, math.inf)
-        sums = calibrate(model, found.selected, WINDOWS, 6, never, "text")
-        write_moments(work / "moments", *sums)
-        parts = split_selected(found, strategy)  # type: ignore[arg-type]
-        return Calibrated(directory, parts, MomentStore(work / "moments"))
-
-    return make
 
 
 def _plant_copies(model: PreTrainedModel) -> None:
@@ -86,12 +50,12 @@ def _plant_copies(model: PreTrainedModel) -> None:
 
 
 @pytest.fixture(scope="module")
-def copies(make_calibrated: MakeCalibrated) -> Calibrated:
-    return make_calibrated("llama", _plant_copies, num_hidden_layers=4, **SIZES)
+def copies(small_model: MakeSmallModel) -> SmallModel:
+    return small_model("llama", _plant_copies, **FOUR_LAYERS)
 
 
 @pytest.fixture(scope="module")
-def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def distances(copies: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the stage `vary` writes of the copies."""
     path = tmp_path_factory.mktemp("vary") / "variation.csv"
     model, config = load_model(copies.weights, "float32", CPU), load_config(copies.weights)
@@ -106,7 +70,7 @@ def distances(copies: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_layers_that_are_near_are_found_wherever_they_lie(
-    copies: Calibrated, distances: Path, tmp_path: Path
+    copies: SmallModel, distances: Path, tmp_path: Path
 ) -> None:
     by_family = read_table(distances)["aligned"]
     near = copies.fit(
@@ -138,9 +102,9 @@ def _by_distance() -> FitSettings:
 
 
 def test_copies_share_on_the_inner_side_only_in_aligned_coordinates(
-    copies: Calibrated,
+    copies: SmallModel,
     distances: Path,
-    make_calibrated: MakeCalibrated,
+    small_model: MakeSmallModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,17 +115,17 @@ def test_copies_share_on_the_inner_side_only_in_aligned_coordinates(
     moved = load_model(target, "float32", CPU)
     with torch.no_grad():
         logits = moved(input_ids=WINDOWS[:4]).logits
-    expected = copies.logits()
+    expected = dense_logits(copies)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
     def plant(model: PreTrainedModel) -> None:
         model.load_state_dict(moved.state_dict())
 
-    aligned = make_calibrated("llama", plant, num_hidden_layers=4, **SIZES)
+    aligned = small_model("llama", plant, **FOUR_LAYERS)
     settings = _offering("by_distance:2:inner", "[gate,up,down]", 0.3)
     by_family = read_table(distances)["aligned"]
     fitted = {
-        name: case.fit(tmp_path / name, settings, by_family)
+        name: case.fit(tmp_path / name, settings, distances=by_family)
         for name, case in (("as they are", copies), ("in common", aligned))
     }
     of_pairs = {

@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
-import torch
-from conftest import REPOSITORY, MakeDirectory
+from conftest import REPOSITORY
 from sharing import (
-    CPU,
     EVERY,
+    FOUR_LAYERS,
     READS,
-    SIZES,
-    WINDOWS,
     WRITES,
-    Calibrated,
-    MakeCalibrated,
     sharing_settings,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_pipeline import MakeSmallModel, SmallModel
 
-from sharebasis.architecture.parts import split_selected
 from sharebasis.errors import SettingsError
-from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.stages.calibrate.calibrate import calibrate
 from sharebasis.structures.shared import offered_groups
 
 
 @pytest.fixture(scope="module")
-def make_calibrated(
-    make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFactory
-) -> MakeCalibrated:
-    """`make_calibrated(family, plant=, **config)`: `plant` may change the weights."""
-
-    def make(
-        family: str,
-        plant: Callable[[PreTrainedModel], None] = lambda _: None,
-        strategy: str = "none",
-        **changes: Any,
-    ) -> Calibrated:
-        directory = make_directory(family, **changes)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        with torch.no_grad():
-            plant(model)
-        model.save_pretrained(directory)
-        work = tmp_path_factory.mktemp("calibrated")
-        model = load_model(directory, "float32", CPU)
-        found = classify_model(model)
-        never = Checkpoint(work / "checkpoint", {}, math.inf)
-        sums = calibrate(model, found.selected, WINDOWS, 6, never, "text")
-        write_moments(work / "moments", *sums)
-        parts = split_selected(found, strategy)  # type: ignore[arg-type]
-        return Calibrated(directory, parts, MomentStore(work / "moments"))
-
-    return make
+def llama(small_model: MakeSmallModel) -> SmallModel:
+    return small_model("llama", **FOUR_LAYERS)
 
 
-@pytest.fixture(scope="module")
-def llama(make_calibrated: MakeCalibrated) -> Calibrated:
-    return make_calibrated("llama", num_hidden_layers=4, **SIZES)
-
-
-def test_reads_share_inputs_and_writes_share_outputs(llama: Calibrated) -> None:
-    groups = offered_groups(llama.parts, sharing_settings(EVERY))
+def test_reads_share_inputs_and_writes_share_outputs(llama: SmallModel) -> None:
+    groups = offered_groups(llama.parts(), sharing_settings(EVERY))
     for group in groups:
         roles = {part.sublayer.role for part in group.parts}
         assert roles == {"read"} if group.side == "input" else {"write"}
@@ -93,10 +52,10 @@ def test_reads_share_inputs_and_writes_share_outputs(llama: Calibrated) -> None:
     assert "model.layers.1-3.mlp.down_proj" in names
 
 
-def test_families_that_do_not_share_are_not_offered_over_layers(llama: Calibrated) -> None:
+def test_families_that_do_not_share_are_not_offered_over_layers(llama: SmallModel) -> None:
     settings = sharing_settings("private,shared:2", shared="[k,o]")
-    assert {group.family for group in offered_groups(llama.parts, settings)} == {"k", "o"}
-    assert not offered_groups(llama.parts, sharing_settings("private"))
+    assert {group.family for group in offered_groups(llama.parts(), settings)} == {"k", "o"}
+    assert not offered_groups(llama.parts(), sharing_settings("private"))
 
 
 @pytest.mark.parametrize(

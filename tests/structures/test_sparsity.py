@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import AUTO, Calibrate, Calibrated, fit_settings, maker, tokens
-from conftest import MakeDirectory, MakeSettings
+from calibrated import AUTO, Calibrate, Calibrated, fit_settings, maker
+from conftest import MakeSettings
 from propagating import AUTO as PROPAGATING
 from propagating import Case, MakeCase, n_stored
 from propagating import maker as case_maker
-from sharebasis.forms.mask import n_kept
+from small_pipeline import MakeSmallModel, MakeSmallPipeline, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,8 +55,8 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def calibrated(make_directory: MakeDirectory, tmp_path: Path) -> Calibrate:
-    return maker(make_directory, tmp_path)
+def calibrated(small_model: MakeSmallModel, tmp_path: Path) -> Calibrate:
+    return maker(small_model, tmp_path)
 
 
 OWN = {"structures": ["private", "sparse"], "removed": 0.2}
@@ -318,17 +318,13 @@ def test_an_update_leaves_zeros_where_they_are() -> None:
 
 
 @pytest.fixture
-def make(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-) -> MakeCase:
+def make(small_pipeline: MakeSmallPipeline) -> MakeCase:
     always = {f"fit.{key}": value for key, value in {**AUTO, **OWN}.items()}
-    return case_maker(tmp_path_factory, make_directory, make_settings, {**PROPAGATING, **always})
+    return case_maker(small_pipeline, {**PROPAGATING, **always})
 
 
 def _divergence(case: Case, directory: Path) -> float:
-    models = load_model(case.work / "weights", "float32", CPU), load_compressed(directory)
+    models = case.model.load(), load_compressed(directory)
     with torch.no_grad():
         p, q = (own(input_ids=tokens(8, 3)).logits.double().log_softmax(-1) for own in models)
     return functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
@@ -341,10 +337,10 @@ def test_propagation_refits_the_entries_that_there_are(
     case = make(family, {"fit.removed": 0.5})
     found = case.propagate(tmp_path / "out")
     assert found.left == 0
-    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
-    before, after = _zeros(case.work / "compressed"), _zeros(tmp_path / "out")
+    assert n_stored(tmp_path / "out") == n_stored(case.compressed)
+    before, after = _zeros(case.compressed), _zeros(tmp_path / "out")
     assert before
     assert all((after[name] | ~own).all() for name, own in before.items())
     index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
     assert index.groups == case.index.groups
-    assert _divergence(case, tmp_path / "out") < _divergence(case, case.work / "compressed")
+    assert _divergence(case, tmp_path / "out") < _divergence(case, case.compressed)

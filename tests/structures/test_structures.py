@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDirectory, n_numbers
+from conftest import n_numbers
 from sharing import (
-    CPU,
     EVERY,
+    FOUR_LAYERS,
     READS,
-    SIZES,
     WINDOWS,
     WRITES,
-    Calibrated,
-    MakeCalibrated,
+    dense_logits,
     errors_of,
     loss_of_error,
     share_basis,
     sharing_settings,
     total_loss,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from small_pipeline import CPU, MakeSmallModel, SmallModel
+from transformers import PreTrainedModel
 
 from sharebasis.allocation.choose import Chosen
-from sharebasis.architecture.parts import split_selected
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import load_compressed
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.spectra.store import Spectra
-from sharebasis.stages.calibrate.calibrate import calibrate
 from sharebasis.stages.fit import fit as fitting
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
@@ -48,37 +40,8 @@ from sharebasis.structures.curve import DENSE
 
 
 @pytest.fixture(scope="module")
-def make_calibrated(
-    make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFactory
-) -> MakeCalibrated:
-    """`make_calibrated(family, plant=, **config)`: `plant` may change the weights."""
-
-    def make(
-        family: str,
-        plant: Callable[[PreTrainedModel], None] = lambda _: None,
-        strategy: str = "none",
-        **changes: Any,
-    ) -> Calibrated:
-        directory = make_directory(family, **changes)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        with torch.no_grad():
-            plant(model)
-        model.save_pretrained(directory)
-        work = tmp_path_factory.mktemp("calibrated")
-        model = load_model(directory, "float32", CPU)
-        found = classify_model(model)
-        never = Checkpoint(work / "checkpoint", {}, math.inf)
-        sums = calibrate(model, found.selected, WINDOWS, 6, never, "text")
-        write_moments(work / "moments", *sums)
-        parts = split_selected(found, strategy)  # type: ignore[arg-type]
-        return Calibrated(directory, parts, MomentStore(work / "moments"))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(make_calibrated: MakeCalibrated) -> Calibrated:
-    return make_calibrated("llama", num_hidden_layers=4, **SIZES)
+def llama(small_model: MakeSmallModel) -> SmallModel:
+    return small_model("llama", **FOUR_LAYERS)
 
 
 # What is stored
@@ -86,7 +49,7 @@ def llama(make_calibrated: MakeCalibrated) -> Calibrated:
 
 @pytest.mark.parametrize("storage", ["plain", "interpolative"])
 def test_the_loss_told_is_that_of_what_is_stored_and_so_is_the_count(
-    storage: str, llama: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: str, llama: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = sharing_settings(EVERY, storage=storage)
     llama.decompose(tmp_path / "spectra", settings)
@@ -147,7 +110,7 @@ TAKEN = {
 def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     wanted: Mapping[str, Sequence[str]],
     storage: str,
-    llama: Calibrated,
+    llama: SmallModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,7 +122,7 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     index = load_record(out / INDEX_FILE, CompressedIndex)
     sides = {group.side for group in index.groups if group.basis}
     assert sides == ({"input"} if wanted is TAKEN["within a layer"] else {"input", "output"})
-    expected = llama.logits()
+    expected = dense_logits(llama)
     scale = expected.abs().max().item()
     model = load_compressed(out)
     with torch.no_grad():
@@ -199,9 +162,9 @@ def _plant_layers(model: PreTrainedModel) -> None:
 
 
 def test_layers_that_share_are_found_and_unrelated_ones_stay_private(
-    make_calibrated: MakeCalibrated, tmp_path: Path
+    small_model: MakeSmallModel, tmp_path: Path
 ) -> None:
-    case = make_calibrated("llama", _plant_layers, num_hidden_layers=4, **SIZES)
+    case = small_model("llama", _plant_layers, **FOUR_LAYERS)
     settings = sharing_settings("private,shared:2,shared:3", 0.3, shared="[k,o,down]")
     fitted = case.fit(tmp_path / "both", settings)
     shared = {one.group.name for one in fitted.groups if one.group.structure == "shared:2"}
@@ -228,8 +191,8 @@ def _plant_experts(model: PreTrainedModel) -> None:
             stack.copy_(torch.stack([own.weight for own in wrapped]))
 
 
-def test_experts_that_share_are_found(make_calibrated: MakeCalibrated, tmp_path: Path) -> None:
-    case = make_calibrated("mixtral", _plant_experts, num_local_experts=4)
+def test_experts_that_share_are_found(small_model: MakeSmallModel, tmp_path: Path) -> None:
+    case = small_model("mixtral", _plant_experts, WINDOWS, 6, num_local_experts=4)
     fitted = case.fit(tmp_path / "both", sharing_settings("private,experts", 0.75))
     shared = {one.group.name for one in fitted.groups if one.group.structure == "experts"}
     assert shared == {
@@ -240,7 +203,7 @@ def test_experts_that_share_are_found(make_calibrated: MakeCalibrated, tmp_path:
     )
 
 
-def test_more_structures_never_lose_more(llama: Calibrated, tmp_path: Path) -> None:
+def test_more_structures_never_lose_more(llama: SmallModel, tmp_path: Path) -> None:
     every = (
         total_loss(llama.fit(tmp_path / str(n), sharing_settings(structures, 0.5)))
         for n, structures in enumerate(("private", "private,shared:2", EVERY))
@@ -249,7 +212,7 @@ def test_more_structures_never_lose_more(llama: Calibrated, tmp_path: Path) -> N
     assert max(others) <= alone * (1 + 1e-12)
 
 
-def test_without_moments_the_given_groups_are_taken(llama: Calibrated, tmp_path: Path) -> None:
+def test_without_moments_the_given_groups_are_taken(llama: SmallModel, tmp_path: Path) -> None:
     settings = sharing_settings(EVERY)
     llama.decompose(tmp_path / "spectra", settings)
     fitted = fit(llama.weights, tmp_path / "spectra", settings, tmp_path / "out", CPU, None)
@@ -257,7 +220,7 @@ def test_without_moments_the_given_groups_are_taken(llama: Calibrated, tmp_path:
 
 
 def test_private_alone_is_what_groups_of_one_are_to_the_last_bit(
-    llama: Calibrated, tmp_path: Path
+    llama: SmallModel, tmp_path: Path
 ) -> None:
     settings = [sharing_settings("private"), sharing_settings("fixed", shared="[]")]
     fitted = [llama.fit(tmp_path / str(i), own) for i, own in enumerate(settings)]
@@ -270,9 +233,9 @@ def test_private_alone_is_what_groups_of_one_are_to_the_last_bit(
 
 
 def test_a_limit_of_some_parts_keeps_them_from_sharing_with_others(
-    make_calibrated: MakeCalibrated, tmp_path: Path
+    small_model: MakeSmallModel, tmp_path: Path
 ) -> None:
-    case = make_calibrated("llama", _plant_layers, num_hidden_layers=4, **SIZES)
+    case = small_model("llama", _plant_layers, **FOUR_LAYERS)
     only = "[k,o,down]"
     settings = sharing_settings(
         "private,shared:2", 0.3, shared=only, exclude="['.*layers.0.mlp.down_proj']"

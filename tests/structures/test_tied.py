@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from calibrated import fit_settings
 from conftest import MakeSettings
+from small_pipeline import CPU, calibrated_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -20,15 +20,12 @@ from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import Labels
 from sharebasis.errors import StreamError
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
 from sharebasis.moments.problems import Problems
-from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.moments.store import MomentStore
 from sharebasis.residual.cache import run_with_cache
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.stages.extract.extract import extract
 from sharebasis.stages.extract.sources import find_source
 from sharebasis.stages.fit.fit import fit
@@ -37,7 +34,6 @@ from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
 from sharebasis.stages.recover.trainable import trainable
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0))
 N_LAYERS = 3
 SIZES: dict[str, Any] = {
@@ -114,15 +110,10 @@ def _settings(make_settings: MakeSettings) -> FitSettings:
 def _compress(
     weights: Path, target: Path, settings: FitSettings, gradients: Labels | None = None
 ) -> FittedModel:
-    model = load_model(weights, "float32", CPU)
-    found = classify_model(model)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    gathered = calibrate(model, found.selected, WINDOWS, 4, checkpoint, gradients)
-    write_moments(target / "moments", *gathered)
-    parts = split_selected(found, "none")
-    moments = MomentStore(target / "moments")
-    decompose(weights, parts, moments, settings, target / "spectra", CPU)
-    return fit(weights, target / "spectra", settings, target / "small", CPU, moments)
+    small = calibrated_model(weights, target, WINDOWS, 4, gradients)
+    small.decompose(target / "spectra", settings)
+    artefacts = weights, target / "spectra", settings, target / "small"
+    return fit(*artefacts, CPU, small.moments)
 
 
 def test_a_shared_weight_is_recognised_by_its_storage(weights: Path) -> None:

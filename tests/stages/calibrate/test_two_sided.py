@@ -11,6 +11,7 @@ import torch
 from calibrated import fit_settings, maker
 from conftest import MakeDirectory, MakeSettings
 from low_rank_fits import fit_rank, problems_of
+from small_pipeline import MakeSmallModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -198,14 +199,14 @@ def test_logits_that_are_no_numbers_are_one_error(llama_directory: Path, tmp_pat
 
 
 def test_what_no_loss_depends_on_costs_next_to_nothing(
-    make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
+    small_model: MakeSmallModel, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """Behind what puts out zeros alone, as in blocks that were added to a trained model."""
 
     def silence(model: PreTrainedModel) -> None:
         model.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()
 
-    case = maker(make_directory, tmp_path)("llama", silence)
+    case = maker(small_model, tmp_path)("llama", silence)
     for structures in (["private"], ["private", "narrowed", "sparse", "joint"]):
         fitted = case.fit(fit_settings(make_settings, structures=structures, removed=0.3))
         silent = [

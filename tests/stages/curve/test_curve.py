@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calibrated import CPU, fit_settings, maker, tokens
-from conftest import MakeDirectory, MakeSettings
+from calibrated import fit_settings, maker
+from conftest import MakeSettings
+from small_pipeline import CPU, MakeSmallModel, tokens
 from transformers import PreTrainedModel
 
 from sharebasis.allocation.sensitivity import UNWEIGHED
@@ -18,12 +19,12 @@ from sharebasis.stages.curve.curve import measure_curve
 
 
 def test_one_compressed_model_is_in_memory_at_a_time(
-    make_directory: MakeDirectory,
+    small_model: MakeSmallModel,
     make_settings: MakeSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own, settings = maker(make_directory, tmp_path)("llama"), fit_settings(make_settings)
+    own, settings = maker(small_model, tmp_path)("llama"), fit_settings(make_settings)
     own.fit(settings)
     loaded: list[weakref.ref[PreTrainedModel]] = []
     load, fit = curve.load_compressed, curve.fit
@@ -53,12 +54,12 @@ def test_one_compressed_model_is_in_memory_at_a_time(
 
 
 def test_budgets_that_limits_do_not_allow_are_left_out(
-    make_directory: MakeDirectory,
+    small_model: MakeSmallModel,
     make_settings: MakeSettings,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    own = maker(make_directory, tmp_path)("llama")
+    own = maker(small_model, tmp_path)("llama")
     settings = fit_settings(make_settings, exclude=[".*mlp.*"], removed=0.1)
     own.fit(settings)
     artefacts = own.weights, own.directory / "spectra", own.moments, UNWEIGHED, settings

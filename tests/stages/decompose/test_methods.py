@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY, MakeSettings
+from small_pipeline import MakeSmallModel, SmallModel
 from torch import Tensor
 
 from sharebasis.architecture.groups import Group
-from sharebasis.architecture.parts import Part, split_selected
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.methods import METHODS
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.model.checkpoint_weights import DenseWeights
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
+from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.spectra.store import Spectra
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(1, 280, (12, 24), generator=torch.Generator().manual_seed(0))
 RANK = 5
 
 
 @pytest.fixture(scope="module")
-def calibrated(
-    llama_directory: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Sequence[Part], MomentStore]:
-    target = tmp_path_factory.mktemp("calibrated")
-    model = load_model(llama_directory, "float32", CPU)
-    classification = classify_model(model)
-    checkpoint = Checkpoint(target / "checkpoint", {}, math.inf)
-    found = calibrate(model, classification.selected, WINDOWS, 4, checkpoint, "text")
-    write_moments(target / "moments", *found)
-    return split_selected(classification, "none"), MomentStore(target / "moments")
+def small(small_model: MakeSmallModel) -> SmallModel:
+    return small_model("llama", windows=WINDOWS, batch=4)
 
 
 def _of(method: str) -> FitSettings:
@@ -88,21 +72,18 @@ def _moments(store: MomentStore, group: Group) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_are_the_truncated_svd_of_the_scaled_weight(
     method: str,
-    calibrated: tuple[Sequence[Part], MomentStore],
-    llama_directory: Path,
+    small: SmallModel,
     make_settings: MakeSettings,
     tmp_path: Path,
 ) -> None:
-    parts, moments = calibrated
-    settings, dense = _of(method), DenseWeights(llama_directory)
+    settings, dense = _of(method), DenseWeights(small.weights)
     if method == "basis_sharing":  # of groups of one
         settings = make_settings({"fit.group_size": 1}).fit
-    decompose(llama_directory, parts, moments, settings, tmp_path / "spectra", CPU)
-    spectra = Spectra(tmp_path / "spectra")
-    assert len(spectra.groups) == len(parts)
+    spectra = small.decompose(tmp_path / "spectra", settings)
+    assert len(spectra.groups) == len(small.parts())
     for i, (group, energies) in enumerate(zip(spectra.groups, spectra.energies(), strict=True)):
         weight = dense.read(f"{group.parts[0].sublayer.name}.weight", group.parts[0].rows)
-        left, right = _scales(method, *_moments(moments, group))
+        left, right = _scales(method, *_moments(small.moments, group))
         product, squares = _by_hand(left, weight, right)
         basis, coefficient = spectra.factors(i, RANK)
         scale = product.abs().max().item()
@@ -110,23 +91,6 @@ def test_factors_are_the_truncated_svd_of_the_scaled_weight(
         torch.testing.assert_close(
             torch.from_numpy(energies), squares, rtol=1e-6, atol=1e-9 * squares.sum().item()
         )
-
-
-def test_the_methods_differ_from_each_other(
-    calibrated: tuple[Sequence[Part], MomentStore], llama_directory: Path
-) -> None:
-    parts, moments = calibrated
-    weight = DenseWeights(llama_directory).read(f"{parts[0].sublayer.name}.weight")
-    own = _moments(moments, Group((parts[0],)))
-    methods = ["svd", "asvd", "svd_llm", "fwsvd", "kfac"]
-    products = [_by_hand(*_between(weight, _scales(method, *own)))[0] for method in methods]
-    for i, one in enumerate(products):
-        for other in products[:i]:
-            assert (one - other).norm() > 0.01 * weight.double().norm()
-
-
-def _between(weight: Tensor, scales: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return scales[0], weight, scales[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,23 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings
-from propagating import CPU, NARROWED, WINDOWS, Case, MakeCase, maker, n_stored, products
+from propagating import NARROWED, WINDOWS, Case, MakeCase, maker, n_stored, products
+from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.model.hooks import watched
-from sharebasis.model.hub import load_model
 
 
 @pytest.fixture(scope="module")
-def make(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-) -> MakeCase:
-    return maker(tmp_path_factory, make_directory, make_settings)
+def make(small_pipeline: MakeSmallPipeline) -> MakeCase:
+    return maker(small_pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def test_neurons_that_are_left_say_what_all_of_them_said(narrowed: Case, tmp_pat
     downs = [mlp.down for mlp in narrowed.index.mlps if mlp.down in dense]
     assert downs
     models = (
-        load_model(narrowed.work / "weights", "float32", CPU),
+        narrowed.model.load(),
         load_compressed(tmp_path / "out"),
     )
     for name in downs:
@@ -68,7 +63,7 @@ def test_without_drift_neurons_that_are_left_stay_what_they_were(
     """At next to no amount, what is written is what `fit` took gate, up and down to be."""
     case = make(family, {**NARROWED, "fit.removed": 0.2, "split.strategy": split})
     case.propagate(tmp_path / "out", amount=1e-9, mean=False)
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     narrowed = {name for mlp in case.index.mlps for name in (*mlp.reads, mlp.down)}
     parts = [part for group in case.index.groups if group.basis is None for part in group.parts]
     dense = {part.coefficient for part in parts if part.sublayer in narrowed}
@@ -90,7 +85,7 @@ def test_a_bias_keeps_the_mean_of_what_is_put_out(
             one for mlp in case.index.mlps for one in (*mlp.reads, mlp.down) if one.endswith(last)
         )
     kept = next((list(mlp.kept) for mlp in case.index.mlps if name in mlp.reads), ...)
-    model = load_model(case.work / "weights", "float32", CPU)
+    model = case.model.load()
 
     def mean(one: PreTrainedModel) -> Tensor:
         with watched({name: one.get_submodule(name)}) as seen:
@@ -103,4 +98,4 @@ def test_a_bias_keeps_the_mean_of_what_is_put_out(
         case.propagate(tmp_path / f"{keeps}", mean=keeps)
         off.append((mean(load_compressed(tmp_path / f"{keeps}")) - mean(model)).norm())
     assert off[1] < 1e-3 * off[0]
-    assert n_stored(tmp_path / "True") == n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "True") == n_stored(case.compressed)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings
+from conftest import MakeSettings
 from propagating import (
-    CPU,
     NARROWED,
     SHARED,
     WINDOWS,
@@ -24,6 +23,7 @@ from propagating import (
     n_stored,
     products,
 )
+from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,6 @@ from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.drift_regression import PairedMoment
 from sharebasis.model.hooks import watched
-from sharebasis.model.hub import load_model
 from sharebasis.stages.propagate import block_regression, propagate, refit, streams
 from sharebasis.stages.propagate.outcome import Propagation, write_unpropagated
 from sharebasis.stages.propagate.propagate import propagation_identity, propagation_windows
@@ -44,12 +43,8 @@ from sharebasis.stages.propagate.refit import Refitter
 
 
 @pytest.fixture(scope="module")
-def make(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-) -> MakeCase:
-    return maker(tmp_path_factory, make_directory, make_settings)
+def make(small_pipeline: MakeSmallPipeline) -> MakeCase:
+    return maker(small_pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +55,7 @@ def case(make: MakeCase) -> Case:
 @torch.no_grad()
 def _drift(case: Case, directory: Path, blocks: int = 3) -> float:
     """The squared distance of the hidden states behind some blocks."""
-    models = load_model(case.work / "weights", "float32", CPU), load_compressed(directory)
+    models = case.model.load(), load_compressed(directory)
     one, other = (
         model.model(input_ids=WINDOWS, output_hidden_states=True).hidden_states[blocks]
         for model in models
@@ -71,7 +66,7 @@ def _drift(case: Case, directory: Path, blocks: int = 3) -> float:
 def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) -> None:
     """Its regression is the weight itself, so the same fit comes out; later blocks change."""
     case.propagate(tmp_path / "out", amount=1.0)
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
     reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
     assert not changed & set(reads)
@@ -83,7 +78,7 @@ def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) 
 def test_as_many_numbers_and_ranks_as_before(case: Case, tmp_path: Path) -> None:
     found = case.propagate(tmp_path / "out")
     index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
-    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.compressed)
     ranks = {group.name: (group.rank, group.tensors) for group in case.index.groups}
     assert {group.name: (group.rank, group.tensors) for group in index.groups} == ranks
     assert (found.refitted, found.left, len(found.distances)) == (21, 0, 3)
@@ -93,7 +88,7 @@ def test_the_stream_comes_closer_and_more_so_with_the_regression(
     case: Case, tmp_path: Path
 ) -> None:
     """By what the stage reports and by what a run of the models shows."""
-    drift = {"before": _drift(case, case.work / "compressed")}
+    drift = {"before": _drift(case, case.compressed)}
     for name, amount in (("refit", 1e-9), ("half", 0.5)):
         found = case.propagate(tmp_path / name, amount=amount)
         drift[name] = _drift(case, tmp_path / name)
@@ -131,7 +126,7 @@ def test_what_the_stream_lacks_before_a_write(
 
     monkeypatch.setattr(Refitter, "tensors", note)
     case.propagate(tmp_path / "out", stream=0.5)
-    models = load_model(case.work / "weights", "float32", CPU), load_compressed(tmp_path / "out")
+    models = case.model.load(), load_compressed(tmp_path / "out")
     seen: list[dict[str, Tensor]] = []
     for model in models:
         wanted = {"stream": f"model.layers.1{reader}", "input": f"model.layers.1.{name}"}
@@ -186,7 +181,7 @@ def test_what_is_excluded_stays(make: MakeCase, tmp_path: Path) -> None:
     for by, checkpoint in (("regression", "one"), ("update", "two")):
         never = Checkpoint(tmp_path / checkpoint, {}, math.inf)
         case.propagate(tmp_path / by, never, by=by, stream=0.5)
-        before, after = products(case.work / "compressed"), products(tmp_path / by)
+        before, after = products(case.compressed), products(tmp_path / by)
         same = {name for name in before if torch.equal(before[name], after[name])}
         assert same == {name for name in before if "layers.1." in name}
         assert len(same) == 7
@@ -217,7 +212,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
         return pass_block(self, i, streams)
 
     monkeypatch.setattr(block_regression.Propagator, "pass_block", count)
-    weights, compressed = case.work / "weights", case.work / "compressed"
+    weights, compressed = case.weights, case.compressed
     settings = case.settings
     own = propagation_identity(weights, compressed, WINDOWS, settings.propagate, settings.fit)
     with pytest.raises(Killed):
@@ -248,10 +243,10 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
     if not better:
         monkeypatch.setattr(propagate, "install", damage)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
-    assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
+    assert found.before == pytest.approx(divergence(case, case.compressed), rel=1e-4)
     assert found.before is not None
     assert found.after is not None
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     if better:
         assert found.after < found.before
         assert found.after == pytest.approx(divergence(case, tmp_path / "out"), rel=1e-4)
@@ -263,7 +258,7 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
 
 
 def test_another_amount_is_another_run(case: Case) -> None:
-    weights, compressed = case.work / "weights", case.work / "compressed"
+    weights, compressed = case.weights, case.compressed
     own = case.settings.propagate
 
     def identity(settings: PropagateSettings, fit: FitSettings = case.settings.fit) -> object:
@@ -295,9 +290,9 @@ def test_families_and_what_is_left(
     found = case.propagate(tmp_path / "out")
     assert found.left == left
     assert found.refitted > 0
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
-    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.compressed)
     index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
     assert index.mlps == case.index.mlps
     assert bool(index.mlps) == (changes is NARROWED)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings
 from propagating import (
-    CPU,
     NARROWED,
     SHARED,
     WINDOWS,
@@ -21,6 +19,7 @@ from propagating import (
     n_stored,
     products,
 )
+from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 
 from sharebasis.compressed.index import CompressedGroup
@@ -28,7 +27,6 @@ from sharebasis.compressed.loader import linears_by_group, load_compressed
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.hooks import watched
-from sharebasis.model.hub import load_model
 from sharebasis.stages.propagate.outcome import Propagation
 from sharebasis.stages.propagate.propagate import propagation_identity
 
@@ -37,12 +35,8 @@ OWN = {"fit.method": "svd_llm", "fit.two_sided": False}
 
 
 @pytest.fixture(scope="module")
-def make(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_directory: MakeDirectory,
-    make_settings: MakeSettings,
-) -> MakeCase:
-    return maker(tmp_path_factory, make_directory, make_settings, UPDATE)
+def make(small_pipeline: MakeSmallPipeline) -> MakeCase:
+    return maker(small_pipeline, UPDATE)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +58,7 @@ def _factors(directory: Path, case: Case) -> Mapping[str, tuple[Tensor, Tensor]]
 @torch.no_grad()
 def _inputs(case: Case, group: CompressedGroup) -> Tensor:
     """What the parts of a group are given in the compressed model, one below the other."""
-    model = load_compressed(case.work / "compressed")
+    model = load_compressed(case.compressed)
     with watched({x.sublayer: model.get_submodule(x.sublayer) for x in group.parts}) as seen:
         model.base_model(input_ids=WINDOWS)
     return torch.cat([x.flatten(0, -2) for x in seen.values()]).double()
@@ -79,7 +73,7 @@ def test_coefficients_are_the_least_squares_of_the_groups_inputs(
     case = make("llama", changes)
     case.propagate(tmp_path / "out")
     after = _factors(tmp_path / "out", case)
-    original = load_model(case.work / "weights", "float32", CPU)
+    original = case.model.load()
     groups = [group for group in case.index.groups if group.basis is not None]
     assert any(len(group.parts) > 1 for group in groups) == (changes is SHARED)
     for group in groups:
@@ -93,18 +87,18 @@ def test_coefficients_are_the_least_squares_of_the_groups_inputs(
 
 def test_bases_and_numbers_stay(case: Case, tmp_path: Path) -> None:
     case.propagate(tmp_path / "out")
-    before, after = (_factors(own, case) for own in (case.work / "compressed", tmp_path / "out"))
+    before, after = (_factors(own, case) for own in (case.compressed, tmp_path / "out"))
     for name, (basis, _) in before.items():
         torch.testing.assert_close(after[name][0], basis, rtol=1e-5, atol=1e-6)
     assert any((after[name][1] - own).norm() > 1e-3 for name, (_, own) in before.items())
-    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.compressed)
 
 
 def test_what_the_first_block_reads_is_already_the_best(make: MakeCase, tmp_path: Path) -> None:
     """Its inputs are the original's; those of what comes later are not."""
     case = make("llama", OWN)
     case.propagate(tmp_path / "out")
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
     reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
     for name in reads:
@@ -118,7 +112,7 @@ def test_directions_without_input_stay_as_they_were(make: MakeCase, tmp_path: Pa
     name = "model.layers.1.mlp.up_proj"
     (group,) = (one for one in case.index.groups if one.name == name)
     case.propagate(tmp_path / "out", text=WINDOWS[:1, :1], windows=1)
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    before, after = products(case.compressed), products(tmp_path / "out")
     moved = after[group.parts[0].coefficient] - before[group.parts[0].coefficient]
     assert moved.norm() > 1e-3
     assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 1
@@ -134,7 +128,7 @@ def test_a_killed_run_goes_on(case: Case, tmp_path: Path, monkeypatch: pytest.Mo
         raise Killed
 
     monkeypatch.setattr(Checkpoint, "save", die)
-    weights, compressed, own = case.work / "weights", case.work / "compressed", case.settings
+    weights, compressed, own = case.weights, case.compressed, case.settings
     identity = propagation_identity(weights, compressed, WINDOWS, own.propagate, own.fit)
     with pytest.raises(Killed):
         case.propagate(tmp_path / "killed", Checkpoint(tmp_path / "c", identity, 0.0))
@@ -154,8 +148,8 @@ def test_held_out_windows_decide_if_there_are_any(
     if not better:
         monkeypatch.setattr("sharebasis.model.held_out.is_better", lambda *_: False)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
-    assert found.before == pytest.approx(divergence(case, case.work / "compressed"), rel=1e-4)
-    before, after = products(case.work / "compressed"), products(tmp_path / "out")
+    assert found.before == pytest.approx(divergence(case, case.compressed), rel=1e-4)
+    before, after = products(case.compressed), products(tmp_path / "out")
     if found.refitted:
         assert found.after == pytest.approx(divergence(case, tmp_path / "out"), rel=1e-4)
     else:
@@ -181,6 +175,6 @@ def test_families_and_what_is_left(
     assert found.left == (dense if left is None else left)
     assert found.refitted > 0
     assert found.refitted + found.left == len(case.index.groups)
-    assert n_stored(tmp_path / "out") == n_stored(case.work / "compressed")
+    assert n_stored(tmp_path / "out") == n_stored(case.compressed)
     record = load_record(tmp_path / "out" / "propagation.json", Propagation)
     assert record == found

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDirectory, MakeSettings, fit_at_once, n_numbers
+from conftest import MakeSettings, n_numbers
+from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis.architecture.parts import split_selected
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.config.refine import RecoverSettings
@@ -24,12 +24,7 @@ from sharebasis.errors import RecoveryError, TextError
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.divergence import hidden_distance
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_config, load_model, meta_model
-from sharebasis.moments.store import MomentStore, write_moments
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.extract.extract import extract
-from sharebasis.stages.extract.sources import find_source
+from sharebasis.model.hub import load_model
 from sharebasis.stages.recover import distill as training
 from sharebasis.stages.recover import recover as recovery
 from sharebasis.stages.recover.distill import Factors, distill, learning_rate
@@ -86,24 +81,18 @@ MakeCase = Callable[..., Case]
 
 
 @pytest.fixture(scope="module")
-def make_case(
-    tmp_path_factory: pytest.TempPathFactory, llama_directory: Path, make_settings: MakeSettings
-) -> MakeCase:
+def make_case(small_pipeline: MakeSmallPipeline) -> MakeCase:
     """`make_case(storage, {"fit.removed": ...})`: small Llama, or another, compressed as told."""
 
     def make(
-        storage: Storage, changes: Mapping[str, object] = {}, source: Path = llama_directory
+        storage: Storage,
+        changes: Mapping[str, object] = {},
+        family: str = "llama",
+        **config: object,
     ) -> Case:
-        work = tmp_path_factory.mktemp("case")
-        extract(find_source(str(source)), work / "weights")
-        model = classify_model(meta_model(load_config(work / "weights")))
-        dense = load_model(work / "weights", "float32", CPU)
-        never = Checkpoint(work / "checkpoint", {}, math.inf)
-        write_moments(work / "moments", *calibrate(dense, model.selected, WINDOWS, 4, never))
-        settings = make_settings({"fit.storage": storage, "fit.removed": 0.4, **changes}).fit
-        parts, moments = split_selected(model, "none"), MomentStore(work / "moments")
-        fit_at_once(work / "weights", parts, moments, settings, work / "compressed")
-        return Case(work / "weights", work / "compressed")
+        told = {"fit.storage": storage, "fit.removed": 0.4, **changes}
+        small = small_pipeline(family, told, windows=WINDOWS, batch=4, labels=None, **config)
+        return Case(small.weights, small.compressed)
 
     return make
 
@@ -215,13 +204,11 @@ def test_a_killed_training_ends_where_one_at_a_stretch_does(
 
 def test_a_kill_moves_no_expert_that_has_seen_nothing(
     make_case: MakeCase,
-    make_directory: MakeDirectory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An expert without a token since its last turn has no gradient, and that is not zero."""
-    source = make_directory("mixtral", num_local_experts=24, num_hidden_layers=1)
-    case = make_case("plain", source=source)
+    case = make_case("plain", family="mixtral", num_local_experts=24, num_hidden_layers=1)
     settings = replace(SETTINGS, steps=32, batch=1, look_every=32, learning_rate=0.3)
     own = settings, WINDOWS[:, :2]
     whole = _train(case, _never(tmp_path), *own)[0]

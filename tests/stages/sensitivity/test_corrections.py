@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import MakeDirectory, MakeSettings
-from sensing import Case, MakeCase, decomposed_case
+from conftest import MakeSettings
+from sensing import Case, MakeCase, maker
+from small_pipeline import MakeSmallModel
 
-from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import CalibrationError
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.sensitivity.corrections import Cell, cells_of, corrections
@@ -21,17 +21,11 @@ def case(request: pytest.FixtureRequest, make_case: MakeCase) -> Case:
 
 @pytest.fixture(scope="module")
 def make_case(
-    make_directory: MakeDirectory,
+    small_model: MakeSmallModel,
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> MakeCase:
-    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
-        target = tmp_path_factory.mktemp("case")
-        return decomposed_case(
-            family, structure, split, make_directory(family), target, make_settings
-        )
-
-    return make
+    return maker(small_model, make_settings, tmp_path_factory)
 
 
 def _cells(n: int) -> list[Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import runpy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,35 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CORPUS, REPOSITORY, MakeDirectory, MakeSettings, with_changes
+from conftest import CORPUS, REPOSITORY, MakeSettings, with_changes
 from safetensors.torch import load_file, save_file
-from sensing import (
-    AUTO,
-    CPU,
-    PROBES,
-    STRUCTURES,
-    WINDOWS,
-    Case,
-    MakeCase,
-    decomposed_case,
-    logits_of,
-)
+from sensing import AUTO, PROBES, STRUCTURES, WINDOWS, Case, MakeCase, logits_of, maker
+from small_pipeline import CPU, MakeSmallModel
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.allocation.loss_weights import group_weight, weigh
-from sharebasis.architecture.parts import split_selected
 from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
 from sharebasis.compressed.loader import linears_by_tensor, load_compressed
 from sharebasis.config.types import SplitStrategy
-from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record, save_record
-from sharebasis.model.classify import classify_model
-from sharebasis.model.hub import load_model
-from sharebasis.moments.store import MomentStore, write_moments
 from sharebasis.spectra.store import Spectra
-from sharebasis.stages.calibrate.calibrate import calibrate
-from sharebasis.stages.decompose.decompose import decompose
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.sensitivity.corrections import cells_of
 from sharebasis.stages.sensitivity.draft import compressed, wrap_parts
@@ -64,17 +47,11 @@ def any_case(request: pytest.FixtureRequest, case: Case, make_case: MakeCase) ->
 
 @pytest.fixture(scope="module")
 def make_case(
-    make_directory: MakeDirectory,
+    small_model: MakeSmallModel,
     make_settings: MakeSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> MakeCase:
-    def make(family: str, structure: str = "private", split: SplitStrategy = "qkv") -> Case:
-        target = tmp_path_factory.mktemp("case")
-        return decomposed_case(
-            family, structure, split, make_directory(family), target, make_settings
-        )
-
-    return make
+    return maker(small_model, make_settings, tmp_path_factory)
 
 
 # What is measured
@@ -146,24 +123,19 @@ def test_so_it_is_where_gate_and_up_are_one_weight(
 
 
 def test_where_the_loss_is_small_half_of_it_is_the_divergence(
-    make_directory: MakeDirectory, make_settings: MakeSettings, tmp_path: Path
+    small_model: MakeSmallModel, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     """Labels drawn by the model, many of them: the Fisher information is the curvature.
 
     What is left is what K-FAC neglects; without the half, or the count of tokens, it would be
     off by 2 and more.
     """
-    weights = make_directory("llama")
-    model = load_model(weights, "float32", CPU)
-    found = classify_model(model)
-    never = Checkpoint(tmp_path / "checkpoint", {}, math.inf)
     windows = torch.randint(1, 280, (256, 24), generator=torch.Generator().manual_seed(5))
-    write_moments(tmp_path / "m", *calibrate(model, found.selected, windows, 32, never, "model"))
+    small = small_model("llama", windows=windows, batch=32, labels="model")
     own = replace(make_settings(AUTO).fit, removed=0.02, damping_gradients=0.0)
-    parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "m")
-    decompose(weights, parts, moments, own, tmp_path / "spectra", CPU)
+    small.decompose(tmp_path / "spectra", own)
     sensing = replace(PROBES, removed=0.02, runs=1, windows=16, batch=16)
-    models = weights, tmp_path / "spectra", moments, found
+    models = small.weights, tmp_path / "spectra", small.moments, small.classification
     scratch = tmp_path / "draft"
     one = measure_sensitivity(*models, windows[:16], sensing, own, "float32", scratch, CPU)
     assert one.ratio == pytest.approx(1.0, abs=0.35)
@@ -222,7 +194,7 @@ def test_the_stage_writes_weights_that_fit_reads(
     Path("artifacts").mkdir()
     Path("artifacts/weights").symlink_to(case.weights)
     Path("artifacts/spectra").symlink_to(case.spectra)
-    Path("artifacts/moments").symlink_to(case.spectra.parent / "moments")
+    Path("artifacts/moments").symlink_to(case.model.moments_directory)
     save_record(Path("artifacts/sublayers.json"), case.found)
     Path("text.txt").write_text(CORPUS)
     ranges = []
