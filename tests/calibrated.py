@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import MakeSettings
-from sharebasis.structures.value_outputs import value_outputs
 from small_pipeline import CPU, MakeSmallModel, SmallModel
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.index import CompressedIndex, load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
-from sharebasis.io.records import load_record
 from sharebasis.moments.store import MomentStore
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel
@@ -55,13 +53,12 @@ class Calibrated:
         self, settings: FitSettings, name: str = "small", split: SplitStrategy = "none"
     ) -> FittedModel:
         spectra = self.directory / "spectra"
-        values = value_outputs(self.weights, self.model.classification)
-        self.model.decompose(spectra, settings, split, values=values)
+        self.model.decompose(spectra, settings, split)
         artefacts = self.weights, spectra, settings, self.directory / name
         return fit(*artefacts, CPU, self.moments)
 
     def index(self, name: str = "small") -> CompressedIndex:
-        return load_record(self.directory / name / INDEX_FILE, CompressedIndex)
+        return load_index(self.directory / name)
 
 
 Calibrate = Callable[..., Calibrated]

@@ -63,13 +63,13 @@ from transformers import (
 )
 
 from sharebasis.architecture.parts import Part
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
+from sharebasis.compressed.index import load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.schema import Settings
 from sharebasis.config.types import Labels
-from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
-from sharebasis.model.hub import load_model
+from sharebasis.model.classify import classify_model
+from sharebasis.model.hub import load_config, load_model, meta_model
 from sharebasis.moments.store import MomentStore
 from sharebasis.pipeline.compose import compose_params
 from sharebasis.pipeline.settings import parse_settings
@@ -171,7 +171,8 @@ def fit_at_once(
 ) -> FittedModel:
     """The stages decompose and fit; the spectra go beside the target."""
     spectra = target.parent / "spectra"
-    decompose(weights, parts, moments, settings, spectra, CPU)
+    classification = classify_model(meta_model(load_config(weights)))
+    decompose(weights, classification, parts, moments, settings, spectra, CPU)
     return fit(weights, spectra, settings, target, CPU, moments)
 
 
@@ -354,7 +355,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def n_numbers(directory: Path) -> int:
     """That a compressed directory stores."""
-    index = load_record(directory / INDEX_FILE, CompressedIndex)
+    index = load_index(directory)
     return sum(tensor.numel() for _, tensor in TensorReader(directory, index.files).stream())
 
 

@@ -12,10 +12,9 @@ from small_pipeline import CPU, MakeSmallPipeline, SmallPipeline, never_saved
 from torch import Tensor
 from torch.nn import functional
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.compressed.index import load_index
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.io.records import load_record
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.stages.propagate.outcome import Propagation
 from sharebasis.stages.propagate.propagate import propagate
@@ -44,7 +43,7 @@ SHARED = {
 }
 
 NARROWED = {
-    "fit.structures": ["private", "narrowed"],
+    "fit.structures": ["private", "neurons"],
     "fit.allocation": "global",
     "fit.removed": 0.5,
 }
@@ -87,13 +86,16 @@ def maker(small_pipeline: MakeSmallPipeline, always: Mapping[str, object] = {}) 
 
 def products(directory: Path) -> dict[str, Tensor]:
     """The dense weight of every part."""
-    index = load_record(directory / INDEX_FILE, CompressedIndex)
-    linears = linears_by_tensor(load_compressed(directory), index)
-    return {name: linear.dense().detach() for name, linear in linears.items()}
+    loaded = open_compressed(directory)
+    return {
+        f"{part.sublayer}.{part.rows.start}": linear.dense().detach()
+        for group in loaded.index.groups
+        for part, linear in zip(group.parts, loaded.linears(group), strict=True)
+    }
 
 
 def n_stored(directory: Path) -> int:
-    index = load_record(directory / INDEX_FILE, CompressedIndex)
+    index = load_index(directory)
     reader = TensorReader(directory, index.files)
     return sum(math.prod(reader.shape(name)) for name in index.files)
 

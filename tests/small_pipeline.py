@@ -18,14 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture.parts import Part, split_selected
 from sharebasis.architecture.sublayers import Classification
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex
+from sharebasis.compressed.index import CompressedIndex, StoredGroup, load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.schema import Settings
 from sharebasis.config.types import Labels, SplitStrategy
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.io.records import load_record
 from sharebasis.linalg.rows import Rows
-from sharebasis.linalg.value_gauge import ValueOutput
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import unstack
 from sharebasis.model.hub import load_model
@@ -87,11 +85,9 @@ class SmallModel:
         settings: FitSettings,
         split: SplitStrategy = "none",
         distances: LayerDistances | None = None,
-        values: Sequence[ValueOutput] = (),
     ) -> Spectra:
-        """`values`: those that may be stored without the columns that their outputs take in."""
-        artefacts = self.weights, self.parts(split), self.moments, settings, target
-        decompose(*artefacts, CPU, distances, values)
+        artefacts = self.weights, self.classification, self.parts(split), self.moments
+        decompose(*artefacts, settings, target, CPU, distances)
         return Spectra(target)
 
     def fit(
@@ -170,7 +166,7 @@ class SmallPipeline:
 
     @cached_property
     def index(self) -> CompressedIndex:
-        return load_record(self.compressed / INDEX_FILE, CompressedIndex)
+        return load_index(self.compressed)
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
@@ -184,10 +180,10 @@ class SmallPipeline:
 
     def factors(self) -> set[str]:
         """Names of the bases and coefficients."""
-        coefficients = {part.coefficient for group in self.index.groups for part in group.parts}
-        return coefficients | {group.basis for group in self.index.groups}
+        return {name for group in self.index.groups for name in group.tensor_names}
 
-    def product(self, group: CompressedGroup) -> Tensor:
+    def product(self, group: StoredGroup) -> Tensor:
         """The dense rows that a group's factors stand for, stacked."""
-        coefficients = [self.stored[part.coefficient].double() for part in group.parts]
-        return torch.cat(coefficients) @ self.stored[group.basis].double()
+        names = [part.tensors["coefficient"] for part in group.parts]
+        coefficients = [self.stored[name].double() for name in names]
+        return torch.cat(coefficients) @ self.stored[group.tensors["basis"]].double()

@@ -13,7 +13,8 @@ from torch import nn
 
 import sharebasis
 from sharebasis.errors import StateError
-from sharebasis.forms.share_linear import SplitLinear, State
+from sharebasis.forms.share_linear import State
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.model import classify, wrapping
 from sharebasis.residual import cache, head_views
 

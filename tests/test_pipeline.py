@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import CALIBRATION, SHARE
 from small_pipeline import MakeSmallPipeline, SmallPipeline, dense_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

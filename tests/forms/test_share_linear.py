@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sharebasis.errors import StateError
-from sharebasis.forms.share_linear import ShareLinear, SplitLinear, State
+from sharebasis.forms.share_linear import ShareLinear, State
+from sharebasis.forms.split_linear import SplitLinear
 
 D_OUT, D_IN, RANK = 6, 5, 3
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sensing import WINDOWS
 from sharebasis.model.late_start import LateStart
 from small_pipeline import WINDOWS, MakeSmallModel, SmallModel
 from torch import Tensor, nn

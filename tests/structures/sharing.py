@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis.config.fit import FitSettings
-from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.pipeline.compose import compose_settings
 from sharebasis.stages.fit.metrics import FittedModel
 
