@@ -142,12 +142,6 @@ class SmallPipeline:
         return self.model.classification
 
     @property
-    def unstacked(self) -> PreTrainedModel:
-        """With a Linear for every expert."""
-        model = self.load()
-        unstack(model)
-        return model
-
     def parts(self) -> Sequence[Part]:
         return self.model.parts(self.settings.split.strategy)
 

@@ -26,7 +26,7 @@ from sharebasis.io.records import load_record
 from sharebasis.linalg.divergence import hidden_distance
 from sharebasis.model.hub import load_model
 from sharebasis.stages.recover import distill as training
-from sharebasis.stages.recover import recover as recovery
+from sharebasis.stages.recover import trainable as training_groups
 from sharebasis.stages.recover.distill import Factors, distill, learning_rate
 from sharebasis.stages.recover.outcome import Look, Recovery, write_unrecovered
 from sharebasis.stages.recover.recover import (
@@ -263,7 +263,7 @@ def test_nothing_to_train_is_one_error(
     make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case("plain")
-    monkeypatch.setattr(recovery, "linears_by_group", lambda *_: iter(()))
+    monkeypatch.setattr(training_groups, "linears_by_group", lambda *_: iter(()))
     with pytest.raises(RecoveryError, match="nothing to train"):
         trainable(load_compressed(case.compressed), case.index)
 
