@@ -37,7 +37,7 @@ found = attribute(original, compressed, windows)
 heads = [one for one in found.ranked("kl") if one.head is not None]
 print(f"KL(original || compressed) = {found.whole['kl']:.4f} nats. The heads that make most of it:")
 for one in heads[:4]:
-    made, passed_on = 1e3 * one.made["kl"], 1e3 * one.passed_on["kl"]
+    made, passed_on = 1e3 * one.own_error["kl"], 1e3 * one.inherited_error["kl"]
     print(f"  {one.label:6} makes {made:5.2f}, passes on {passed_on:5.2f} thousandths of a nat")
 layer, head = heads[0].layer, heads[0].head
 assert layer is not None

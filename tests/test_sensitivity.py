@@ -315,7 +315,7 @@ def test_attribution_counts_every_part_once_and_measures_what_attribute_says(cas
     for one in result.components:
         if one.layer is not None:
             kind = "mlp" if one.label.endswith("MLP") else "attn"
-            made[kind, one.layer] += one.made["kl"]
+            made[kind, one.layer] += one.own_error["kl"]
     assert {(one.kind, one.layers[0]): one.measured for one in found.cells} == pytest.approx(
         made, rel=1e-3, abs=1e-6
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from sharebasis.architecture.groups import Group
 from sharebasis.residual.capture import Branch, Sites
 from sharebasis.residual.sites import BRANCHES
-from sharebasis.stages.attribute.error_attribution import Component
+from sharebasis.stages.attribute.attribution import Component
 from sharebasis.stages.sensitivity.corrections import Cell
 
 
@@ -44,5 +44,5 @@ def made(
         for i, cell in enumerate(cells):
             first, last = cell.layers
             if cell.kind == kind and first <= layers[one.layer] <= last:
-                sums[i] += one.made["kl"]
+                sums[i] += one.own_error["kl"]
     return sums
