@@ -44,7 +44,8 @@ from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
 from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
 from sharebasis.stages.recover.trainable import trainable
-from sharebasis.stages.vary.variation import measure_variation, write_distances
+from sharebasis.stages.vary.tables import write_distances
+from sharebasis.stages.vary.variation import measure_variation
 from sharebasis.structures.curve import DENSE
 from sharebasis.structures.layer_distances import LayerDistances, read_table
 from sharebasis.structures.shared import offered_groups
