@@ -38,7 +38,7 @@ heads = [component for component in attribution.ranked("kl") if component.head i
 print(f"KL(original || compressed) = {attribution.whole['kl']:.4f} nats.", end=" ")
 print("The heads that make most of it:")
 for component in heads[:4]:
-    made, passed_on = 1e3 * component.made["kl"], 1e3 * component.passed_on["kl"]
+    made, passed_on = 1e3 * component.own_error["kl"], 1e3 * component.inherited_error["kl"]
     print(f"  {component.label:6} makes {made:5.2f}, passes on {passed_on:5.2f}", end=" ")
     print("thousandths of a nat")
 layer, head = heads[0].layer, heads[0].head

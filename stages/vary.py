@@ -14,12 +14,8 @@ from sharebasis.pipeline.provenance import write_metrics
 from sharebasis.pipeline.stage import stage
 from sharebasis.runtime.matmul import use_onednn
 from sharebasis.stages.vary.figures import draw
-from sharebasis.stages.vary.variation import (
-    measure_variation,
-    print_variation,
-    variation_metrics,
-    write_distances,
-)
+from sharebasis.stages.vary.tables import print_variation, variation_metrics, write_distances
+from sharebasis.stages.vary.variation import measure_variation
 
 
 @stage

@@ -174,7 +174,9 @@ def _registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         row = model_family("layers", *PATHS, positions="halves")
         patch.setitem(ARCHITECTURES, PlainConfig.model_type, row)
-        patch.setitem(METHODS, "half_square", Metric(inputs="diagonal", gradients="diagonal", alpha=0.25))
+        patch.setitem(
+            METHODS, "half_square", Metric(inputs="diagonal", gradients="diagonal", alpha=0.25)
+        )
         patch.setitem(STRUCTURES, "arrow", StructureEntry(f"{__name__}:Arrows", "arrow"))
         patch.setitem(FORMS, "arrow", Arrow)
         patch.setitem(sys.modules, __name__, sys.modules[Arrows.__module__])
@@ -281,7 +283,7 @@ def test_what_is_stored_is_loaded_refitted_and_trained(run: Path) -> None:
 
 def test_what_was_lost_is_measured_and_told(run: Path) -> None:
     verified = read_json(run / "metrics/verify.json")
-    assert verified["lossless"]["max_abs_logit_difference"] == 0
+    assert verified["lossless"]["max_abs_logit_diff"] == 0
     curve = read_json(run / "metrics/curve.json")
     assert curve
     page = (run / "report/index.html").read_text()

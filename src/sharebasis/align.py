@@ -50,31 +50,33 @@ def align_layers(model: PreTrainedModel, distances: LayerDistances | None = None
     Raises:
         SelectionError: a distance is missing.
     """
-    found = classify_model(meta_model(model.config))
-    layers = Layers(ModelTensors(model), found, model.config)
-    families = {number: _families(layers, number) for number in layers.numbers}
-    units = list(dict.fromkeys(name for own in families.values() for name in own))
+    classification = classify_model(meta_model(model.config))
+    layers = Layers(ModelTensors(model), classification, model.config)
     steps = [
         (name, *pair)
-        for name in units
-        for pair in _steps(
-            [number for number, own in families.items() if name in own],
-            next(own[name] for own in families.values() if name in own),
-            distances,
-        )
+        for name, numbers in _layers_of_units(layers).items()
+        for pair in _steps(numbers, _families(layers, numbers[0], name), distances)
     ]
     with progress("align", len(steps), "layers") as advance:
         for name, first, second in steps:
             layer = layers.read(second)
-            every = align(layer, layers.read(first), layers.freedom(second), "exact")
-            own = {unit: gauge for unit, gauge in every.gauges.items() if unit == name}
-            layers.write(model, second, Aligned(own)(layer))
+            alignment = align(layer, layers.read(first), layers.freedom(second), "exact")
+            gauges = {unit: gauge for unit, gauge in alignment.gauges.items() if unit == name}
+            layers.write(model, second, Aligned(gauges)(layer))
             advance()
 
 
-def _families(layers: Layers, number: int) -> dict[str, list[str]]:
-    """Unit -> its families."""
-    return {name: list(unit.families) for name, unit in layers.read(number).units.items()}
+def _layers_of_units(layers: Layers) -> dict[str, list[int]]:
+    """Unit (attention, MLP) -> the numbers of the layers that have it."""
+    numbers: dict[str, list[int]] = {}
+    for number in layers.numbers:
+        for name in layers.read(number).units:
+            numbers.setdefault(name, []).append(number)
+    return numbers
+
+
+def _families(layers: Layers, number: int, unit: str) -> list[str]:
+    return list(layers.read(number).units[unit].families)
 
 
 def _steps(

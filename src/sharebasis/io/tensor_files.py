@@ -110,8 +110,8 @@ class TensorReader:
             if rows == columns == slice(None):
                 return _get(file, name)
             with _naming(name):
-                own = (rows,) if columns == slice(None) else (rows, columns)
-                return file.get_slice(name)[own].clone()
+                selection = (rows,) if columns == slice(None) else (rows, columns)
+                return file.get_slice(name)[selection].clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, which is not read.
@@ -132,8 +132,8 @@ class TensorReader:
             with opened(self.directory / file_name) as file:
                 for name in names:
                     shape = tuple(file.get_slice(name).get_shape())
-                    some = file.get_slice(name)[:1] if shape else file.get_tensor(name)
-                    yield name, shape, some.dtype
+                    first_row = file.get_slice(name)[:1] if shape else file.get_tensor(name)
+                    yield name, shape, first_row.dtype
 
     def _by_file(self) -> Iterator[tuple[str, list[str]]]:
         by_file: dict[str, list[str]] = {}

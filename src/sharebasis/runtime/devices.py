@@ -29,8 +29,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def require_memory(n_bytes: int, what: str, device: torch.device) -> None:
+def require_memory(n_bytes: int, purpose: str, device: torch.device) -> None:
     """Refuse to start what will not fit.
+
+    Args:
+        n_bytes: that are needed.
+        purpose: what needs them, for the message.
+        device: where.
 
     Raises:
         ResourceError: less than `n_bytes` are free on the device.
@@ -38,14 +43,19 @@ def require_memory(n_bytes: int, what: str, device: torch.device) -> None:
     free = _free(device)
     if n_bytes > free:
         raise ResourceError(
-            f"{what} needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are "
+            f"{purpose} needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are "
             f"free on {device}. Use a smaller model or model.dtype, or a machine with more."
         )
 
 
 def workers_for(n_bytes: int, device: torch.device) -> int:
-    """How many pieces of work may run at once: one for each core that torch may use, as long as
-    each has `n_bytes` of what is free; on a GPU one. One is tried even where it may not fit."""
+    """How many pieces of work may run at once; one is tried even where it may not fit.
+
+    Args:
+        n_bytes: that a piece needs. On a CPU there is a piece for each core that torch may use, as
+            long as what is free suffices for all; on a GPU there is one.
+        device: that they run on.
+    """
     free = _free(device)
     if n_bytes > free:
         log.warning(

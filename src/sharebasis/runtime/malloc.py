@@ -8,7 +8,6 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
-
 KEPT = 2**30
 """Bytes: smaller blocks are cut from what the process holds already, and so much of that may be
 free. glibc takes no more than fits into an int."""

@@ -74,9 +74,9 @@ def _lines(title: str, total: int, unit: str, done: int) -> Advance:
             return
         last = now
         rate = (done - first) / max(now - began, 1e-9)
-        left = (total - done) / max(rate, 1e-9)
+        eta = (total - done) / max(rate, 1e-9)
         log.info(
-            "%s: %d of %d %s, %.0f %s/s, %.0f s left", title, done, total, unit, rate, unit, left
+            "%s: %d of %d %s, %.0f %s/s, %.0f s left", title, done, total, unit, rate, unit, eta
         )
 
     return advance

@@ -49,9 +49,9 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
 @contextmanager
 def _divided(workers: int) -> Iterator[None]:
     """Let every thread that begins now have its share of the cores."""
-    whole = torch.get_num_threads()
-    torch.set_num_threads(max(1, whole // workers))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, n_threads // workers))
     try:
         yield
     finally:
-        torch.set_num_threads(whole)
+        torch.set_num_threads(n_threads)

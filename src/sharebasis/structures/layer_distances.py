@@ -20,11 +20,11 @@ def read_table(path: Path) -> Mapping[str, Mapping[str, Mapping[Pair, float]]]:
     Raises:
         StoreError: the file is missing or no such table.
     """
-    found: Mapping[str, dict[str, dict[Pair, float]]] = {name: {} for name in COLUMNS[3:]}
+    columns: Mapping[str, dict[str, dict[Pair, float]]] = {name: {} for name in COLUMNS[3:]}
     try:
         for row in csv_rows(path.read_text(encoding="utf-8")):
             pair = int(row["first"]), int(row["second"])
-            for name, families in found.items():
+            for name, families in columns.items():
                 if row[name]:
                     families.setdefault(row["family"], {})[pair] = float(row[name])
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def read_table(path: Path) -> Mapping[str, Mapping[str, Mapping[Pair, float]]]:
         raise StoreError(
             f"{path} is no table of distances ({error}); remove it and run dvc repro."
         ) from None
-    return found
+    return columns
 
 
 LayerDistances = Mapping[str, Mapping[tuple[int, int], float]]

@@ -19,7 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sharebasis.residual.head_views import head_views
-from sharebasis.stages.attribute.error_attribution import NORM, UNEMBEDDING, Attribution, attribute
+from sharebasis.stages.attribute.attribution import NORM, UNEMBEDDING, Attribution
+from sharebasis.stages.attribute.error_attribution import attribute
 from sharebasis.stages.attribute.error_split import MEASURES, costs, depth_costs
 from sharebasis.stages.attribute.figures import components_figure, lens_figure
 from sharebasis.stages.attribute.tables import attribute_metrics, components_csv, lens_csv, markdown
@@ -97,10 +98,10 @@ def test_the_parts_sum_to_what_the_logits_say(family: str) -> None:
     for measure in MEASURES:
         parts = sum(one.total(measure) for one in found.components) + found.quadrature[measure]
         size = sum(abs(one.total(measure)) for one in found.components)
-        assert found.whole[measure] == pytest.approx(wanted[measure], rel=1e-4, abs=1e-6)
+        assert found.total[measure] == pytest.approx(wanted[measure], rel=1e-4, abs=1e-6)
         assert parts == pytest.approx(wanted[measure], rel=1e-4, abs=1e-6 + 1e-5 * size)
-        assert abs(found.quadrature[measure]) < 0.02 * found.whole["kl"]
-    assert found.whole["kl"] > 1e-4
+        assert abs(found.quadrature[measure]) < 0.02 * found.total["kl"]
+    assert found.total["kl"] > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,12 +112,12 @@ def test_every_head_and_mlp_is_there_once(family: str) -> None:
     assert {f"L{i}H{h}" for i in range(3) for h in range(4)} <= set(labels)
     assert {f"L{i} MLP" for i in range(3)} <= set(labels)
     by_label = {one.label: one for one in found.components}
-    assert set(by_label[NORM].made.values()) == {0.0}
-    for value in by_label[UNEMBEDDING].made.values():  # nobody has changed it
+    assert set(by_label[NORM].own_error.values()) == {0.0}
+    for value in by_label[UNEMBEDDING].own_error.values():  # nobody has changed it
         assert abs(value) < 1e-4
     # What goes into the first layer is the same for both.
     for h in range(4):
-        assert abs(by_label[f"L0H{h}"].passed_on["kl"]) < 1e-5
+        assert abs(by_label[f"L0H{h}"].inherited_error["kl"]) < 1e-5
 
 
 def test_a_model_compared_with_itself_has_no_error() -> None:
@@ -124,8 +125,8 @@ def test_a_model_compared_with_itself_has_no_error() -> None:
     found = attribute(model, copy.deepcopy(model), WINDOWS)
     for one in found.components:
         for measure in MEASURES:
-            assert abs(one.made[measure]) + abs(one.passed_on[measure]) < 1e-5
-    assert abs(found.whole["kl"]) < 1e-6
+            assert abs(one.own_error[measure]) + abs(one.inherited_error[measure]) < 1e-5
+    assert abs(found.total["kl"]) < 1e-6
     for depth in found.lens:
         assert depth.loss == pytest.approx(depth.compressed_loss)
         assert depth.kl == pytest.approx(depth.compressed_kl)
@@ -140,18 +141,18 @@ def test_a_head_that_was_broken_is_the_only_one_that_makes_errors(family: str) -
         w_o[2] *= -1
     found = attribute(model, broken, WINDOWS)
     assert found.ranked("kl")[0].label == "L1H2" or family == "gemma2"
-    made = {one.label: abs(one.made["logit_error"]) for one in found.components}
+    made = {one.label: abs(one.own_error["logit_error"]) for one in found.components}
     # Gemma norms what its heads add together: one that is wrong makes all of them too large.
     culprits = {f"L1H{h}" for h in range(4)} if family == "gemma2" else {"L1H2"}
     assert {label for label, size in made.items() if size > 1e-4} <= culprits
     assert max(made, key=lambda label: made[label]) == "L1H2"
     for one in found.components:
         if (one.layer == 2 and "bias" not in one.label) or one.label == "L1 MLP":
-            assert abs(one.made["logit_error"]) < 1e-4
+            assert abs(one.own_error["logit_error"]) < 1e-4
             if family != "falcon" or one.layer == 2:
-                assert abs(one.passed_on["logit_error"]) > 1e-4
+                assert abs(one.inherited_error["logit_error"]) > 1e-4
     assert sum(one.total("kl") for one in found.components) == pytest.approx(
-        found.whole["kl"] - found.quadrature["kl"], rel=1e-4
+        found.total["kl"] - found.quadrature["kl"], rel=1e-4
     )
 
 
@@ -159,10 +160,10 @@ def test_an_mlp_that_was_broken_is_found() -> None:
     model = models("gpt2")[0]
     found = attribute(model, disturbed(model, "h.2.mlp", 0.5), WINDOWS)
     assert found.ranked("kl")[0].label == "L2 MLP"
-    made = sum(one.made["kl"] for one in found.components)
-    passed = {one.label: one.passed_on["kl"] for one in found.components}
+    made = sum(one.own_error["kl"] for one in found.components)
+    passed = {one.label: one.inherited_error["kl"] for one in found.components}
     # Nothing comes after it but the last norm.
-    assert made + passed.pop(NORM) == pytest.approx(found.whole["kl"], rel=1e-3)
+    assert made + passed.pop(NORM) == pytest.approx(found.total["kl"], rel=1e-3)
     assert max(map(abs, passed.values())) < 1e-5
 
 
@@ -174,9 +175,9 @@ def test_an_unembedding_that_was_changed_answers_for_it() -> None:
         unembedding.weight.add_(0.02 * torch.randn_like(unembedding.weight))
         other.get_submodule("model.norm").weight.mul_(1.1)  # type: ignore[operator]
     found = attribute(model, other, WINDOWS)
-    made = {one.label: one.made["kl"] for one in found.components}
+    made = {one.label: one.own_error["kl"] for one in found.components}
     whole = made.pop(UNEMBEDDING)
-    assert whole == pytest.approx(found.whole["kl"] - found.quadrature["kl"], rel=1e-3)
+    assert whole == pytest.approx(found.total["kl"] - found.quadrature["kl"], rel=1e-3)
     assert max(map(abs, made.values())) < 1e-6
 
 
@@ -228,8 +229,8 @@ def test_a_compressed_model_is_split_too(
     fit_at_once(weights, parts, MomentStore(tmp_path / "moments"), svd, tmp_path / "small")
     found = attribute(model, load_compressed(tmp_path / "small"), WINDOWS)
     parts_ = sum(one.total("kl") for one in found.components)
-    assert parts_ == pytest.approx(found.whole["kl"] - found.quadrature["kl"], rel=1e-3)
-    assert found.whole["kl"] > 0.01
+    assert parts_ == pytest.approx(found.total["kl"] - found.quadrature["kl"], rel=1e-3)
+    assert found.total["kl"] > 0.01
 
 
 # The arithmetic
@@ -257,7 +258,7 @@ def test_costs_are_what_they_are_called(
         z, y, reduction="none"
     )
     for i, wanted in ((0, kl), (1, loss)):
-        torch.testing.assert_close(found.whole[i].double(), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.total[i].double(), wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.linear[i].double(), wanted, rtol=2e-2, atol=2e-3)
     x = raw.double().requires_grad_()
     functional.cross_entropy(seen(x), y, reduction="sum").backward()
@@ -272,7 +273,7 @@ def test_costs_are_what_they_are_called(
 def test_the_quadrature_is_nearly_exact_where_errors_are_small() -> None:
     raw, y = torch.randn(50, 40), torch.randint(40, (50,))
     found = costs(raw, raw + 0.1 * torch.randn(50, 40), y, torch.randn(3, 40))
-    torch.testing.assert_close(found.linear, found.whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.linear, found.total, rtol=1e-4, atol=1e-6)
 
 
 def test_depth_costs_are_cross_entropies() -> None:
@@ -291,10 +292,12 @@ def test_the_table_of_components_holds_all_of_them(tmp_path: Path) -> None:
     found = attributed("gpt2")
     rows = list(csv.DictReader(io.StringIO(components_csv(found))))
     assert {row["component"] for row in rows} == {one.label for one in found.components}
-    made = [float(row["made_kl"]) for row in rows]
+    made = [float(row["own_error_kl"]) for row in rows]
     assert made == sorted(made, reverse=True)
-    total = sum(float(row[f"{part}_kl"]) for row in rows for part in ("made", "passed_on"))
-    assert total == pytest.approx(found.whole["kl"] - found.quadrature["kl"], rel=1e-4)
+    total = sum(
+        float(row[f"{part}_kl"]) for row in rows for part in ("own_error", "inherited_error")
+    )
+    assert total == pytest.approx(found.total["kl"] - found.quadrature["kl"], rel=1e-4)
     depths = list(csv.DictReader(io.StringIO(lens_csv(found))))
     assert [row["layer"] for row in depths] == ["0", "1", "2", "3"]
     assert float(depths[3]["compressed_kl"]) == found.lens[3].compressed_kl
@@ -316,9 +319,9 @@ def test_the_ranking_names_the_worst_and_sums_the_rest() -> None:
 def test_metrics_are_sums_over_components() -> None:
     found = attributed("gpt2")
     metrics = attribute_metrics(found, 2)
-    assert list(metrics["worst_made_kl"]) == [one.label for one in found.ranked("kl")[:2]]
+    assert list(metrics["worst_own_kl"]) == [one.label for one in found.ranked("kl")[:2]]
     for measure in MEASURES:
-        whole = metrics[measure].pop("whole")
+        whole = metrics[measure].pop("total")
         size = sum(map(abs, metrics[measure].values()))
         assert sum(metrics[measure].values()) == pytest.approx(whole, abs=1e-5 * size + 1e-6)
 
@@ -330,9 +333,14 @@ def test_figures_are_drawn(family: str, tmp_path: Path) -> None:
     figure = components_figure(found, "recovered")
     assert "KL(original ‖ recovered)" in figure.get_suptitle()
     panels = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title().split("\n")[0] for axes in panels] == ["made", "", "passed on", ""]
+    assert [axes.get_title().split("\n")[0] for axes in panels] == [
+        "own error",
+        "",
+        "inherited error",
+        "",
+    ]
     heads = {(one.layer, one.head): one for one in found.components if one.head is not None}
-    for axes, part in ((panels[0], "made"), (panels[2], "passed_on")):
+    for axes, part in ((panels[0], "own_error"), (panels[2], "inherited_error")):
         shown = axes.images[0].get_array()
         assert shown is not None
         for (layer, head), one in heads.items():

@@ -34,14 +34,9 @@ from sharebasis.stages.extract.extract import extract
 from sharebasis.stages.extract.sources import find_source
 from sharebasis.stages.vary import variation as over_a_model
 from sharebasis.stages.vary.figures import matrices, over_depth
-from sharebasis.stages.vary.variation import (
-    Shuffled,
-    Variation,
-    measure_variation,
-    read_distances,
-    variation_metrics,
-    write_distances,
-)
+from sharebasis.stages.vary.tables import variation_metrics, write_distances
+from sharebasis.stages.vary.variation import Shuffled, Variation, measure_variation
+from sharebasis.structures.layer_distances import read_table
 
 ALL = VarySettings("exact", "all", None)
 LLAMA = {"q", "k", "v", "o", "gate", "up", "down", "input_layernorm", "post_attention_layernorm"}
@@ -187,11 +182,13 @@ def test_every_family_is_measured(name: str) -> None:
 
 def test_distances_are_read_as_they_were_written(of_llama: Variation, tmp_path: Path) -> None:
     write_distances(tmp_path / "vary.csv", of_llama)
-    back = read_distances(tmp_path / "vary.csv")
-    assert back.layers == of_llama.layers
+    columns = read_table(tmp_path / "vary.csv")
     for family in of_llama.families:
-        assert np.array_equal(back.matrix(family), of_llama.matrix(family))
-        assert back.over_depth(family) == of_llama.over_depth(family)
+        for pair, apart in of_llama.measured.items():
+            assert columns["unaligned"][family][pair] == apart.unaligned[family]
+            assert columns["aligned"][family][pair] == apart.aligned[family]
+        random = {pair: apart.aligned[family] for pair, apart in of_llama.random.items()}
+        assert columns["random"][family] == random
 
 
 @pytest.mark.parametrize(
@@ -206,7 +203,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: str | None, message: 
     if content is not None:
         (tmp_path / "vary.csv").write_text(content)
     with pytest.raises(StoreError, match=rf"vary.csv {message}"):
-        read_distances(tmp_path / "vary.csv")
+        read_table(tmp_path / "vary.csv")
 
 
 def test_metrics_are_the_statistics_of_consecutive_layers(of_llama: Variation) -> None:
@@ -278,7 +275,7 @@ def test_the_stage_writes_metrics_table_and_figures(
     assert list(rows) == metrics["ranking"]
     assert rows["q"] == f"{metrics['families']['q']['mean']:.3f}"
     assert set(metrics["ranking"]) == {"q", "k", "v", "o", "up", "down", "ln_1", "ln_2"}
-    assert len(read_distances(Path("artifacts/variation.csv")).measured) == 3
+    assert len(read_table(Path("artifacts/variation.csv"))["aligned"]["q"]) == 3
     figures = sorted(Path("plots/vary").iterdir())
     assert [path.name for path in figures] == ["depth.png", "matrices.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)

@@ -1,7 +1,7 @@
 """Where a compressed model goes wrong: its error, split over heads and MLPs.
 
 Component c of the original turns its input x into f(x), that of the compressed model its input x̂
-into f̂(x̂). Its error is what it makes and what it passes on:
+into f̂(x̂). Its error is its own and what it inherits:
 
     f̂(x̂) - f(x) = [f̂(x) - f(x)] + [f̂(x̂) - f̂(x)]
 
@@ -21,8 +21,8 @@ is rounding unless somebody has changed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,63 +36,18 @@ from sharebasis.residual.capture import FINAL
 from sharebasis.residual.head_views import sublayers_of
 from sharebasis.residual.norm import Norm, along, along_heads
 from sharebasis.runtime.progress import progress
+from sharebasis.stages.attribute.attribution import (
+    NORM,
+    UNEMBEDDING,
+    Attribution,
+    AttributionSums,
+)
 from sharebasis.stages.attribute.error_split import (
     CHUNK,
-    MEASURES,
     Costs,
-    Measure,
     costs,
     depth_costs,
 )
-
-NORM, UNEMBEDDING = "last norm's scale", "unembedding"
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """What one component has to answer for, a prediction, by measure."""
-
-    label: str
-    """`L3H1`, `L3 MLP`, ..."""
-    layer: int | None
-    head: int | None
-    made: Mapping[Measure, float]
-    passed_on: Mapping[Measure, float]
-
-    def total(self, measure: Measure) -> float:
-        return self.made[measure] + self.passed_on[measure]
-
-
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """The logit lens between two blocks; nats a prediction."""
-
-    layer: int
-    """The block that reads this stream; the number of blocks: the unembedding."""
-    loss: float
-    compressed_loss: float
-    kl: float
-    """KL(the original's final distribution ‖ the original's here)."""
-    compressed_kl: float
-    """KL(the original's final distribution ‖ the compressed model's here)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attribution:
-    """The error of a compressed model and its parts, a prediction."""
-
-    components: tuple[Component, ...]
-    """Every part but the quadrature; in the order of the stream."""
-    whole: Mapping[Measure, float]
-    quadrature: Mapping[Measure, float]
-    """What the integration along the line of logits missed: whole less all parts."""
-    lens: tuple[Depth, ...]
-    n_predictions: int
-    n_lens_predictions: int
-
-    def ranked(self, measure: Measure) -> list[Component]:
-        """Components by what they make, the worst first."""
-        return sorted(self.components, key=lambda one: -one.made[measure])
 
 
 @torch.no_grad()
@@ -123,79 +78,36 @@ def attribute(
     """
     sublayers = sublayers_of(original) if sublayers is None else sublayers
     models = Observer(original, sublayers), Observer(compressed, sublayers)
-    sums = _Sums(len(models[0].layers))
+    sums = AttributionSums(len(models[0].layers))
     n, n_first = windows[:, 1:].numel(), windows[:batch, 1:].numel()
-    every = min(max(1, n // lens_predictions), n_first)  # one of a batch at least
+    step = min(max(1, n // lens_predictions), n_first)  # one of a batch at least
     with progress("attribute", windows.numel(), "tokens") as advance:
         for chunk in windows.split(batch):
-            _add(sums, models, chunk, every)
+            _add(sums, models, chunk, step)
             advance(chunk.numel())
     return sums.result()
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over predictions, in float64."""
-
-    n_layers: int
-    parts: dict[tuple[str, int | None, int | None], Float[Tensor, "2 m"]] = field(
-        default_factory=dict
-    )
-    whole: Tensor = field(default_factory=lambda: torch.zeros(len(MEASURES), dtype=torch.float64))
-    linear: Tensor = field(default_factory=lambda: torch.zeros(len(MEASURES), dtype=torch.float64))
-    n_predictions: int = 0
-    depths: list[list[float]] = field(default_factory=list)
-    n_lens: int = 0
-
-    def add(
-        self,
-        label: str,
-        made: Float[Tensor, "m ..."],
-        passed_on: Float[Tensor, "m ..."],
-        layer: int | None = None,
-        head: int | None = None,
-    ) -> None:
-        both = torch.stack([x.double().flatten(1).sum(1).cpu() for x in (made, passed_on)])
-        key = label, layer, head
-        self.parts[key] = self.parts[key] + both if key in self.parts else both
-
-    def result(self) -> Attribution:
-        n = self.n_predictions
-        return Attribution(
-            tuple(
-                Component(*key, made=_by_measure(made / n), passed_on=_by_measure(passed_on / n))
-                for key, (made, passed_on) in self.parts.items()
-            ),
-            _by_measure(self.whole / n),
-            _by_measure((self.whole - self.linear) / n),
-            tuple(Depth(i, *(x / self.n_lens for x in sums)) for i, sums in enumerate(self.depths)),
-            n,
-            self.n_lens,
-        )
-
-
-def _by_measure(values: Tensor) -> Mapping[Measure, float]:
-    return dict(zip(MEASURES, values.tolist(), strict=True))
-
-
-def _add(sums: _Sums, models: tuple[Observer, Observer], tokens: Tensor, every: int) -> None:
-    """One batch."""
+def _add(
+    sums: AttributionSums, models: tuple[Observer, Observer], tokens: Tensor, step: int
+) -> None:
+    """One batch; every `step`-th of its predictions is read off at every depth."""
     original, compressed = models
     last = sums.n_layers - 1
     kept = _kept(last)
     old, new = original(tokens, kept)[1], compressed(tokens, kept)[1]
-    made = compressed(tokens, _kept(last, forced=True), forced=old)[1]
+    forced = compressed(tokens, _kept(last, forced=True), forced=old)[1]
     targets = tokens[:, 1:].to(original.model.device).flatten()
-    logits = [_predictions(cache["hook_raw_logits"]) for cache in (old, new)]
-    own = original.unembedding
-    found = costs(logits[0], logits[1], targets, own.w_u, own.b_u, own.multiplier, own.cap)
-    sums.whole += found.whole.double().sum(1).cpu()
-    sums.linear += found.linear.double().sum(1).cpu()
+    z, z_hat = (_predictions(cache["hook_raw_logits"]) for cache in (old, new))
+    head = original.unembedding
+    error_costs = costs(z, z_hat, targets, head.w_u, head.b_u, head.multiplier, head.cap)
+    sums.total += error_costs.total.double().sum(1).cpu()
+    sums.linear += error_costs.linear.double().sum(1).cpu()
     sums.n_predictions += len(targets)
-    _add_components(sums, _Three(old, new, made), models, found)
-    some = torch.arange(every // 2, len(targets), every, device=targets.device)
-    for part in some.split(CHUNK):
-        final = own.capped(logits[0][part].float() * own.multiplier).softmax(-1)
+    _add_components(sums, _Passes(old, new, forced), models, error_costs)
+    read_off = torch.arange(step // 2, len(targets), step, device=targets.device)
+    for part in read_off.split(CHUNK):
+        final = head.capped(z[part].float() * head.multiplier).softmax(-1)
         _add_lens(sums, models, (old, new), final, targets[part], part)
 
 
@@ -204,8 +116,8 @@ def _kept(last: int, forced: bool = False) -> Any:
     ends = ["attn.hook_z", "hook_mlp_out", "hook_attn_factor", "hook_embed", "hook_pos_embed"]
     if not forced:
         ends += ["hook_resid_pre", "hook_resid_mid", "hook_raw_logits"]
-    whole = {f"blocks.{last}.hook_resid_post", f"{FINAL}.hook_scale"}
-    return lambda key: key in whole or key.endswith(tuple(ends))
+    names = {f"blocks.{last}.hook_resid_post", f"{FINAL}.hook_scale"}
+    return lambda key: key in names or key.endswith(tuple(ends))
 
 
 def _predictions(x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "predictions ..."]:
@@ -214,40 +126,43 @@ def _predictions(x: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "predictions
 
 
 @dataclass(frozen=True, slots=True)
-class _Three:
+class _Passes:
     """The caches of the three passes."""
 
     old: ActivationCache
     new: ActivationCache
-    made: ActivationCache
+    forced: ActivationCache
     """Of the compressed model on the original's streams."""
 
     def __iter__(self) -> Iterator[ActivationCache]:
-        return iter((self.old, self.new, self.made))
+        return iter((self.old, self.new, self.forced))
 
 
 def _add_components(
-    sums: _Sums, three: _Three, models: tuple[Observer, Observer], found: Costs
+    sums: AttributionSums,
+    passes: _Passes,
+    models: tuple[Observer, Observer],
+    error_costs: Costs,
 ) -> None:
-    old, new, _ = three
+    old, new, _ = passes
     norm = old.norms[FINAL]
     scale = _predictions(old["scale"])
-    directions = norm.pull_back(found.directions) / scale
+    directions = norm.pull_back(error_costs.directions) / scale
     for label in ("embed", "pos_embed"):
         if label in old:
             error = along(_predictions(new[label] - old[label]), directions)
             sums.add(label, error, torch.zeros_like(error))
     for i in range(sums.n_layers):
-        _add_attention(sums, three, models, directions, i)
+        _add_attention(sums, passes, models, directions, i)
         if ("mlp_out", i) in old:
-            y, y_hat, y_made = (along(_predictions(x["mlp_out", i]), directions) for x in three)
-            sums.add(f"L{i} MLP", y_made - y, y_hat - y_made, i)
-    _add_end(sums, three, models[0], found, norm, scale)
+            y, y_hat, y_forced = (along(_predictions(x["mlp_out", i]), directions) for x in passes)
+            sums.add(f"L{i} MLP", y_forced - y, y_hat - y_forced, i)
+    _add_end(sums, passes, models[0], error_costs, norm, scale)
 
 
 def _add_attention(
-    sums: _Sums,
-    three: _Three,
+    sums: AttributionSums,
+    passes: _Passes,
     models: tuple[Observer, Observer],
     directions: Float[Tensor, "m predictions d_model"],
     i: int,
@@ -255,57 +170,57 @@ def _add_attention(
     """Every head of a layer, and what its bias adds where there is one."""
     old, new = ((views.W_O, views.b_O) for views in (model.layers[i] for model in models))
     heads, biases = [], []
-    for cache, (w_o, b_o) in zip(three, (old, new, new), strict=True):
+    for cache, (w_o, b_o) in zip(passes, (old, new, new), strict=True):
         key = f"blocks.{i}.hook_attn_factor"
         factor = _predictions(cache[key]) if key in cache else None
         heads.append(along_heads(_predictions(cache["z", i]), w_o, directions, factor))
         if b_o is not None:
             added = b_o.expand(directions.shape[1:])
             biases.append(along(added if factor is None else added * factor, directions))
-    y, y_hat, y_made = heads
+    y, y_hat, y_forced = heads
     for h in range(y.shape[-1]):
-        sums.add(f"L{i}H{h}", (y_made - y)[..., h], (y_hat - y_made)[..., h], i, h)
+        sums.add(f"L{i}H{h}", (y_forced - y)[..., h], (y_hat - y_forced)[..., h], i, h)
     if biases:
-        y, y_hat, y_made = biases
-        sums.add(f"L{i} attention bias", y_made - y, y_hat - y_made, i)
+        y, y_hat, y_forced = biases
+        sums.add(f"L{i} attention bias", y_forced - y, y_hat - y_forced, i)
 
 
 def _add_end(
-    sums: _Sums,
-    three: _Three,
+    sums: AttributionSums,
+    passes: _Passes,
     original: Observer,
-    found: Costs,
+    error_costs: Costs,
     norm: Norm,
     scale: Float[Tensor, "predictions 1"],
 ) -> None:
     """The change of the last norm's scale, and of what comes after it."""
-    x_hat = _predictions(three.new["resid_post", -1])
-    module = three.old.final_module()
+    x_hat = _predictions(passes.new["resid_post", -1])
+    module = passes.old.final_module()
     scale_hat = norm.scale(x_hat, module(x_hat[None])[0])
-    seen = along(norm.linear(x_hat, torch.ones_like(scale)), found.directions)
+    seen = along(norm.linear(x_hat, torch.ones_like(scale)), error_costs.directions)
     change = seen * (1 / scale_hat - 1 / scale)[:, 0]
     sums.add(NORM, torch.zeros_like(change), change)
     # With the original's norm and unembedding, the compressed model's logits would be these.
-    there = seen / scale_hat[:, 0] + found.directions @ norm.bias + found.of_bias
-    sums.add(UNEMBEDDING, found.of_compressed - there, torch.zeros_like(there))
+    there = seen / scale_hat[:, 0] + error_costs.directions @ norm.bias + error_costs.of_bias
+    sums.add(UNEMBEDDING, error_costs.of_compressed - there, torch.zeros_like(there))
 
 
 def _add_lens(
-    sums: _Sums,
+    sums: AttributionSums,
     models: tuple[Observer, Observer],
     caches: Sequence[ActivationCache],
-    final: Float[Tensor, "some d_vocab"],
-    targets: Int64[Tensor, " some"],
-    some: Int64[Tensor, " some"],
+    final: Float[Tensor, "n d_vocab"],
+    targets: Int64[Tensor, " n"],
+    read_off: Int64[Tensor, " n"],
 ) -> None:
     """Loss and KL at every depth, for some of the predictions."""
     sums.depths = sums.depths or [[0.0] * 4 for _ in range(sums.n_layers + 1)]
-    sums.n_lens += len(some)
+    sums.n_lens += len(read_off)
     entropy = torch.special.entr(final).sum().item()
     for k, (model, cache) in enumerate(zip(models, caches, strict=True)):
         for i in range(sums.n_layers + 1):
             name = ("resid_pre", i) if i < sums.n_layers else ("resid_post", -1)
-            stream = _predictions(cache[name])[some]
+            stream = _predictions(cache[name])[read_off]
             logits = model.unembedding.logits(cache.final_module()(stream[None])[0])
             loss, cross = depth_costs(logits, final, targets)
             sums.depths[i][k] += loss

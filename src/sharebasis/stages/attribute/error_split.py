@@ -41,10 +41,10 @@ CHUNK = 128
 class Costs:
     """What an error costs at every prediction, and along which directions; m measures."""
 
-    whole: Float[Tensor, "m predictions"]
+    total: Float[Tensor, "m predictions"]
     """The measures themselves: nats, nats, nats, squared logits."""
     linear: Float[Tensor, "m predictions"]
-    """⟨coefficients, Δ⟩, which differs from `whole` by the error of the quadrature."""
+    """⟨coefficients, Δ⟩, which differs from `total` by the error of the quadrature."""
     of_compressed: Float[Tensor, "m predictions"]
     """⟨coefficients, compressed logits before the cap⟩."""
     of_bias: Float[Tensor, "m predictions"]
@@ -73,16 +73,13 @@ def costs(
         multiplier: of both models' logits.
         cap: of the logits after that; None: none.
     """
-    found = [
+    chunks = [
         _costs(z, z_hat, y, w_u, bias, multiplier, cap)
         for z, z_hat, y in zip(
             original.split(CHUNK), compressed.split(CHUNK), targets.split(CHUNK), strict=True
         )
     ]
-    whole, linear, of_compressed, of_bias, directions = (
-        torch.cat(parts, dim=1) for parts in zip(*found, strict=True)
-    )
-    return Costs(whole, linear, of_compressed, of_bias, directions)
+    return Costs(*(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)))
 
 
 def _costs(
@@ -109,9 +106,8 @@ def _costs(
     log_p, log_q = (path.log_probabilities(s) for s in (0.0, 1.0))
     gain = log_p - log_q
     kl, loss = torch.linalg.vecdot(p, gain), gain.gather(-1, there)[:, 0]
-    whole = torch.stack([kl, loss, linear[2], linear[3]])
     return (
-        whole,
+        torch.stack([kl, loss, linear[2], linear[3]]),
         linear,
         torch.linalg.vecdot(coefficients, compressed),
         torch.zeros_like(linear) if bias is None else coefficients @ bias.float() * multiplier,

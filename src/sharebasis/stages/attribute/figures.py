@@ -8,49 +8,50 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from sharebasis.stages.attribute.error_attribution import Attribution
+from sharebasis.stages.attribute.attribution import Attribution
 
 _TITLES = {
-    "made": "made\n(own weights, original's inputs)",
-    "passed_on": "passed on\n(inputs had changed already)",
+    "own_error": "own error\n(original's inputs)",
+    "inherited_error": "inherited error\n(inputs had changed already)",
 }
 
 
-def components_figure(found: Attribution, model: str = "compressed") -> Figure:
-    """A heat map, layer by head and MLP, of the divergence that each makes and passes on.
+def components_figure(attribution: Attribution, model: str = "compressed") -> Figure:
+    """A heat map, layer by head and MLP, of the divergence that each makes and inherits.
 
     Heads and MLPs have a colour scale each, as an MLP is worth many heads.
 
     Args:
-        found: to be drawn.
+        attribution: to be drawn.
         model: what the one with the error is called.
     """
-    n_layers = 1 + max(one.layer for one in found.components if one.layer is not None)
-    n_heads = 1 + max((one.head for one in found.components if one.head is not None), default=0)
+    parts = attribution.components
+    n_layers = 1 + max(part.layer for part in parts if part.layer is not None)
+    n_heads = 1 + max((part.head for part in parts if part.head is not None), default=0)
     width = 3.0 + 2 * max(2.4, 0.26 * n_heads)
     figure = Figure(figsize=(width, 2.4 + max(2.5, 0.2 * n_layers)), layout="constrained")
     figure.suptitle(
-        f"Who is to blame for KL(original ‖ {model}) = {found.whole['kl']:.4f} nats\n"
-        f"mean over {found.n_predictions:,} predictions; red: adds to it, blue: takes off",
+        f"Who is to blame for KL(original ‖ {model}) = {attribution.total['kl']:.4f} nats\n"
+        f"mean over {attribution.n_predictions:,} predictions; red: adds to it, blue: takes off",
         fontsize=11,
     )
     head_width = max(4, n_heads)
     grid = figure.subplots(
         1, 4, sharey=True, width_ratios=[head_width, 1.3, head_width, 1.3], squeeze=True
     )
-    heads = {part: np.full((n_layers, n_heads), np.nan) for part in _TITLES}
-    mlps = {part: np.full((n_layers, 1), np.nan) for part in _TITLES}
-    for one in found.components:
-        for part in _TITLES:
-            value = 1e3 * getattr(one, part)["kl"]
-            if one.layer is not None and one.head is not None:
-                heads[part][one.layer, one.head] = value
-            elif one.layer is not None and one.label.endswith("MLP"):
-                mlps[part][one.layer, 0] = value
-    for i, part in enumerate(_TITLES):
-        image = _map(grid[2 * i], heads[part], heads)
-        _map(grid[2 * i + 1], mlps[part], mlps)
-        grid[2 * i].set_title(_TITLES[part], fontsize=10)
+    heads = {kind: np.full((n_layers, n_heads), np.nan) for kind in _TITLES}
+    mlps = {kind: np.full((n_layers, 1), np.nan) for kind in _TITLES}
+    for part in parts:
+        for kind in _TITLES:
+            value = 1e3 * getattr(part, kind)["kl"]
+            if part.layer is not None and part.head is not None:
+                heads[kind][part.layer, part.head] = value
+            elif part.layer is not None and part.label.endswith("MLP"):
+                mlps[kind][part.layer, 0] = value
+    for i, (kind, title) in enumerate(_TITLES.items()):
+        image = _map(grid[2 * i], heads[kind], heads)
+        _map(grid[2 * i + 1], mlps[kind], mlps)
+        grid[2 * i].set_title(title, fontsize=10)
         grid[2 * i].set_xlabel("head")
         grid[2 * i].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         grid[2 * i + 1].set_xticks([0], ["MLP"])
@@ -76,7 +77,7 @@ def _map(axes: Axes, values: np.ndarray, all_values: dict[str, np.ndarray]) -> A
     )
 
 
-def lens_figure(found: Attribution, model: str = "compressed") -> Figure:
+def lens_figure(attribution: Attribution, model: str = "compressed") -> Figure:
     """The logit lens over depth, of both models: loss, and divergence from the end.
 
     Args: as of `components_figure`.
@@ -84,16 +85,20 @@ def lens_figure(found: Attribution, model: str = "compressed") -> Figure:
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     figure.suptitle(
         f"Logit lens of the {model} model and the original: last norm and unembedding, at a depth\n"
-        f"mean over {found.n_lens_predictions:,} predictions",
+        f"mean over {attribution.n_lens_predictions:,} predictions",
         fontsize=11,
     )
     loss, kl = figure.subplots(1, 2)
-    layers = [depth.layer for depth in found.lens]
-    loss.plot(layers, [depth.loss for depth in found.lens], "o-", ms=3, label="original")
-    loss.plot(layers, [depth.compressed_loss for depth in found.lens], "s--", ms=3, label=model)
+    layers = [depth.layer for depth in attribution.lens]
+    loss.plot(layers, [depth.loss for depth in attribution.lens], "o-", ms=3, label="original")
+    loss.plot(
+        layers, [depth.compressed_loss for depth in attribution.lens], "s--", ms=3, label=model
+    )
     loss.set_title("loss of the next token", fontsize=10)
-    kl.plot(layers[:-1], [depth.kl for depth in found.lens[:-1]], "o-", ms=3, label="original")
-    kl.plot(layers, [depth.compressed_kl for depth in found.lens], "s--", ms=3, label=model)
+    kl.plot(
+        layers[:-1], [depth.kl for depth in attribution.lens[:-1]], "o-", ms=3, label="original"
+    )
+    kl.plot(layers, [depth.compressed_kl for depth in attribution.lens], "s--", ms=3, label=model)
     kl.set_title("KL(original's end ‖ here); the original itself ends at 0", fontsize=10)
     for axes in (loss, kl):
         axes.set_yscale("log")

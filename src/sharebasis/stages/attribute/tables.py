@@ -2,110 +2,134 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
+from tabulate import tabulate
 
 from sharebasis.io.tables import csv_text
 from sharebasis.runtime.console import print_tables
-from sharebasis.stages.attribute.error_attribution import NORM, UNEMBEDDING, Attribution, Component
-from sharebasis.stages.attribute.error_split import MEASURES
+from sharebasis.stages.attribute.attribution import (
+    NORM,
+    UNEMBEDDING,
+    Attribution,
+    Component,
+    Depth,
+)
+from sharebasis.stages.attribute.error_split import MEASURES, Measure
+
+ERRORS = ("own_error", "inherited_error")
+DEPTHS = ("layer", "loss", "compressed_loss", "kl", "compressed_kl")
+HEADINGS = ("component", "KL own", "inherited", "loss own", "inherited", "logits own", "inherited")
+SHOWN: Mapping[Measure, tuple[float, int]] = {
+    "kl": (1e3, 2),
+    "loss": (1e3, 2),
+    "logit_error": (1, 4),
+}
+"""Measure -> what it is multiplied by, and its decimals."""
 
 
-def attribute_metrics(found: Attribution, top: int) -> dict[str, Any]:
-    """metrics/attribute.json: every measure and its parts, a prediction."""
-    ends = {one.label: one for one in found.components if one.label in (NORM, UNEMBEDDING)}
-    inside = [one for one in found.components if one.label not in ends]
+def attribute_metrics(attribution: Attribution, top: int) -> dict[str, Any]:
+    """metrics/attribute.json: every measure and its parts, a prediction.
+
+    Args:
+        attribution: of a compressed model.
+        top: how many components are named.
+    """
+    ends = {
+        part.label: part for part in attribution.components if part.label in (NORM, UNEMBEDDING)
+    }
+    inside = [part for part in attribution.components if part.label not in ends]
     return {
         measure: {
-            "whole": found.whole[measure],
-            "made": sum(one.made[measure] for one in inside),
-            "passed_on": sum(one.passed_on[measure] for one in inside),
+            "total": attribution.total[measure],
+            "own_error": sum(part.own_error[measure] for part in inside),
+            "inherited_error": sum(part.inherited_error[measure] for part in inside),
             "norm_scale": ends[NORM].total(measure),
             "unembedding": ends[UNEMBEDDING].total(measure),
-            "quadrature": found.quadrature[measure],
+            "quadrature": attribution.quadrature[measure],
         }
         for measure in MEASURES
     } | {
-        "worst_made_kl": {one.label: one.made["kl"] for one in found.ranked("kl")[:top]},
-        "n_predictions": found.n_predictions,
+        "worst_own_kl": {
+            part.label: part.own_error["kl"] for part in attribution.ranked("kl")[:top]
+        },
+        "n_predictions": attribution.n_predictions,
     }
 
 
-def components_csv(found: Attribution) -> str:
-    """Every component, the worst first: what it makes and passes on by every measure."""
-    columns = [f"{part}_{measure}" for measure in MEASURES for part in ("made", "passed_on")]
+def components_csv(attribution: Attribution) -> str:
+    """Every component, the worst first: its own and its inherited error by every measure."""
+    columns = [f"{error}_{measure}" for measure in MEASURES for error in ERRORS]
     rows = [
-        [one.label, one.layer, one.head]
-        + [part[measure] for measure in MEASURES for part in (one.made, one.passed_on)]
-        for one in found.ranked("kl")
+        [part.label, part.layer, part.head]
+        + [getattr(part, error)[measure] for measure in MEASURES for error in ERRORS]
+        for part in attribution.ranked("kl")
     ]
     return csv_text(["component", "layer", "head", *columns], rows)
 
 
-def lens_csv(found: Attribution) -> str:
+def lens_csv(attribution: Attribution) -> str:
     """Loss and divergence at every depth, nats a prediction."""
-    columns = ("layer", "loss", "compressed_loss", "kl", "compressed_kl")
-    return csv_text(columns, [[getattr(depth, name) for name in columns] for depth in found.lens])
+
+    def row(depth: Depth) -> list[Any]:
+        return [getattr(depth, column) for column in DEPTHS]
+
+    return csv_text(DEPTHS, map(row, attribution.lens))
 
 
-def ranking(found: Attribution, top: int, markdown: bool = False) -> Table:
-    """The worst components, and what all of them sum to."""
+def markdown(attribution: Attribution, top: int) -> str:
+    """The ranking as Markdown.
+
+    Args:
+        attribution: of a compressed model.
+        top: how many components are named.
+    """
+    align = ["left", *["right"] * (len(HEADINGS) - 1)]
+    rows = _ranking(attribution, top)
+    table = tabulate(rows, HEADINGS, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return table + "\n"
+
+
+def show(attribution: Attribution, top: int) -> None:
+    """Print the ranking.
+
+    Args: as of `markdown`.
+    """
     table = Table(
-        title=None
-        if markdown
-        else f"Who makes the error, over {found.n_predictions:,} predictions",
-        box=box.MARKDOWN if markdown else box.HEAVY_HEAD,
-        caption=None
-        if markdown
-        else "1/1000 nat a prediction; logits: squared logits a prediction",
+        title=f"Who makes the error, over {attribution.n_predictions:,} predictions",
+        caption="1/1000 nat a prediction; logits: squared logits a prediction",
     )
-    for column in ("component", "KL made", "passed on", "loss made", "passed on", "logits made"):
-        table.add_column(column, justify="left" if column == "component" else "right")
-    table.add_column("passed on", justify="right")
-    best = found.ranked("kl")
-    for one in best[:top]:
-        table.add_row(one.label, *_cells(one.made, one.passed_on))
-    rest = best[top:]
-    table.add_row(f"{len(rest)} others", *_summed(rest), end_section=not markdown)
-    table.add_row("sum", *_summed(best), end_section=not markdown)
-    whole = found.whole
-    table.add_row(
-        "measured", f"{1e3 * whole['kl']:.2f}", "", f"{1e3 * whole['loss']:.2f}", "",
-        f"{whole['logit_error']:.4f}", "",
-    )  # fmt: skip
-    return table
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "component" else "right")
+    *named, others, total, measured = _ranking(attribution, top)
+    for row in named:
+        table.add_row(*row)
+    for row in (others, total, measured):
+        table.add_row(*row, end_section=True)
+    print_tables(table)
 
 
-def markdown(found: Attribution, top: int) -> str:
-    """The ranking as Markdown."""
-    console = Console(width=120, file=io.StringIO())
-    console.print(ranking(found, top, markdown=True))
-    assert isinstance(console.file, io.StringIO)
-    lines = (line.strip() for line in console.file.getvalue().splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
-
-
-def show(found: Attribution, top: int) -> None:
-    """Print the ranking."""
-    print_tables(ranking(found, top))
-
-
-def _cells(made: Any, passed_on: Any) -> list[str]:
-    scaled = (("kl", 1e3, 2), ("loss", 1e3, 2), ("logit_error", 1, 4))
+def _ranking(attribution: Attribution, top: int) -> list[list[str]]:
+    """The worst components, the others, their sum, and what it should be: a row each."""
+    ranked = attribution.ranked("kl")
+    measured = [
+        cell
+        for measure, (scale, digits) in SHOWN.items()
+        for cell in (f"{scale * attribution.total[measure]:.{digits}f}", "")
+    ]
     return [
-        f"{scale * part[measure]:.{digits}f}"
-        for measure, scale, digits in scaled
-        for part in (made, passed_on)
+        *([part.label, *_summed([part])] for part in ranked[:top]),
+        [f"{len(ranked[top:])} others", *_summed(ranked[top:])],
+        ["sum", *_summed(ranked)],
+        ["measured", *measured],
     ]
 
 
 def _summed(components: Sequence[Component]) -> list[str]:
-    return _cells(
-        {measure: sum(one.made[measure] for one in components) for measure in MEASURES},
-        {measure: sum(one.passed_on[measure] for one in components) for measure in MEASURES},
-    )
+    return [
+        f"{scale * sum(getattr(part, error)[measure] for part in components):.{digits}f}"
+        for measure, (scale, digits) in SHOWN.items()
+        for error in ERRORS
+    ]
