@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture import families
-from sharebasis.architecture.fused import blocks_of
+from sharebasis.architecture.fused import projections_of
 from sharebasis.architecture.parts import rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.loader import load_compressed
@@ -584,7 +584,7 @@ def test_heads_are_their_rows_in_every_layout(n_kv_heads: int, interleave: Any, 
     )
     found = classify_model(model, weight_types={"fused": settings})
     views = head_views(model, found)[1]
-    blocks = blocks_of(found.selected[1], settings, found.dims)
+    blocks = projections_of(found.selected[1], settings, found.dims)
     assert {block.family: block.n_heads for block in blocks} == {
         "q": 4,
         "k": n_kv_heads,

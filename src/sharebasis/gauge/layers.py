@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.fused import Projection, projections_of
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.gauge.freedom import freedom_of
 from sharebasis.gauge.tensors import ModelTensors, Tensors
@@ -23,30 +23,30 @@ _MLP = ("gate", "up", "down")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight of a layer lies: a block of a sublayer."""
+    """Where a weight of a layer lies: in some rows of a sublayer."""
 
     sublayer: Sublayer
-    block: Block
+    projection: Projection
     bias_of_rows: bool
     """Whether the bias goes with these rows; that of a write belongs to the stream."""
 
     @property
     def part(self) -> str:
-        """The name of the part that it is, if the sublayer is cut into its blocks."""
-        return self.sublayer.part_name(self.block.label)
+        """The name of the part that it is, if the sublayer is cut into what it is fused of."""
+        return self.sublayer.part_name(self.projection.label)
 
     def weight(self, tensors: Tensors) -> Tensor:
-        return _wide(tensors.read(f"{self._owner}.weight", self.block.rows, self._transposed))
+        return _wide(tensors.read(f"{self._owner}.weight", self.projection.rows, self._transposed))
 
     def bias(self, tensors: Tensors) -> Tensor | None:
         if not (self.sublayer.bias and self.bias_of_rows):
             return None
-        return _wide(self.block.rows.take(tensors.read(f"{self._owner}.bias")))
+        return _wide(self.projection.rows.take(tensors.read(f"{self._owner}.bias")))
 
     def write(self, tensors: ModelTensors, weight: Tensor, bias: Tensor | None) -> None:
-        tensors.write(f"{self._owner}.weight", weight, self.block.rows, self._transposed)
+        tensors.write(f"{self._owner}.weight", weight, self.projection.rows, self._transposed)
         if bias is not None:
-            tensors.write(f"{self._owner}.bias", bias, self.block.rows)
+            tensors.write(f"{self._owner}.bias", bias, self.projection.rows)
 
     @property
     def _owner(self) -> str:
@@ -69,10 +69,10 @@ class Layers:
         self._tensors, self._found, self._config = tensors, found, config
         self._places: dict[int, list[Place]] = {}
         for sublayer in found.selected:
-            for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims):
-                reads = block.family not in ("o", "down")
+            for projection in projections_of(sublayer, found.settings_of(sublayer), found.dims):
+                reads = projection.family not in ("o", "down")
                 own = self._places.setdefault(sublayer.layer, [])
-                own.append(Place(sublayer, block, reads))
+                own.append(Place(sublayer, projection, reads))
         self._others = self._tensors_beside_the_sublayers()
 
     @property
@@ -93,7 +93,7 @@ class Layers:
             grouped, _ = _units(self._places[layer], self._found)
             if "attention" in grouped and self.freedom(layer).value_output == "all":
                 v, o = (grouped["attention"][family] for family in "vo")
-                found.append(ValueOutput(v.part, o.part, v.block.n_heads))
+                found.append(ValueOutput(v.part, o.part, v.projection.n_heads))
         return found
 
     def read(self, layer: int) -> Layer:
@@ -145,7 +145,7 @@ class Layers:
 
     def _attention(self, places: Mapping[str, Place], extras: Mapping[str, str]) -> Attention:
         q, k, v, o = (places[name] for name in _QKVO)
-        heads, kv_heads = q.block.n_heads, k.block.n_heads
+        heads, kv_heads = q.projection.n_heads, k.projection.n_heads
         own = {field: _wide(self._tensors.read(name)) for field, name in extras.items()}
         return Attention(
             q=q.weight(self._tensors).unflatten(0, (heads, -1)),
@@ -189,8 +189,10 @@ class Layers:
             if last == "sinks":
                 extras[last] = name
             if last in ("q_norm", "k_norm") and tail.endswith(".weight"):
-                block = places[last[0]].block
-                if block.n_heads > 1 and self._tensors.read(name).shape == (len(block.rows),):
+                projection = places[last[0]].projection
+                if projection.n_heads > 1 and self._tensors.read(name).shape == (
+                    len(projection.rows),
+                ):
                     extras[last] = name
         return extras
 
@@ -203,7 +205,7 @@ def _units(
     mlps: dict[str, dict[str, list[Place]]] = {}
     alone: list[Place] = []
     for place in places:
-        family, sublayer = place.block.family, place.sublayer
+        family, sublayer = place.projection.family, place.sublayer
         if family in _MLP:
             own = mlps.setdefault(_mlp_name(sublayer), {})
             own.setdefault(family, []).append(place)
@@ -226,15 +228,15 @@ def _is_attention(places: Mapping[str, Sequence[Place]], found: Classification) 
     if set(places) != set(_QKVO) or any(len(own) != 1 for own in places.values()):
         return False
     q, k, v, o = (places[name][0] for name in _QKVO)
-    heads, kv_heads = q.block.n_heads, k.block.n_heads
+    heads, kv_heads = q.projection.n_heads, k.projection.n_heads
     return (
         heads > 0
-        and 0 < kv_heads == v.block.n_heads
+        and 0 < kv_heads == v.projection.n_heads
         and heads % kv_heads == 0
-        and len(q.block.rows) % heads == 0
-        and len(q.block.rows) * kv_heads == len(k.block.rows) * heads
-        and len(v.block.rows) % kv_heads == 0
-        and o.sublayer.shape == (found.dims.d_model, len(v.block.rows) // kv_heads * heads)
+        and len(q.projection.rows) % heads == 0
+        and len(q.projection.rows) * kv_heads == len(k.projection.rows) * heads
+        and len(v.projection.rows) % kv_heads == 0
+        and o.sublayer.shape == (found.dims.d_model, len(v.projection.rows) // kv_heads * heads)
         and all(x.sublayer.shape[1] == found.dims.d_model for x in (q, k, v))
     )
 
@@ -243,10 +245,10 @@ def _is_mlp(places: Mapping[str, Sequence[Place]], found: Classification) -> boo
     """Whether these are one up, one down and at most one gate of the same neurons."""
     if any(len(own) != 1 for own in places.values()) or not {"up", "down"} <= set(places):
         return False
-    d_mlp = len(places["up"][0].block.rows)
+    d_mlp = len(places["up"][0].projection.rows)
     reads = [own[0] for name, own in places.items() if name != "down"]
     return places["down"][0].sublayer.shape == (found.dims.d_model, d_mlp) and all(
-        len(x.block.rows) == d_mlp and x.sublayer.shape[1] == found.dims.d_model for x in reads
+        len(x.projection.rows) == d_mlp and x.sublayer.shape[1] == found.dims.d_model for x in reads
     )
 
 
@@ -257,7 +259,7 @@ def _mlp_name(sublayer: Sublayer) -> str:
 
 
 def _family(place: Place) -> str:
-    family = place.block.family
+    family = place.projection.family
     known = family not in ("fused", "other")
     return family if known else place.sublayer.slot.rpartition("*.")[2]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.fused import Projection, projections_of
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.errors import SelectionError, StreamError
 from sharebasis.linalg.rows import Rows
 from sharebasis.model import experts
 from sharebasis.residual.capture import Branch, LayerSites, Output, Sites
-from sharebasis.residual.head_views import by_head
+from sharebasis.residual.weight_source import by_head
 
 BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
@@ -79,15 +79,15 @@ def _layer_sites(
         if module(sublayer) != sublayer.name:
             readers[module(sublayer)] = "mlp"
             continue
-        blocks = blocks_of(sublayer, found.settings_of(sublayer), found.dims)
-        n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
+        projections = projections_of(sublayer, found.settings_of(sublayer), found.dims)
+        n_heads = next((x.n_heads for x in projections if x.family == "q"), n_heads)
         if sublayer.role != "read":
             continue
-        branch = BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
+        branch = BRANCHES.get(projections[0].family) or _beside(sublayer, writers)
         if branch is not None:
             readers[sublayer.name] = branch
         if sublayer.expert is None and "expert" not in sublayer.name:
-            outputs[sublayer.name] = _outputs(sublayer, blocks, _is_gated(found, sublayers))
+            outputs[sublayer.name] = _outputs(sublayer, projections, _is_gated(found, sublayers))
     only = {
         branch: own[0] if len(own) == 1 else None
         for branch in ("attn", "mlp")
@@ -116,22 +116,26 @@ def _beside(reader: Sublayer, writers: Mapping[str, Branch]) -> Branch | None:
 
 def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
     return any(
-        block.family == "gate"
+        projection.family == "gate"
         for sublayer in sublayers
-        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims)
+        for projection in projections_of(sublayer, found.settings_of(sublayer), found.dims)
     )
 
 
-def _outputs(sublayer: Sublayer, blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
+def _outputs(
+    sublayer: Sublayer, projections: Sequence[Projection], gated: bool
+) -> tuple[Output, ...]:
     mlp = {"gate": "mlp.hook_pre", "up": "mlp.hook_pre_linear" if gated else "mlp.hook_pre"}
     outputs = []
-    for block in blocks:
-        if block.family in ("q", "k", "v") and block.n_heads:
+    for projection in projections:
+        if projection.family in ("q", "k", "v") and projection.n_heads:
             outputs.append(
-                Output(f"attn.hook_{block.family}", _heads_of(block.rows, block.n_heads))
+                Output(
+                    f"attn.hook_{projection.family}", _heads_of(projection.rows, projection.n_heads)
+                )
             )
-        elif block.family in mlp:
-            outputs.append(Output(mlp[block.family], _rows_of(sublayer, block)))
+        elif projection.family in mlp:
+            outputs.append(Output(mlp[projection.family], _rows_of(sublayer, projection)))
     return tuple(outputs)
 
 
@@ -139,8 +143,8 @@ def _heads_of(rows: Rows, n_heads: int) -> Callable[[Tensor], Tensor]:
     return lambda x: by_head(x.movedim(-1, 0), rows, n_heads).movedim(0, -2)
 
 
-def _rows_of(sublayer: Sublayer, block: Block) -> Callable[[Tensor], Tensor]:
+def _rows_of(sublayer: Sublayer, projection: Projection) -> Callable[[Tensor], Tensor]:
     def rows(x: Tensor) -> Tensor:
-        return block.left(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
+        return projection.rows_in(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
 
     return rows
