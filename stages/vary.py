@@ -27,7 +27,7 @@ def main() -> None:
     settings = load_settings()
     use_onednn(settings.onednn)
     found = load_record(SUBLAYERS, Classification)
-    layers_of = partial(Layers, found=found, config=load_config(WEIGHTS))
+    layers_of = partial(Layers, classification=found, config=load_config(WEIGHTS))
     tensors = DenseWeights(WEIGHTS)
     variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
     with writing(PLOTS / "vary") as directory:

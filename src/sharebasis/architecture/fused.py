@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Literal
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.sublayers import Sublayer
+from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.types import Family
 from sharebasis.errors import SplitError
@@ -56,6 +56,11 @@ def projections_of(
     n_heads, n_kv_heads = _head_counts(settings, dims)
     heads = {"q": n_heads, "k": n_kv_heads, "v": n_kv_heads}.get(sublayer.family, 0)
     return [Projection("", sublayer.family, Rows(0, sublayer.shape[0]), heads)]
+
+
+def projections_in(classification: Classification, sublayer: Sublayer) -> Sequence[Projection]:
+    """`projections_of` a sublayer of a model."""
+    return projections_of(sublayer, classification.settings_of(sublayer), classification.dims)
 
 
 def _head_counts(settings: WeightTypeSettings, dims: Dims) -> tuple[int, int]:

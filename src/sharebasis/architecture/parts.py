@@ -66,8 +66,8 @@ def split_sublayer(
     """
     strategy = settings.split or strategy
     if strategy == "none":
-        whole = Rows(0, sublayer.shape[0])
-        return (Part(sublayer, "", sublayer.family, whole, gate_and_up(sublayer, settings)),)
+        rows = Rows(0, sublayer.shape[0])
+        return (Part(sublayer, "", sublayer.family, rows, gate_and_up(sublayer, settings)),)
     projections = projections_of(sublayer, settings, dims)
     if settings.split and not (settings.fused or projections[0].n_heads):
         raise SplitError(

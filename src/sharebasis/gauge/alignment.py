@@ -183,7 +183,7 @@ def _same_shapes(a: Unit, b: Unit) -> bool:
 
 
 def _shapes(layer: Layer) -> Mapping[str, Sequence[torch.Size]]:
-    return {name: [x.shape for x in own] for name, own in layer.families.items()}
+    return {name: [x.shape for x in weights] for name, weights in layer.families.items()}
 
 
 def _unit_distances(a: Unit, b: Unit) -> Mapping[str, float]:

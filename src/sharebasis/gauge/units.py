@@ -108,16 +108,16 @@ class Layer:
     @property
     def families(self) -> Mapping[str, tuple[Tensor, ...]]:
         """Family -> its weights: one, or one for each expert."""
-        found: dict[str, tuple[Tensor, ...]] = dict(self.rest)
+        families: dict[str, tuple[Tensor, ...]] = dict(self.rest)
         for unit in self.units.values():
             for name, weight in unit.families.items():
-                found[name] = (*found.get(name, ()), weight)
-        return found
+                families[name] = (*families.get(name, ()), weight)
+        return families
 
     def normalised(self) -> Layer:
         """With every weight divided by its Frobenius norm, zeros left as they are, and by the
         root of how many its family has: distances are then root mean squares over experts."""
-        counts = {name: len(own) ** -0.5 for name, own in self.families.items()}
+        counts = {name: len(weights) ** -0.5 for name, weights in self.families.items()}
         return Layer(
             {
                 name: unit.scaled(
@@ -126,8 +126,8 @@ class Layer:
                 for name, unit in self.units.items()
             },
             {
-                name: tuple(counts[name] * _inverse_norm(x) * x for x in own)
-                for name, own in self.rest.items()
+                name: tuple(counts[name] * _inverse_norm(x) * x for x in weights)
+                for name, weights in self.rest.items()
             },
         )
 

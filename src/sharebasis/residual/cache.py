@@ -64,8 +64,8 @@ def run_with_cache(
         >>> labels
         ['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out']
         >>> attributions = cache.logit_attrs(stack, tokens)  # of each to each token's logit
-        >>> own = logits.gather(-1, tokens[..., None])[..., 0]
-        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), own, atol=1e-5)
+        >>> of_tokens = logits.gather(-1, tokens[..., None])[..., 0]
+        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), of_tokens, atol=1e-5)
         True
     """
     return Observer(model)(tokens, names, device=device, **inputs)

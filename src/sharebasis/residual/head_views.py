@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.architecture.fused import projections_of
+from sharebasis.architecture.fused import projections_in
 from sharebasis.architecture.roles import Role
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.types import Family
@@ -38,7 +38,7 @@ _MLP = ("gate", "up", "down")
 
 
 def head_views(
-    model: PreTrainedModel, found: Classification | None = None
+    model: PreTrainedModel, classification: Classification | None = None
 ) -> tuple[LayerViews, ...]:
     """The weights of every layer, by head: `head_views(model)[3].W_Q`.
 
@@ -56,7 +56,7 @@ def head_views(
     Args:
         model: dense, wrapped or compressed, on any device. Ask anew after modules were put in
             or out.
-        found: its sublayers; None classifies a model of the same class and config.
+        classification: its sublayers; None classifies a model of the same class and config.
 
     Raises:
         SelectionError, SplitError: the model's sublayers cannot be found or cut.
@@ -72,14 +72,16 @@ def head_views(
         >>> model.transformer.h[1].attn.c_attn.weight[:, 64 + 16 : 64 + 24].any().item()
         False
     """
-    found = sublayers_of(model) if found is None else found
+    classification = sublayers_of(model) if classification is None else classification
     tensors = SublayerTensors(model)
-    sources: dict[int, list[WeightSource]] = {i: [] for i in range(found.dims.n_layers)}
-    for sublayer in found.sublayers:
-        for projection in projections_of(sublayer, found.settings_of(sublayer), found.dims):
-            own = sources.setdefault(sublayer.layer, [])
-            own.append(WeightSource(sublayer, projection, tensors))
-    return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in sources.items())
+    sources: dict[int, list[WeightSource]] = {i: [] for i in range(classification.dims.n_layers)}
+    for sublayer in classification.sublayers:
+        for projection in projections_in(classification, sublayer):
+            source = WeightSource(sublayer, projection, tensors)
+            sources.setdefault(sublayer.layer, []).append(source)
+    return tuple(
+        LayerViews(i, of_layer, classification.dims.n_heads) for i, of_layer in sources.items()
+    )
 
 
 def sublayers_of(model: PreTrainedModel) -> Classification:
@@ -145,22 +147,22 @@ class MlpViews:
             SelectionError: there is none, or there are several.
         """
         roles = (_SIDE[family], "ambiguous_unknown")
-        right = [source for source in self._of(family) if source.sublayer.role in roles]
-        ran = [source for source in right if "trace" in source.sublayer.says]
-        if len(ran or right) == 1:
-            return (ran or right)[0]
+        candidates = [source for source in self._of(family) if source.sublayer.role in roles]
+        running = [source for source in candidates if "trace" in source.sublayer.says]
+        if len(running or candidates) == 1:
+            return (running or candidates)[0]
         does = "reads" if _SIDE[family] == "read" else "writes to"
         raise SelectionError(
             f"A view needs one sublayer of family {family!r} that {does} the residual stream, and "
-            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
+            f"{self._place} has {len(candidates) or 'none'}. What it has: {self._contents()}."
         )
 
     def _contents(self) -> str:
-        said = (
+        sublayers = (
             f"{source.sublayer.name} ({source.family}, {source.sublayer.role})"
             for source in self._sources
         )
-        return ", ".join(dict.fromkeys(said)) or "nothing"
+        return ", ".join(dict.fromkeys(sublayers)) or "nothing"
 
 
 class LayerViews(MlpViews):
@@ -185,19 +187,20 @@ class LayerViews(MlpViews):
         """
         place = f"layer {layer}"
         by_expert: dict[int, list[WeightSource]] = {}
-        rest: list[WeightSource] = []
+        dense: list[WeightSource] = []
         for source in sources:
             expert = source.sublayer.expert
-            (rest if expert is None else by_expert.setdefault(expert, [])).append(source)
-        shared = [source for source in rest if by_expert and source.family in _MLP]
-        super().__init__(place, [source for source in rest if source not in shared])
+            (dense if expert is None else by_expert.setdefault(expert, [])).append(source)
+        shared = [source for source in dense if by_expert and source.family in _MLP]
+        super().__init__(place, [source for source in dense if source not in shared])
         self.experts = tuple(
-            MlpViews(f"expert {i} of {place}", own) for i, own in sorted(by_expert.items())
+            MlpViews(f"expert {i} of {place}", of_expert)
+            for i, of_expert in sorted(by_expert.items())
         )
         # A gate alone is a router.
-        whole = any(source.family == "down" for source in shared)
-        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if whole else None
-        queries = (source.projection.n_heads for source in rest if source.family == "q")
+        is_mlp = any(source.family == "down" for source in shared)
+        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if is_mlp else None
+        queries = (source.projection.n_heads for source in dense if source.family == "q")
         self._n_heads = next(queries, n_heads)
 
     @property
@@ -250,12 +253,12 @@ class LayerViews(MlpViews):
 
     def _up(self, family: Family) -> WeightSource:
         """The one source of a family that reads a latent."""
-        right = [source for source in self._of(family) if source.sublayer.role == "neither"]
-        if len(right) == 1:
-            return right[0]
+        candidates = [x for x in self._of(family) if x.sublayer.role == "neither"]
+        if len(candidates) == 1:
+            return candidates[0]
         raise SelectionError(
             f"A view needs one sublayer of family {family!r} that reads a latent, and "
-            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
+            f"{self._place} has {len(candidates) or 'none'}. What it has: {self._contents()}."
         )
 
     def _of(self, family: Family) -> Sequence[WeightSource]:

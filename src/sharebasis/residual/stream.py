@@ -68,8 +68,8 @@ class StreamStacks(Readout):
         self, activation_name: str, layer: int | None = None, sublayer_type: str | None = None
     ) -> Float[Tensor, "layers ..."]:
         """One activation of every layer before `layer`."""
-        rest = () if sublayer_type is None else (sublayer_type,)
-        return torch.stack([self[(activation_name, i, *rest)] for i in range(self._layer(layer))])
+        layers = range(self._layer(layer))
+        return torch.stack([self[activation_name, i, sublayer_type] for i in layers])
 
     # What it is a sum of
 
@@ -275,16 +275,16 @@ class StreamStacks(Readout):
     ) -> Any:
         """Put a stack together: its remainder, its norm, its labels."""
         end = self._layer(layer)
-        whole = self["resid_pre", end] if end < self.n_layers else self["resid_post", -1]
+        stream = self["resid_pre", end] if end < self.n_layers else self["resid_post", -1]
         if mlp_input:
-            whole = self["resid_mid", end]
-        whole = self._positions(whole, pos_slice)
+            stream = self["resid_mid", end]
+        stream = self._positions(stream, pos_slice)
         if projected is not None:
             onto, scale = projected
-            whole = whole @ onto if scale is None else (whole @ onto) / scale
-        stacked = torch.cat(list(stack)) if stack else whole.new_zeros(0, *whole.shape)
+            stream = stream @ onto if scale is None else (stream @ onto) / scale
+        stacked = torch.cat(list(stack)) if stack else stream.new_zeros(0, *stream.shape)
         if incl_remainder:
-            stacked = torch.cat([stacked, (whole - stacked.sum(0))[None]])
+            stacked = torch.cat([stacked, (stream - stacked.sum(0))[None]])
             labels = [*labels, "remainder"]
         if apply_ln and projected is None:
             stacked = self.apply_ln_to_stack(stacked, layer, mlp_input, pos_slice)
