@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from sharebasis.errors import StreamError
 from sharebasis.residual.anatomy import Anatomy
 from sharebasis.residual.capture import FINAL, capture
+from sharebasis.residual.head_and_neuron_stacks import HeadAndNeuronStacks
 from sharebasis.residual.names import Names, wanted
-from sharebasis.residual.stream import StreamStacks
 
 
 def run_with_cache(
@@ -128,7 +128,7 @@ class Observer(Anatomy):
             )
 
 
-class ActivationCache(StreamStacks):
+class ActivationCache(HeadAndNeuronStacks):
     """Activations by name, and the ways to take the residual stream apart.
 
     `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["z3"]`, `cache["resid_post", -1]`,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,44 +17,10 @@ from sharebasis.model.hooks import attached
 from sharebasis.residual.norm import Norm
 from sharebasis.residual.norm_probe import TOLERANCE, norm_factor, probe_norm
 from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, storage_key, total_of
-
-Branch = Literal["attn", "mlp"]
+from sharebasis.residual.sites import Branch, LayerSites, Sites
 
 FINAL = "ln_final"
 _LN: Mapping[Branch, str] = {"attn": "ln1", "mlp": "ln2"}
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What an activation is of a sublayer's output."""
-
-    key: str
-    """Without the layer: `attn.hook_q`."""
-    take: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSites:
-    """Where in one block things are, by HF name of modules."""
-
-    block: str
-    writers: Mapping[str, Branch]
-    readers: Mapping[str, Branch]
-    outputs: Mapping[str, tuple[Output, ...]]
-    o: str | None
-    """The only sublayer of attention that writes; None if there are none or several."""
-    down: str | None
-    """The same of the MLP."""
-    n_heads: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """Where in a model things are, by HF name of modules."""
-
-    embed: str
-    layers: tuple[LayerSites, ...]
-    unembed: str
 
 
 @dataclass(slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,9 +14,9 @@ from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.errors import SelectionError, StreamError
 from sharebasis.linalg.rows import Rows
 from sharebasis.model import experts
-from sharebasis.residual.capture import Branch, LayerSites, Output, Sites
 from sharebasis.residual.weight_source import by_head
 
+Branch = Literal["attn", "mlp"]
 BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
     "k": "attn",
@@ -24,6 +26,39 @@ BRANCHES: Mapping[str, Branch] = {
     "up": "mlp",
     "down": "mlp",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an activation is of a sublayer's output."""
+
+    key: str
+    """Without the layer: `attn.hook_q`."""
+    take: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSites:
+    """Where in one block things are, by HF name of modules."""
+
+    block: str
+    writers: Mapping[str, Branch]
+    readers: Mapping[str, Branch]
+    outputs: Mapping[str, tuple[Output, ...]]
+    o: str | None
+    """The only sublayer of attention that writes; None if there are none or several."""
+    down: str | None
+    """The same of the MLP."""
+    n_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where in a model things are, by HF name of modules."""
+
+    embed: str
+    layers: tuple[LayerSites, ...]
+    unembed: str
 
 
 def find_sites(model: PreTrainedModel, classification: Classification) -> Sites:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from sharebasis.architecture.groups import Group
-from sharebasis.residual.capture import Branch, Sites
-from sharebasis.residual.sites import BRANCHES
+from sharebasis.residual.sites import BRANCHES, Branch, Sites
 from sharebasis.stages.attribute.error_attribution import Component
 from sharebasis.stages.sensitivity.corrections import Cell
 
