@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
 
 from sharebasis.errors import StreamError
 from sharebasis.residual.anatomy import Anatomy
@@ -121,6 +122,7 @@ class Observer(Anatomy):
         """Refuse what the model would overlook, as its forward pass takes any keyword."""
         parameters = inspect.signature(self.model.forward).parameters.values()
         known = {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
+        known |= TransformersKwargs.__annotations__.keys()  # which its layers may look at
         if unknown := sorted(inputs.keys() - known):
             raise StreamError(
                 f"{', '.join(unknown)}: no argument of a {type(self.model).__name__}. What is kept "
