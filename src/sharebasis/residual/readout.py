@@ -56,8 +56,8 @@ class Readout(Activations):
     def logit_attrs(
         self,
         residual_stack: Float[Tensor, "component *batch d_model"],
-        tokens: int | Int[Tensor, "*places"],
-        incorrect_tokens: int | Int[Tensor, "*places"] | None = None,
+        tokens: int | Int[Tensor, ...],
+        incorrect_tokens: int | Int[Tensor, ...] | None = None,
         pos_slice: Slice = None,
         batch_slice: Slice = None,
         has_batch_dim: bool = True,
