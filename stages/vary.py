@@ -22,7 +22,7 @@ from sharebasis.stages.vary.variation import measure_variation
 def main(settings: Settings) -> None:
     use_onednn(settings.onednn)
     classification = load_record(SUBLAYERS, Classification)
-    layers_of = partial(Layers, found=classification, config=load_config(WEIGHTS))
+    layers_of = partial(Layers, classification=classification, config=load_config(WEIGHTS))
     tensors = DenseWeights(WEIGHTS)
     variation = measure_variation(tensors, layers_of, settings.vary, settings.seed)
     with writing(PLOTS / "vary") as directory:

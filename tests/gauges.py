@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.tensors import ModelTensors
-from sharebasis.gauge.units import AttentionGauge, Freedom, Mlp, NeuronOrder, Turns, Unit
+from sharebasis.gauge.units import AttentionGauge, Freedom, Mlp, NeuronOrder, Rotations, Unit
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import meta_model
 
@@ -23,24 +23,24 @@ def layers_of(model: PreTrainedModel) -> Layers:
     return Layers(ModelTensors(model), classify_model(meta_model(model.config)), model.config)
 
 
-def random_turn(d: int, turns: Turns, planes: tuple[tuple[int, int], ...]) -> Tensor:
+def random_rotation(d: int, rotations: Rotations, planes: tuple[tuple[int, int], ...]) -> Tensor:
     """A random rotation of a group, built block by block."""
-    if turns == "none":
+    if rotations == "none":
         return torch.eye(d, dtype=torch.float64)
     free = [x for x in range(d) if not any(x in plane for plane in planes)]
     order = [x for plane in planes for x in plane] + free
     blocks = []
     for _ in planes:
         angle = torch.rand(()).item() * 2 * np.pi
-        angle = angle if turns == "all" else round(angle / np.pi) * np.pi
+        angle = angle if rotations == "all" else round(angle / np.pi) * np.pi
         blocks.append([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    if free and turns == "all":
+    if free and rotations == "all":
         blocks.append(torch.linalg.qr(torch.randn(len(free), len(free), dtype=torch.float64))[0])
     else:
         blocks += [[[float(torch.randint(2, ())) * 2 - 1]] for _ in free]
-    turn = torch.from_numpy(block_diag(*blocks))
+    rotation = torch.from_numpy(block_diag(*blocks))
     where = torch.tensor(order).argsort()
-    return turn[where][:, where]
+    return rotation[where][:, where]
 
 
 def random_element(unit: Unit, freedom: Freedom) -> Unit:
@@ -56,8 +56,8 @@ def random_element(unit: Unit, freedom: Freedom) -> Unit:
         kv_heads = torch.randperm(n_kv)
         orders = torch.stack([torch.randperm(n_queries) for _ in range(n_kv)])
     d_head, d_value = unit.q.shape[1], unit.v.shape[1]
-    qk = [random_turn(d_head, freedom.query_key, freedom.planes) for _ in range(n_kv)]
-    vo = [random_turn(d_value, freedom.value_output, ()) for _ in range(n_kv)]
+    qk = [random_rotation(d_head, freedom.query_key, freedom.planes) for _ in range(n_kv)]
+    vo = [random_rotation(d_value, freedom.value_output, ()) for _ in range(n_kv)]
     return AttentionGauge(
         (kv_heads[:, None] * n_queries + orders).flatten(),
         kv_heads,

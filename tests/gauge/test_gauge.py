@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from gauges import EXACT, random_element, random_turn
+from gauges import EXACT, random_element, random_rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
@@ -121,13 +121,13 @@ def test_two_scrambled_layers_are_as_far_from_each_other_as_they_were() -> None:
 
 def test_tied_recovers_a_tied_rotation_and_a_dense_one_of_the_neurons() -> None:
     layer = random_layer()
-    turn = random_turn(D_HEAD, "all", ())
+    turn = random_rotation(D_HEAD, "all", ())
     attention, mlp = layer.units["attention"], layer.units["mlp"]
     assert isinstance(attention, Attention)
     n_kv, n = len(attention.k), len(attention.q)
     same = turn.expand(n_kv, -1, -1)
     gauge = AttentionGauge(torch.arange(n), torch.arange(n_kv), same, same)
-    dense = random_turn(D_MLP, "all", ())
+    dense = random_rotation(D_MLP, "all", ())
     assert isinstance(mlp, Mlp)
     assert mlp.gate is not None
     turned = Mlp(dense @ mlp.up, dense @ mlp.down, dense @ mlp.gate)

@@ -222,8 +222,8 @@ def test_what_would_be_overlooked_is_refused() -> None:
     for names in ("bogus", ["z", "bogus"], "blocks.3.attn.hook_z", ["blocks.0.hook_z"], "attn"):
         with pytest.raises(StreamError, match="No activation of 3 layers is called"):
             run_with_cache(model, TOKENS, names)
-    mask = torch.ones_like(TOKENS)
-    assert len(run_with_cache(model, TOKENS, "z2", attention_mask=mask)[1]) == 1
+    known = {"attention_mask": torch.ones_like(TOKENS), "position_ids": torch.arange(12)[None]}
+    assert len(run_with_cache(model, TOKENS, "z2", is_causal=True, **known)[1]) == 1
     assert set(run_with_cache(model, TOKENS, "blocks.1.hook_q_input")[1]) == {
         "blocks.1.hook_resid_pre"
     }

@@ -57,8 +57,8 @@ def _n_kv_heads(config: Any) -> int | None:
     """Key and value heads; None: as many as query heads."""
     if getattr(config, "kv_lora_rank", None):
         return None  # every query head has its own, made of the latent
-    if given := getattr(config, "num_key_value_heads", None):
-        return int(given)
+    if n_kv_heads := getattr(config, "num_key_value_heads", None):
+        return int(n_kv_heads)
     # Falcon and GPT-BigCode: a flag for a single one; Falcon's newer layout goes by a number.
     newer = getattr(config, "new_decoder_architecture", False)
     if getattr(config, "multi_query", False) and not newer:

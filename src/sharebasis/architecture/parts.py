@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sharebasis.architecture.dims import Dims
-from sharebasis.architecture.fused import blocks_of, gate_and_up, heads_of_block
+from sharebasis.architecture.fused import gate_and_up, heads_of, projections_of
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.config.types import Family, SplitStrategy
@@ -58,7 +58,7 @@ def split_selected(model: Classification, strategy: SplitStrategy) -> tuple[Part
 def split_sublayer(
     sublayer: Sublayer, settings: WeightTypeSettings, strategy: SplitStrategy, dims: Dims
 ) -> tuple[Part, ...]:
-    """Cut one sublayer into parts that cover every row once, in the order of its blocks.
+    """Cut one sublayer into parts that cover every row once, in the order of its rows.
 
     Args:
         sublayer: of the weight type that `settings` describes.
@@ -71,18 +71,18 @@ def split_sublayer(
     """
     strategy = settings.split or strategy
     if strategy == "none":
-        whole = Rows(0, sublayer.shape[0])
-        return (Part(sublayer, "", sublayer.family, whole, gate_and_up(sublayer, settings)),)
-    blocks = blocks_of(sublayer, settings, dims)
-    if settings.split and not (settings.fused or blocks[0].n_heads):
+        rows = Rows(0, sublayer.shape[0])
+        return (Part(sublayer, "", sublayer.family, rows, gate_and_up(sublayer, settings)),)
+    projections = projections_of(sublayer, settings, dims)
+    if settings.split and not (settings.fused or projections[0].n_heads):
         raise SplitError(
             f"weight_types.{sublayer.weight_type} asks for split {settings.split!r}, but "
             f"{sublayer.name} (family {sublayer.family}) is neither q, k or v nor fused; "
             "for a fused weight give its qkv_order or gate_up_order."
         )
     if strategy == "heads":
-        blocks = [head for block in blocks for head in heads_of_block(block, sublayer)]
-    return tuple(Part(sublayer, block.label, block.family, block.rows) for block in blocks)
+        projections = [head for x in projections for head in heads_of(x, sublayer)]
+    return tuple(Part(sublayer, x.label, x.family, x.rows) for x in projections)
 
 
 def rows_by_sublayer(parts: Iterable[Part]) -> Mapping[str, Sequence[Rows]]:

@@ -82,12 +82,12 @@ def evidence_of(
         traced: what running the model showed; None or ambiguous_unknown: nothing.
     """
     by_trace = None if traced == "ambiguous_unknown" else traced
-    all_three: Mapping[Evidence, Role | None] = {
+    by_evidence: Mapping[Evidence, Role | None] = {
         "trace": by_trace,
         "shape": role_by_shape(shape, d_model),
         "name": role_by_name(name),
     }
-    return {evidence: role for evidence, role in all_three.items() if role}
+    return {evidence: role for evidence, role in by_evidence.items() if role}
 
 
 def family_of(name: str) -> Family:

@@ -117,7 +117,9 @@ class Classification:
                 for family in get_args(Family)
             }
             if of_role:
-                categories[role] = {name: own for name, own in families.items() if own}
+                categories[role] = {
+                    name: of_family for name, of_family in families.items() if of_family
+                }
         return categories
 
     @property

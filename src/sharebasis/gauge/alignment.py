@@ -30,11 +30,11 @@ class Aligned:
 
     def __call__(self, layer: Layer) -> Layer:
         """Apply it, to the layer that it was found for or to others of its shapes."""
-        turned = {
+        units = {
             name: act(unit, self.gauges[name]) if name in self.gauges else unit
             for name, unit in layer.units.items()
         }
-        return Layer(turned, layer.rest)
+        return Layer(units, layer.rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +165,15 @@ def act(unit: Unit, gauge: Gauge) -> Unit:
     return gauge(unit)  # type: ignore[arg-type]
 
 
-def _as_long_as(unit: Unit, turned: Unit) -> Unit:
+def _as_long_as(unit: Unit, moved: Unit) -> Unit:
     """With the norms of its families before, which scales of neurons have changed."""
     if isinstance(unit, Attention):
-        return turned
+        return moved
     factors = {}
-    for name, weight in turned.families.items():
+    for name, weight in moved.families.items():
         norm = float(weight.norm())
         factors[name] = float(unit.families[name].norm()) / norm if norm else 1.0
-    return turned.scaled(factors)
+    return moved.scaled(factors)
 
 
 def _same_shapes(a: Unit, b: Unit) -> bool:
@@ -183,7 +183,7 @@ def _same_shapes(a: Unit, b: Unit) -> bool:
 
 
 def _shapes(layer: Layer) -> Mapping[str, Sequence[torch.Size]]:
-    return {name: [x.shape for x in own] for name, own in layer.families.items()}
+    return {name: [x.shape for x in weights] for name, weights in layer.families.items()}
 
 
 def _unit_distances(a: Unit, b: Unit) -> Mapping[str, float]:

@@ -34,21 +34,21 @@ def align_attention(
         emphasis: family -> w_f.
     """
     n_kv_heads, n_queries = len(a.k), a.n_queries
-    every = torch.arange(n_kv_heads, device=a.k.device)
+    in_place = torch.arange(n_kv_heads, device=a.k.device)
     first, second = (
-        torch.cartesian_prod(every, every).unbind(1) if freedom.heads and n_kv_heads > 1
-        else (every, every)
+        torch.cartesian_prod(in_place, in_place).unbind(1) if freedom.heads and n_kv_heads > 1
+        else (in_place, in_place)
     )  # fmt: skip
     products = _Products.of(a, b, first, second, emphasis)
     best = _best_order(products, freedom)
     if freedom.heads:
         gains = best.gain.view(n_kv_heads, n_kv_heads)
         rows, columns = linear_sum_assignment(gains.double().cpu().numpy(), maximize=True)
-        kv_heads = torch.empty_like(every)
-        kv_heads[torch.from_numpy(columns)] = torch.from_numpy(rows).to(every)
-        chosen = kv_heads * n_kv_heads + every
+        kv_heads = torch.empty_like(in_place)
+        kv_heads[torch.from_numpy(columns)] = torch.from_numpy(rows).to(in_place)
+        chosen = kv_heads * n_kv_heads + in_place
     else:
-        kv_heads = chosen = every
+        kv_heads = chosen = in_place
     heads = kv_heads[:, None] * n_queries + best.order[chosen]
     return AttentionGauge(
         heads.flatten(), kv_heads, best.query_key[chosen], best.value_output[chosen]
@@ -63,11 +63,11 @@ def align_heads_tied(a: Attention, b: Attention, emphasis: Mapping[str, float]) 
 
     Args: as of `align_attention`; keys must be as wide as values.
     """
-    every = torch.arange(len(a.k), device=a.k.device)
-    products = _Products.of(a, b, every, every, emphasis)
+    kv_heads = torch.arange(len(a.k), device=a.k.device)
+    products = _Products.of(a, b, kv_heads, kv_heads, emphasis)
     order = torch.arange(a.n_queries, device=a.k.device).expand(len(a.k), -1)
     rotation = best_rotation(products.query_key(order) + products.value_output(order))
-    return AttentionGauge(torch.arange(len(a.q), device=a.q.device), every, rotation, rotation)
+    return AttentionGauge(torch.arange(len(a.q), device=a.q.device), kv_heads, rotation, rotation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +148,13 @@ def _improved(
     products: _Products, order: Int[Tensor, "pairs n_queries"], freedom: Freedom
 ) -> _Aligned:
     """Rotations and orders in turn, until nothing changes."""
-    found = _rotated(products, order, freedom)
+    best = _rotated(products, order, freedom)
     for _ in range(ROUNDS):
-        order = _order(products.gains(found.query_key, found.value_output))
-        if torch.equal(order, found.order):
+        order = _order(products.gains(best.query_key, best.value_output))
+        if torch.equal(order, best.order):
             break
-        found = found.or_better(_rotated(products, order, freedom))
-    return found
+        best = best.or_better(_rotated(products, order, freedom))
+    return best
 
 
 def _rotated(
@@ -190,7 +190,7 @@ def _ordered(
 def _order(gains: Float[Tensor, "pairs n n"]) -> Int[Tensor, "pairs n"]:
     """The best assignment of heads of a to places of b, for each pair."""
     orders = torch.empty(gains.shape[:2], dtype=torch.long)
-    for order, own in zip(orders, gains.double().cpu().numpy(), strict=True):
-        rows, columns = linear_sum_assignment(own, maximize=True)
+    for order, of_pair in zip(orders, gains.double().cpu().numpy(), strict=True):
+        rows, columns = linear_sum_assignment(of_pair, maximize=True)
         order[torch.from_numpy(columns)] = torch.from_numpy(rows)
     return orders.to(gains.device)

@@ -65,8 +65,8 @@ def _rotates(config: Any, family: ModelFamily, layer: int) -> bool:
 
 def _n_rotated(config: Any, d_head: int) -> int:
     """Coordinates of a head that positions rotate."""
-    if given := getattr(config, "rotary_dim", None):
-        return int(given)
+    if n_rotated := getattr(config, "rotary_dim", None):
+        return int(n_rotated)
     parameters = getattr(config, "rope_parameters", None) or {}
     return int(d_head * parameters.get("partial_rotary_factor", 1.0))
 

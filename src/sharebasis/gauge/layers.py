@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.fused import Projection, projections_in
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.gauge.freedom import freedom_of
 from sharebasis.gauge.tensors import ModelTensors, Tensors
@@ -23,30 +23,30 @@ _MLP = ("gate", "up", "down")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight of a layer lies: a block of a sublayer."""
+    """Where a weight of a layer lies: in some rows of a sublayer."""
 
     sublayer: Sublayer
-    block: Block
+    projection: Projection
     bias_of_rows: bool
     """Whether the bias goes with these rows; that of a write belongs to the stream."""
 
     @property
     def part(self) -> str:
-        """The name of the part that it is, if the sublayer is cut into its blocks."""
-        return self.sublayer.part_name(self.block.label)
+        """The name of the part that it is, if the sublayer is cut into what it is fused of."""
+        return self.sublayer.part_name(self.projection.label)
 
     def weight(self, tensors: Tensors) -> Tensor:
-        return _wide(tensors.read(f"{self._owner}.weight", self.block.rows, self._transposed))
+        return _wide(tensors.read(f"{self._owner}.weight", self.projection.rows, self._transposed))
 
     def bias(self, tensors: Tensors) -> Tensor | None:
         if not (self.sublayer.bias and self.bias_of_rows):
             return None
-        return _wide(self.block.rows.take(tensors.read(f"{self._owner}.bias")))
+        return _wide(self.projection.rows.take(tensors.read(f"{self._owner}.bias")))
 
     def write(self, tensors: ModelTensors, weight: Tensor, bias: Tensor | None) -> None:
-        tensors.write(f"{self._owner}.weight", weight, self.block.rows, self._transposed)
+        tensors.write(f"{self._owner}.weight", weight, self.projection.rows, self._transposed)
         if bias is not None:
-            tensors.write(f"{self._owner}.bias", bias, self.block.rows)
+            tensors.write(f"{self._owner}.bias", bias, self.projection.rows)
 
     @property
     def _owner(self) -> str:
@@ -60,19 +60,19 @@ class Place:
 class Layers:
     """A model's layers, each read when it is asked for."""
 
-    def __init__(self, tensors: Tensors, found: Classification, config: Any) -> None:
+    def __init__(self, tensors: Tensors, classification: Classification, config: Any) -> None:
         """Args:
         tensors: of a checkpoint or a model.
-        found: its sublayers; the selected ones are looked at.
+        classification: its sublayers; the selected ones are looked at.
         config: of HF.
         """
-        self._tensors, self._found, self._config = tensors, found, config
+        self._tensors, self._classification, self._config = tensors, classification, config
         self._places: dict[int, list[Place]] = {}
-        for sublayer in found.selected:
-            for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims):
-                reads = block.family not in ("o", "down")
-                own = self._places.setdefault(sublayer.layer, [])
-                own.append(Place(sublayer, block, reads))
+        for sublayer in classification.selected:
+            for projection in projections_in(classification, sublayer):
+                reads = projection.family not in ("o", "down")
+                place = Place(sublayer, projection, reads)
+                self._places.setdefault(sublayer.layer, []).append(place)
         self._others = self._tensors_beside_the_sublayers()
 
     @property
@@ -83,18 +83,18 @@ class Layers:
     def freedom(self, layer: int) -> Freedom:
         """Which gauge elements are exact in a layer."""
         others = self._others.get(layer, {})
-        return freedom_of(self._config, self._found.dims, layer, others)
+        return freedom_of(self._config, self._classification.dims, layer, others)
 
     @property
     def value_outputs(self) -> Sequence[ValueOutput]:
         """Of the layers where any invertible matrix may come between values and outputs."""
-        found = []
+        value_outputs = []
         for layer in self.numbers:
-            grouped, _ = _units(self._places[layer], self._found)
+            grouped, _ = _units(self._places[layer], self._classification)
             if "attention" in grouped and self.freedom(layer).value_output == "all":
                 v, o = (grouped["attention"][family] for family in "vo")
-                found.append(ValueOutput(v.part, o.part, v.block.n_heads))
-        return found
+                value_outputs.append(ValueOutput(v.part, o.part, v.projection.n_heads))
+        return value_outputs
 
     def read(self, layer: int) -> Layer:
         """The weights of a layer, in float32 at least.
@@ -104,7 +104,7 @@ class Layers:
         """
         units: dict[str, Unit] = {}
         rest: dict[str, list[Tensor]] = {}
-        grouped, alone = _units(self._places[layer], self._found)
+        grouped, alone = _units(self._places[layer], self._classification)
         extras = self._extras(layer, grouped)
         for name, places in grouped.items():
             if name == "attention":
@@ -118,7 +118,7 @@ class Layers:
                 tensor = _wide(self._tensors.read(name))
                 if tensor.ndim == 1:
                     rest.setdefault(_norm_name(tail), []).append(tensor)
-        return Layer(units, {name: tuple(own) for name, own in rest.items()})
+        return Layer(units, {name: tuple(weights) for name, weights in rest.items()})
 
     def write(self, model: nn.Module, number: int, layer: Layer) -> None:
         """Put the units of a layer into a model in memory.
@@ -129,7 +129,7 @@ class Layers:
             layer: as `read` gives it, or a gauge element applied to that.
         """
         tensors = ModelTensors(model)
-        grouped, _ = _units(self._places[number], self._found)
+        grouped, _ = _units(self._places[number], self._classification)
         for name, places in grouped.items():
             unit = layer.units[name]
             for family, place in places.items():
@@ -145,8 +145,8 @@ class Layers:
 
     def _attention(self, places: Mapping[str, Place], extras: Mapping[str, str]) -> Attention:
         q, k, v, o = (places[name] for name in _QKVO)
-        heads, kv_heads = q.block.n_heads, k.block.n_heads
-        own = {field: _wide(self._tensors.read(name)) for field, name in extras.items()}
+        heads, kv_heads = q.projection.n_heads, k.projection.n_heads
+        vectors = {field: _wide(self._tensors.read(name)) for field, name in extras.items()}
         return Attention(
             q=q.weight(self._tensors).unflatten(0, (heads, -1)),
             k=k.weight(self._tensors).unflatten(0, (kv_heads, -1)),
@@ -155,9 +155,9 @@ class Layers:
             q_bias=_by_head(q.bias(self._tensors), heads),
             k_bias=_by_head(k.bias(self._tensors), kv_heads),
             v_bias=_by_head(v.bias(self._tensors), kv_heads),
-            q_norm=_by_head(own.get("q_norm"), heads),
-            k_norm=_by_head(own.get("k_norm"), kv_heads),
-            sinks=own.get("sinks"),
+            q_norm=_by_head(vectors.get("q_norm"), heads),
+            k_norm=_by_head(vectors.get("k_norm"), kv_heads),
+            sinks=vectors.get("sinks"),
         )
 
     def _mlp(self, places: Mapping[str, Place]) -> Mlp:
@@ -171,8 +171,8 @@ class Layers:
 
     def _tensors_beside_the_sublayers(self) -> Mapping[int, Mapping[str, str]]:
         """Layer -> tail of the name, from where the block's ends -> whole name."""
-        linear = {sublayer.name for sublayer in self._found.sublayers}
-        block = re.compile(self._found.architecture.block_pattern)
+        linear = {sublayer.name for sublayer in self._classification.sublayers}
+        block = re.compile(self._classification.architecture.block_pattern)
         others: dict[int, dict[str, str]] = {}
         for name in self._tensors.names:
             place = block.search(name)
@@ -189,64 +189,66 @@ class Layers:
             if last == "sinks":
                 extras[last] = name
             if last in ("q_norm", "k_norm") and tail.endswith(".weight"):
-                block = places[last[0]].block
-                if block.n_heads > 1 and self._tensors.read(name).shape == (len(block.rows),):
+                projection = places[last[0]].projection
+                if projection.n_heads > 1 and self._tensors.read(name).shape == (
+                    len(projection.rows),
+                ):
                     extras[last] = name
         return extras
 
 
 def _units(
-    places: Iterable[Place], found: Classification
+    places: Iterable[Place], classification: Classification
 ) -> tuple[Mapping[str, Mapping[str, Place]], Sequence[Place]]:
     """Unit -> family -> place, and the places of no unit."""
     attention: dict[str, list[Place]] = {}
     mlps: dict[str, dict[str, list[Place]]] = {}
     alone: list[Place] = []
     for place in places:
-        family, sublayer = place.block.family, place.sublayer
+        family, sublayer = place.projection.family, place.sublayer
         if family in _MLP:
-            own = mlps.setdefault(_mlp_name(sublayer), {})
-            own.setdefault(family, []).append(place)
+            mlps.setdefault(_mlp_name(sublayer), {}).setdefault(family, []).append(place)
         elif family in _QKVO and sublayer.expert is None:
             attention.setdefault(family, []).append(place)
         else:
             alone.append(place)
     grouped = {}
-    for name, own in {"attention": attention, **mlps}.items():
-        whole = _is_attention(own, found) if name == "attention" else _is_mlp(own, found)
-        if whole:
-            grouped[name] = {family: several[0] for family, several in own.items()}
+    for name, unit in {"attention": attention, **mlps}.items():
+        is_unit = _is_attention if name == "attention" else _is_mlp
+        if is_unit(unit, classification):
+            grouped[name] = {family: of_family[0] for family, of_family in unit.items()}
         else:
-            alone += [place for several in own.values() for place in several]
+            alone += [place for of_family in unit.values() for place in of_family]
     return grouped, alone
 
 
-def _is_attention(places: Mapping[str, Sequence[Place]], found: Classification) -> bool:
+def _is_attention(places: Mapping[str, Sequence[Place]], classification: Classification) -> bool:
     """Whether these are one q, k, v and o that heads can be cut from."""
-    if set(places) != set(_QKVO) or any(len(own) != 1 for own in places.values()):
+    if set(places) != set(_QKVO) or any(len(x) != 1 for x in places.values()):
         return False
     q, k, v, o = (places[name][0] for name in _QKVO)
-    heads, kv_heads = q.block.n_heads, k.block.n_heads
+    heads, kv_heads = q.projection.n_heads, k.projection.n_heads
+    d_model = classification.dims.d_model
     return (
         heads > 0
-        and 0 < kv_heads == v.block.n_heads
+        and 0 < kv_heads == v.projection.n_heads
         and heads % kv_heads == 0
-        and len(q.block.rows) % heads == 0
-        and len(q.block.rows) * kv_heads == len(k.block.rows) * heads
-        and len(v.block.rows) % kv_heads == 0
-        and o.sublayer.shape == (found.dims.d_model, len(v.block.rows) // kv_heads * heads)
-        and all(x.sublayer.shape[1] == found.dims.d_model for x in (q, k, v))
+        and len(q.projection.rows) % heads == 0
+        and len(q.projection.rows) * kv_heads == len(k.projection.rows) * heads
+        and len(v.projection.rows) % kv_heads == 0
+        and o.sublayer.shape == (d_model, len(v.projection.rows) // kv_heads * heads)
+        and all(x.sublayer.shape[1] == d_model for x in (q, k, v))
     )
 
 
-def _is_mlp(places: Mapping[str, Sequence[Place]], found: Classification) -> bool:
+def _is_mlp(places: Mapping[str, Sequence[Place]], classification: Classification) -> bool:
     """Whether these are one up, one down and at most one gate of the same neurons."""
-    if any(len(own) != 1 for own in places.values()) or not {"up", "down"} <= set(places):
+    if any(len(x) != 1 for x in places.values()) or not {"up", "down"} <= places.keys():
         return False
-    d_mlp = len(places["up"][0].block.rows)
-    reads = [own[0] for name, own in places.items() if name != "down"]
-    return places["down"][0].sublayer.shape == (found.dims.d_model, d_mlp) and all(
-        len(x.block.rows) == d_mlp and x.sublayer.shape[1] == found.dims.d_model for x in reads
+    d_model, d_mlp = classification.dims.d_model, len(places["up"][0].projection.rows)
+    reads = [of_family[0] for name, of_family in places.items() if name != "down"]
+    return places["down"][0].sublayer.shape == (d_model, d_mlp) and all(
+        len(x.projection.rows) == d_mlp and x.sublayer.shape[1] == d_model for x in reads
     )
 
 
@@ -257,7 +259,7 @@ def _mlp_name(sublayer: Sublayer) -> str:
 
 
 def _family(place: Place) -> str:
-    family = place.block.family
+    family = place.projection.family
     known = family not in ("fused", "other")
     return family if known else place.sublayer.slot.rpartition("*.")[2]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sharebasis.gauge.units import Turns
+from sharebasis.gauge.units import Rotations
 
 WARM_START = 256
 """Rows from which on a matching starts from dual prices, which take longer than it otherwise."""
@@ -17,25 +17,25 @@ SCALINGS = 8
 """Of rows and columns in turn, to find those prices."""
 TEMPERATURE = 0.1
 """Of the prices, in standard deviations of the scores (measured: 0.05 to 0.3 differ little)."""
-SMALLEST = 1e-30
+MIN_DEMAND = 1e-30
 """What nobody asks for is taken to be asked for as much."""
 
 
 def best_rotation(
     products: Float[Tensor, "*batch d d"],
-    turns: Turns = "all",
+    rotations: Rotations = "all",
     planes: Sequence[tuple[int, int]] = (),
 ) -> Float[Tensor, "*batch d d"]:
     """The R of a group that brings A nearest to B: least ‖R A − B‖ for products A Bᵀ.
 
     That R has the largest tr(R A Bᵀ). With A Bᵀ = U Σ Vᵀ the orthogonal one is V Uᵀ; U Vᵀ would
-    turn B to A. In a plane it is the angle of the sum of the diagonal and the difference of the
+    rotate B to A. In a plane it is the angle of the sum of the diagonal and the difference of the
     other two.
 
     Args:
         products: A Bᵀ.
-        turns: all: orthogonal where no plane is; signs: of coordinates; none: the identity.
-        planes: pairs of coordinates that may be turned by an angle and not mixed with others.
+        rotations: all: orthogonal where no plane is; signs: of coordinates; none: the identity.
+        planes: pairs of coordinates that may be rotated by an angle and not mixed with others.
 
     Source: Schönemann, A generalized solution of the orthogonal Procrustes problem (1966).
     """
@@ -45,11 +45,11 @@ def best_rotation(
     free = torch.tensor([x for x in range(d) if x not in in_planes], dtype=torch.long)
     first, second = (torch.tensor([p[i] for p in planes], dtype=torch.long) for i in (0, 1))
     both = products[..., first, first] + products[..., second, second]
-    if turns == "all":
+    if rotations == "all":
         cross = products[..., first, second] - products[..., second, first]
         cosine, sine = _direction(both, cross)
         alone = _polar(products[..., free[:, None], free])
-    elif turns == "signs":
+    elif rotations == "signs":
         cosine, sine = _signs(both), torch.zeros_like(both)
         alone = torch.diag_embed(_signs(products[..., free, free]))
     else:
@@ -103,6 +103,6 @@ def _prices(scores: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     wish = ((scores - scores.amax(1, keepdim=True)) / unit).exp_()
     columns = torch.ones_like(wish[0])
     for _ in range(SCALINGS):
-        rows = 1 / (wish @ columns).clamp_min(SMALLEST)
-        columns = 1 / (rows @ wish).clamp_min(SMALLEST)
+        rows = 1 / (wish @ columns).clamp_min(MIN_DEMAND)
+        columns = 1 / (rows @ wish).clamp_min(MIN_DEMAND)
     return columns.log() * unit

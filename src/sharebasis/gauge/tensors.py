@@ -13,7 +13,7 @@ from sharebasis.model.experts import slices
 
 @runtime_checkable
 class Tensors(Protocol):
-    """Tensors by the names of an unstacked model: `weights.DenseWeights`, `ModelTensors`."""
+    """Tensors by the names of an unstacked model: `DenseWeights`, `ModelTensors`."""
 
     @property
     def names(self) -> Collection[str]: ...

@@ -13,7 +13,8 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Turns = Literal["all", "signs", "none"]
+Rotations = Literal["all", "signs", "none"]
+"""Of the coordinates of a head: orthogonal matrices, signs alone, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,13 @@ class Freedom:
     queries and keys could exchange, only those are meant that keep norms.
     """
 
-    query_key: Turns = "none"
+    query_key: Rotations = "none"
     """Rotations that queries and keys of a head may take together. all: any that positions
     allow; signs: of single coordinates (of both in a plane at once); none."""
     planes: tuple[tuple[int, int], ...] = ()
     """Pairs of coordinates of a head that rotary positions turn against each other; a rotation
     may turn them by an angle, and mix those of no pair freely."""
-    value_output: Turns = "none"
+    value_output: Rotations = "none"
     """The same of values and outputs, which positions do not restrict."""
     heads: bool = False
     """Whether key-value heads may be permuted, and the queries of one of them."""
@@ -108,16 +109,16 @@ class Layer:
     @property
     def families(self) -> Mapping[str, tuple[Tensor, ...]]:
         """Family -> its weights: one, or one for each expert."""
-        found: dict[str, tuple[Tensor, ...]] = dict(self.rest)
+        families: dict[str, tuple[Tensor, ...]] = dict(self.rest)
         for unit in self.units.values():
             for name, weight in unit.families.items():
-                found[name] = (*found.get(name, ()), weight)
-        return found
+                families[name] = (*families.get(name, ()), weight)
+        return families
 
     def normalised(self) -> Layer:
         """With every weight divided by its Frobenius norm, zeros left as they are, and by the
         root of how many its family has: distances are then root mean squares over experts."""
-        counts = {name: len(own) ** -0.5 for name, own in self.families.items()}
+        counts = {name: len(weights) ** -0.5 for name, weights in self.families.items()}
         return Layer(
             {
                 name: unit.scaled(
@@ -126,8 +127,8 @@ class Layer:
                 for name, unit in self.units.items()
             },
             {
-                name: tuple(counts[name] * _inverse_norm(x) * x for x in own)
-                for name, own in self.rest.items()
+                name: tuple(counts[name] * _inverse_norm(x) * x for x in weights)
+                for name, weights in self.rest.items()
             },
         )
 
@@ -153,9 +154,9 @@ class AttentionGauge:
             k=qk @ unit.k[self.kv_heads],
             v=vo @ unit.v[self.kv_heads],
             o=vo_of_heads @ unit.o[self.heads],
-            q_bias=_turned(qk_of_heads, unit.q_bias, self.heads),
-            k_bias=_turned(qk, unit.k_bias, self.kv_heads),
-            v_bias=_turned(vo, unit.v_bias, self.kv_heads),
+            q_bias=_rotated_bias(qk_of_heads, unit.q_bias, self.heads),
+            k_bias=_rotated_bias(qk, unit.k_bias, self.kv_heads),
+            v_bias=_rotated_bias(vo, unit.v_bias, self.kv_heads),
             q_norm=None if unit.q_norm is None else unit.q_norm[self.heads],
             k_norm=None if unit.k_norm is None else unit.k_norm[self.kv_heads],
             sinks=None if unit.sinks is None else unit.sinks[self.heads],
@@ -189,13 +190,13 @@ class NeuronRotation:
     rotation: Float[Tensor, "d_mlp d_mlp"]
 
     def __call__(self, unit: Mlp) -> Mlp:
-        turn = self.rotation
+        rotation = self.rotation
         return Mlp(
-            up=turn @ unit.up,
-            down=turn @ unit.down,
-            gate=None if unit.gate is None else turn @ unit.gate,
-            up_bias=None if unit.up_bias is None else turn @ unit.up_bias,
-            gate_bias=None if unit.gate_bias is None else turn @ unit.gate_bias,
+            up=rotation @ unit.up,
+            down=rotation @ unit.down,
+            gate=None if unit.gate is None else rotation @ unit.gate,
+            up_bias=None if unit.up_bias is None else rotation @ unit.up_bias,
+            gate_bias=None if unit.gate_bias is None else rotation @ unit.gate_bias,
         )
 
 
@@ -210,7 +211,7 @@ class Identity:
 Gauge = AttentionGauge | NeuronOrder | NeuronRotation | Identity
 
 
-def _turned(
+def _rotated_bias(
     rotation: Float[Tensor, "n d d"], bias: Float[Tensor, "n d"] | None, order: Int[Tensor, " n"]
 ) -> Float[Tensor, "n d"] | None:
     return None if bias is None else (rotation @ bias[order][..., None])[..., 0]

@@ -101,10 +101,10 @@ class DenseWeights:
             WeightsError: the checkpoint does not hold it, or a file is damaged.
         """
         if rows is not None and rows.runs == 1 and name in self._direct:
-            one = slice(rows.start, rows.stop)
+            window = slice(rows.start, rows.stop)
             if transposed:
-                return self._reader.read(self._direct[name], columns=one).T
-            return self._reader.read(self._direct[name], one)
+                return self._reader.read(self._direct[name], columns=window).T
+            return self._reader.read(self._direct[name], window)
         tensor = self._slice(self._slices[name]) if name in self._slices else self._whole(name)
         tensor = tensor.T if transposed else tensor
         return tensor if rows is None else rows.take(tensor)
@@ -112,7 +112,7 @@ class DenseWeights:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every parameter of the model."""
-        return {name: tuple(own.shape) for name, own in self._model.named_parameters()}
+        return {name: tuple(x.shape) for name, x in self._model.named_parameters()}
 
     def module(self, name: str) -> nn.Module:
         """Of the model, without memory."""
@@ -135,8 +135,8 @@ class DenseWeights:
     def _slice(self, place: Slice) -> Tensor:
         """The tensor of one expert; of a stack that the checkpoint keeps apart, it alone."""
         if place.stack in self._direct:
-            one = slice(place.expert, place.expert + 1)
-            stack = self._reader.read(self._direct[place.stack], one)
+            only = slice(place.expert, place.expert + 1)
+            stack = self._reader.read(self._direct[place.stack], only)
             return replace(place, expert=0).of(stack)
         conversion = self._conversions.get(place.stack)
         n_experts = len(self._model.get_parameter(place.stack))
@@ -151,14 +151,14 @@ class DenseWeights:
         if name not in self._conversions:
             raise WeightsError(f"{self._reader.directory} holds no tensor for {name}.")
         if name not in self._converted:  # the last one: a stack is asked for expert by expert
-            made = self._convert(self._conversions[name])
-            wanted = self._model.state_dict()[name].shape
-            if made[name].shape != wanted:  # experts are missing, and the others moved up
+            tensors = self._convert(self._conversions[name])
+            shape = self._model.state_dict()[name].shape
+            if tensors[name].shape != shape:  # experts are missing, and the others moved up
                 raise WeightsError(
-                    f"{self._reader.directory} gives {name} the shape {list(made[name].shape)}, "
-                    f"but the model has {list(wanted)}; it lacks some tensors of it."
+                    f"{self._reader.directory} gives {name} the shape {list(tensors[name].shape)}, "
+                    f"but the model has {list(shape)}; it lacks some tensors of it."
                 )
-            self._converted = made
+            self._converted = tensors
         return self._converted[name]
 
     def _targets(self, conversion: Conversion) -> Iterable[str]:
@@ -178,8 +178,8 @@ class DenseWeights:
                 tensor: Any = read(name)  # annotated as a Future, but may be there already
                 converter.add_tensor(conversion.target, name, pattern, tensor)
         try:
-            made = converter.convert(conversion.target, self._model, self._model.config)
-            return {name: _only(tensor) for name, tensor in made.items()}
+            tensors = converter.convert(conversion.target, self._model, self._model.config)
+            return {name: _only(tensor) for name, tensor in tensors.items()}
         except Exception as error:  # of transformers, of any kind
             raise WeightsError(
                 f"{self._reader.directory}: transformers cannot make {conversion.target} of "
@@ -197,12 +197,12 @@ def _assign(
 ) -> tuple[dict[str, str], Iterable[Conversion]]:
     """For every tensor of the model: the one of the checkpoint, or what it is made of."""
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    of_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    renamings = [x for x in conversions if isinstance(x, WeightRenaming)]
+    converters = [x for x in conversions if isinstance(x, WeightConverter)]
+    of_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
     prefix = model.base_model_prefix
     direct: dict[str, str] = {}
-    made: dict[str, Conversion] = {}
+    converted: dict[str, Conversion] = {}
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and pattern is None:
@@ -212,6 +212,6 @@ def _assign(
         if pattern is None:
             direct[target] = key
         else:
-            made.setdefault(target, Conversion(target, of_pattern[pattern], {}))
-            made[target].sources.setdefault(pattern, []).append(key)
-    return direct, made.values()
+            converted.setdefault(target, Conversion(target, of_pattern[pattern], {}))
+            converted[target].sources.setdefault(pattern, []).append(key)
+    return direct, converted.values()

@@ -67,13 +67,15 @@ def classify_model(
         architecture = architecture_of(config.model_type, names, block_pattern, weight_types)
         blocks = architecture.block_pattern if architecture else block_pattern
         blocks = find_blocks(model, sizes.n_layers) if blocks is None else blocks
-        seen = _trace(model, names, blocks, sizes.d_model)
+        traced = _trace(model, names, blocks, sizes.d_model)
     if architecture is None:
-        ran = [module for module in modules if module.name in seen.roles or not seen.roles]
+        running = [module for module in modules if module.name in traced.roles or not traced.roles]
         if weight_types is None:
-            weight_types = within(explore(model, ran, blocks, sizes, seen), block_pattern, names)
+            weight_types = within(
+                explore(model, running, blocks, sizes, traced), block_pattern, names
+            )
         architecture = Architecture(blocks, weight_types)
-    sublayers = classify(modules, architecture, sizes.d_model, seen.roles)
+    sublayers = classify(modules, architecture, sizes.d_model, traced.roles)
     return Classification(config.model_type, sizes, architecture, sublayers)
 
 

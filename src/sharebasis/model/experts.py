@@ -60,17 +60,17 @@ def slices(model: nn.Module) -> Mapping[str, Slice]:
     Args:
         model: stacked.
     """
-    found = {}
+    places = {}
     for prefix, module in model.named_modules():
         if is_stacked(module):
             for name in _stacks(module):
                 transposed = cast(bool, module.is_transposed)
                 for i in range(len(getattr(module, name))):
-                    own = f"{prefix}.{name}.{i}"
-                    found[f"{own}.weight"] = Slice(f"{prefix}.{name}", i, transposed)
+                    linear = f"{prefix}.{name}.{i}"
+                    places[f"{linear}.weight"] = Slice(f"{prefix}.{name}", i, transposed)
                     if module.has_bias:
-                        found[f"{own}.bias"] = Slice(f"{prefix}.{name}_bias", i, False)
-    return found
+                        places[f"{linear}.bias"] = Slice(f"{prefix}.{name}_bias", i, False)
+    return places
 
 
 def _stacks(module: nn.Module) -> Iterator[str]:
@@ -78,11 +78,11 @@ def _stacks(module: nn.Module) -> Iterator[str]:
 
 
 def _unstacked(module: nn.Module) -> nn.Module:
-    own = copy.copy(module)
+    copied = copy.copy(module)
     # A shallow copy of a module shares the registries that are about to differ.
-    own._parameters, own._modules = dict(module._parameters), dict(module._modules)
+    copied._parameters, copied._modules = dict(module._parameters), dict(module._modules)
     for name in tuple(_stacks(module)):
-        stack, biases = own._parameters.pop(name), own._parameters.pop(f"{name}_bias", None)
+        stack, biases = copied._parameters.pop(name), copied._parameters.pop(f"{name}_bias", None)
         assert stack is not None
         linears = [
             _linear(
@@ -91,9 +91,9 @@ def _unstacked(module: nn.Module) -> nn.Module:
             )
             for i in range(len(stack))
         ]
-        own.add_module(name, nn.ModuleList(linears))
-    own.__class__ = type(f"Unstacked{type(module).__name__}", (_Unstacked, type(module)), {})
-    return own
+        copied.add_module(name, nn.ModuleList(linears))
+    copied.__class__ = type(f"Unstacked{type(module).__name__}", (_Unstacked, type(module)), {})
+    return copied
 
 
 def _expert(stack: Tensor, expert: int, transposed: bool) -> Tensor:

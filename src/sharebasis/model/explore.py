@@ -25,7 +25,7 @@ from sharebasis.model.trace import Trace
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 1 / 16
+MIN_WIDTH = 1 / 16
 """Of d_model: what is narrower is no projection but a router or a gate, unless it has been seen
 to be none and makes at least one head."""
 
@@ -55,8 +55,8 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 def _computes_a_product(module: nn.Linear | Conv1D) -> bool:
     small = copy.copy(module)
     x, weight, bias = torch.arange(6.0).view(3, 2), torch.arange(8.0).view(4, 2), torch.arange(4.0)
-    own = weight.T if isinstance(module, Conv1D) else weight
-    small._parameters = {"weight": nn.Parameter(own), "bias": None}
+    stored = weight.T if isinstance(module, Conv1D) else weight
+    small._parameters = {"weight": nn.Parameter(stored), "bias": None}
     if module.bias is not None:
         small._parameters["bias"] = nn.Parameter(bias)
     try:
@@ -83,15 +83,15 @@ def explore(
     modules: Iterable[LinearModule],
     block_pattern: str,
     sizes: Dims,
-    seen: Trace,
+    traced: Trace,
 ) -> Mapping[str, WeightTypeSettings]:
     """Take every sublayer of the blocks that is a projection."""
-    least, one_head = SMALLEST * sizes.d_model, sizes.d_head
+    min_width, head_width = MIN_WIDTH * sizes.d_model, sizes.d_head
     wide = [
         module.name
         for module in modules
-        if min(module.shape) >= least
-        or (min(module.shape) >= one_head and module.name in seen.passed_on)
+        if min(module.shape) >= min_width
+        or (min(module.shape) >= head_width and module.name in traced.passed_on)
     ]
     weight_types = _weight_types(wide, re.compile(block_pattern))
     if not weight_types:
@@ -103,9 +103,10 @@ def explore(
         ", ".join(weight_types),
         block_pattern,
     )
-    if rest := _other_matrices(model, block_pattern, sizes.d_model):
+    if others := _other_matrices(model, block_pattern, sizes.d_model):
         log.warning(
-            "%s in these blocks are the weights of no Linear and stay as they are.", ", ".join(rest)
+            "%s in these blocks are the weights of no Linear and stay as they are.",
+            ", ".join(others),
         )
     return weight_types
 
@@ -139,14 +140,14 @@ def _weight_types(names: Iterable[str], blocks: re.Pattern[str]) -> dict[str, We
 def find_blocks(model: PreTrainedModel, n_layers: int) -> str:
     """The pattern of the list of blocks: of those with one for every layer, that which holds
     the most linear sublayers."""
-    found = {
+    n_linear = {
         name: sum(is_linear(inner) for inner in module.modules())
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     }
-    if not found:
+    if not n_linear:
         raise SelectionError(_advice(model, f"has no list of {n_layers} blocks"))
-    return rf"^{re.escape(max(found, key=lambda name: found[name]))}\.(\d+)\."
+    return rf"^{re.escape(max(n_linear, key=lambda name: n_linear[name]))}\.(\d+)\."
 
 
 def _advice(model: PreTrainedModel, problem: str) -> str:

@@ -21,13 +21,13 @@ def divergence_on(
     """Mean KL(original || compressed) over all positions, in nats; None without a window."""
     if not len(windows):
         return None
-    found = []
+    divergences = []
     for window in windows.split(1):
         logits = (
             model(input_ids=window, use_cache=False).logits for model in (original, compressed)
         )
-        found.append(divergence(*logits).item())
-    return sum(found) / len(found)
+        divergences.append(divergence(*logits).item())
+    return sum(divergences) / len(divergences)
 
 
 def is_better(before: float | None, after: float | None) -> bool:

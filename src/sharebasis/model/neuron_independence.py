@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from sharebasis.linalg.rows import Rows
 
-SIZES = (3, 5)
+TRIED_WIDTHS = (3, 5)
 """Neurons to try it with; a width that the code insists on is at most one of them."""
-
-
-CHANGE, LEAST = 0.25, 1e-4
+CHANGE, CHANGED = 0.25, 1e-4
 """Of a row, and of a neuron that heard of it; between 0.5 and 1.5, all activations are steep."""
 
 
@@ -35,41 +33,42 @@ def neurons_are_apart(
         d_model: width of what `module` is given.
         gate_up: the rows of gate and of up.
     """
-    return all(_are_apart(module, read, down, d_model, gate_up, n) for n in SIZES)
+    return all(_are_apart(module, read, down, d_model, gate_up, n) for n in TRIED_WIDTHS)
 
 
 def _are_apart(
     module: nn.Module, read: str, down: str, d_model: int, gate_up: Sequence[Rows], n: int
 ) -> bool:
     n_rows = len(gate_up) * n
-    blocks = [own.resized(sum(map(len, gate_up)), n_rows) for own in gate_up]
+    projections = [rows.resized(sum(map(len, gate_up)), n_rows) for rows in gate_up]
     changes = torch.cat([torch.zeros(1, n_rows), CHANGE * torch.eye(n_rows)])
-    says = _Stand((torch.linspace(0.5, 1.5, n_rows) + changes)[None])
-    hears = _Stand(torch.zeros(1, n_rows + 1, d_model))
+    read_stub = _Stub((torch.linspace(0.5, 1.5, n_rows) + changes)[None])
+    down_stub = _Stub(torch.zeros(1, n_rows + 1, d_model))
     small = copy.copy(module)
-    small._modules = {**module._modules, read: says, down: hears}
+    small._modules = {**module._modules, read: read_stub, down: down_stub}
     try:
         small(torch.zeros(1, n_rows + 1, d_model))
     except Exception:  # of the model's own code, of any kind
         return False
-    if hears.heard is None or hears.heard.shape != (1, n_rows + 1, n) or hears.heard.is_meta:
+    neurons = down_stub.inputs
+    if neurons is None or neurons.shape != (1, n_rows + 1, n) or neurons.is_meta:
         return False
-    first, *others = hears.heard[0]
-    changed = (torch.stack(others) - first).abs() > LEAST
-    wanted = torch.zeros(n_rows, n, dtype=torch.bool)
-    for block in blocks:
-        wanted[block.numbers, torch.arange(n)] = True
-    return torch.equal(changed, wanted)
+    first, *others = neurons[0]
+    changed = (torch.stack(others) - first).abs() > CHANGED
+    expected = torch.zeros(n_rows, n, dtype=torch.bool)
+    for rows in projections:
+        expected[rows.numbers, torch.arange(n)] = True
+    return torch.equal(changed, expected)
 
 
-class _Stand(nn.Module):
-    """In the place of a sublayer: says what it was told to, and keeps what it is given."""
+class _Stub(nn.Module):
+    """In the place of a sublayer: returns what it was told to, and keeps what it is given."""
 
-    def __init__(self, says: Tensor) -> None:
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
-        self.says = says
-        self.heard: Tensor | None = None
+        self.output = output
+        self.inputs: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.heard = x
-        return self.says
+        self.inputs = x
+        return self.output

@@ -44,20 +44,20 @@ def find_sites(
         CalibrationError: a sublayer did not run.
     """
     names = tuple(names)
-    # What was seen is held, so that no memory is used twice.
-    with watched({name: model.get_submodule(name) for name in names}) as seen:
+    # What they are given is held, so that no memory is used twice.
+    with watched({name: model.get_submodule(name) for name in names}) as inputs:
         run()
-    if silent := [name for name in names if name not in seen and name not in idle]:
+    if silent := [name for name in names if name not in inputs and name not in idle]:
         raise CalibrationError(
             f"{len(silent)} selected sublayers did not run on the probe, {silent[0]} among them; "
             "exclude them from the selection (model.weight_types)."
         )
     readers: dict[tuple[int | str, int, int], list[str]] = {}
     for name in names:
-        if name in seen:
-            x = seen[name]
+        if name in inputs:
+            x = inputs[name]
             key: tuple[int | str, int, int] = (x.data_ptr(), x.numel(), x.shape[-1])
         else:
             key = (name, 0, cast(int, model.get_submodule(name).in_features))
         readers.setdefault(key, []).append(name)
-    return tuple(Site(same[0], tuple(same), key[2]) for key, same in readers.items())
+    return tuple(Site(of_site[0], tuple(of_site), key[2]) for key, of_site in readers.items())

@@ -116,20 +116,21 @@ class _Labels(TorchDispatchMode):
         self._busy = False
 
     def role(self, name: str) -> Role:
-        writers = frozenset().union(*(one.written for one in self.written))
+        writers = frozenset().union(*(label.written for label in self.written))
         reads = self.reads(name, writers)
         if name in writers:
             return "ambiguous_unknown" if reads else "write"
         return "read" if reads else "neither"
 
     def passed_on(self) -> frozenset[str]:
-        given = chain(self.written, *self.inputs.values())
-        return frozenset().union(*(one.terms for one in given)) - {STREAM}
+        labels = chain(self.written, *self.inputs.values())
+        return frozenset().union(*(label.terms for label in labels)) - {STREAM}
 
     def reads(self, name: str, writers: frozenset[str] = frozenset()) -> bool:
         """Whether it is given the stream, with what `writers` are about to add to it."""
         return all(
-            STREAM in one.terms and one.terms - {STREAM} <= writers for one in self.inputs[name]
+            STREAM in label.terms and label.terms - {STREAM} <= writers
+            for label in self.inputs[name]
         )
 
     # Hooks
@@ -195,10 +196,11 @@ class _Labels(TorchDispatchMode):
     def _factor(self, x: Tensor, operands: Iterable[Tensor]) -> Label:
         """What of one factor of a product is a term of it: the stream goes before all else, and
         what does not read the stream before what does."""
-        own, mine = self._get(x), self._heavy(x)
-        others = frozenset().union(*map(self._heavy, operands)) - own.names
-        heavy = mine & {STREAM} if STREAM in others else mine
-        return Label(own.names, own.terms & heavy) if others else own
+        label, heavy = self._get(x), self._heavy(x)
+        others = frozenset().union(*map(self._heavy, operands)) - label.names
+        if STREAM in others:
+            heavy &= {STREAM}
+        return Label(label.names, label.terms & heavy) if others else label
 
     def _heavy(self, x: Tensor) -> frozenset[str]:
         """The stream in its width (else it is a router's), and sublayers that do not read it."""

@@ -13,16 +13,18 @@ from sharebasis.residual.unembedding import Unembedding
 class Anatomy:
     """What has to be found in a model before its activations mean something."""
 
-    def __init__(self, model: PreTrainedModel, found: Classification | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, classification: Classification | None = None
+    ) -> None:
         """Args:
         model: dense, wrapped or compressed. Look again once modules were put in or out.
-        found: its sublayers; None classifies a model of the same class and config.
+        classification: its sublayers; None classifies a model of the same class and config.
 
         Raises:
             SelectionError: its sublayers, or its embeddings, cannot be found.
         """
-        found = sublayers_of(model) if found is None else found
+        classification = sublayers_of(model) if classification is None else classification
         self.model = model
-        self.layers: tuple[LayerViews, ...] = head_views(model, found)
-        self.sites = find_sites(model, found)
+        self.layers: tuple[LayerViews, ...] = head_views(model, classification)
+        self.sites = find_sites(model, classification)
         self.unembedding = Unembedding.of(model)

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.generic import TransformersKwargs
 
 from sharebasis.errors import StreamError
 from sharebasis.residual.anatomy import Anatomy
 from sharebasis.residual.capture import FINAL, capture
+from sharebasis.residual.head_and_neuron_stacks import HeadAndNeuronStacks
 from sharebasis.residual.names import Names, wanted
-from sharebasis.residual.stream import StreamStacks
 
 
 def run_with_cache(
@@ -64,8 +65,8 @@ def run_with_cache(
         >>> labels
         ['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out']
         >>> attributions = cache.logit_attrs(stack, tokens)  # of each to each token's logit
-        >>> own = logits.gather(-1, tokens[..., None])[..., 0]
-        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), own, atol=1e-5)
+        >>> of_tokens = logits.gather(-1, tokens[..., None])[..., 0]
+        >>> torch.allclose(attributions.sum(0) + cache.logit_bias(tokens), of_tokens, atol=1e-5)
         True
     """
     return Observer(model)(tokens, names, device=device, **inputs)
@@ -121,6 +122,7 @@ class Observer(Anatomy):
         """Refuse what the model would overlook, as its forward pass takes any keyword."""
         parameters = inspect.signature(self.model.forward).parameters.values()
         known = {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
+        known |= TransformersKwargs.__annotations__.keys()  # which its layers may look at
         if unknown := sorted(inputs.keys() - known):
             raise StreamError(
                 f"{', '.join(unknown)}: no argument of a {type(self.model).__name__}. What is kept "
@@ -128,7 +130,7 @@ class Observer(Anatomy):
             )
 
 
-class ActivationCache(StreamStacks):
+class ActivationCache(HeadAndNeuronStacks):
     """Activations by name, and the ways to take the residual stream apart.
 
     `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["z3"]`, `cache["resid_post", -1]`,

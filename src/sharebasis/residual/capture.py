@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +16,11 @@ from sharebasis.model.block_call import block_call, hidden_output, is_float
 from sharebasis.model.hooks import attached
 from sharebasis.residual.norm import Norm
 from sharebasis.residual.norm_probe import TOLERANCE, norm_factor, probe_norm
-from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, storage_key
-
-Branch = Literal["attn", "mlp"]
+from sharebasis.residual.residual_sums import BlockSums, Kind, StreamSums, storage_key, total_of
+from sharebasis.residual.sites import Branch, LayerSites, Sites
 
 FINAL = "ln_final"
 _LN: Mapping[Branch, str] = {"attn": "ln1", "mlp": "ln2"}
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What an activation is of a sublayer's output."""
-
-    key: str
-    """Without the layer: `attn.hook_q`."""
-    take: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSites:
-    """Where in one block things are, by HF name of modules."""
-
-    block: str
-    writers: Mapping[str, Branch]
-    readers: Mapping[str, Branch]
-    outputs: Mapping[str, tuple[Output, ...]]
-    o: str | None
-    """The only sublayer of attention that writes; None if there are none or several."""
-    down: str | None
-    """The same of the MLP."""
-    n_heads: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """Where in a model things are, by HF name of modules."""
-
-    embed: str
-    layers: tuple[LayerSites, ...]
-    unembed: str
 
 
 @dataclass(slots=True)
@@ -174,9 +140,9 @@ class _Pass:
             ("hook_pos_embed", "pos_embed"),
         )
         for key, kind in keys:
-            own = [one.value.expand(x.shape) for one in components if kind in one.kinds]
-            if own:
-                self.keep(key, partial(_total, own))
+            values = [part.value.expand(x.shape) for part in components if kind in part.kinds]
+            if values:
+                self.keep(key, partial(total_of, values))
 
     def _leave(self, i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -224,8 +190,9 @@ class _Pass:
         layer = self.sites.layers[i]
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for one in layer.outputs.get(name, ()):
-                self.keep(f"blocks.{i}.{one.key}", partial(one.take, self._in_batch(output)))
+            for activation in layer.outputs.get(name, ()):
+                rows = partial(activation.take, self._in_batch(output))
+                self.keep(f"blocks.{i}.{activation.key}", rows)
             if name in layer.writers:
                 x = hidden_output(output)
                 self._written[name] = x.clone()  # some families go on in the same memory
@@ -252,14 +219,14 @@ class _Pass:
     def _reads(self, i: int | None, branch: Branch | None) -> Callable[..., None]:
         place = FINAL if branch is None else f"blocks.{i}.{_LN[branch]}"
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_reader: nn.Module, args: tuple[Tensor, ...]) -> None:
             normed = self._normed.get(storage_key(args[0]))
             if normed is None or place in self.captured.norms:
                 return
-            name, own, x, y = normed
+            name, module, x, y = normed
             if branch is None:
                 self.captured.final_norm = name
-            norm = probe_norm(own, x, place)
+            norm = probe_norm(module, x, place)
             self.captured.norms[place] = norm
             shape = (
                 x.shape if i is None or self.sums.block is None else self.sums.block.before.shape
@@ -273,11 +240,11 @@ class _Pass:
 
 
 def _require_sum(block: BlockSums, name: str) -> None:
-    strange = [one for one in block.components if one.kinds not in ({"attn"}, {"mlp"})]
+    strange = [x for x in block.components if x.kinds not in ({"attn"}, {"mlp"})]
     error = block.error()
     if error <= TOLERANCE and not strange:
         return
-    what = (
+    problem = (
         f"{len(strange)} of the things that {name} adds to the residual stream come neither from "
         "its attention nor from its MLP alone"
         if strange
@@ -285,13 +252,9 @@ def _require_sum(block: BlockSums, name: str) -> None:
         f"comes out of it (off by {error:.0f} units of rounding)"
     )
     raise StreamError(
-        f"This model's stream is not a plain sum: {what}. A block whose norm comes after the sum "
-        "(as in BERT or OPT-350m) cannot be taken apart so."
+        f"This model's stream is not a plain sum: {problem}. A block whose norm comes after the "
+        "sum (as in BERT or OPT-350m) cannot be taken apart so."
     )
-
-
-def _total(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).sum(0) if tensors[1:] else tensors[0]
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.fused import projections_in
 from sharebasis.architecture.roles import Role
-from sharebasis.architecture.sublayers import Classification, Sublayer
+from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.types import Family
-from sharebasis.errors import SelectionError, SplitError
-from sharebasis.forms.split_linear import SplitLinear
-from sharebasis.linalg.rows import Rows
+from sharebasis.errors import SelectionError
 from sharebasis.model.classify import classify_model
-from sharebasis.model.experts import slices
-from sharebasis.model.surgery import weight_of
+from sharebasis.residual.weight_source import SublayerTensors, WeightSource, require_whole_heads
 
 _SIDE: Mapping[Family, Role] = {
     "q": "read",
@@ -43,7 +38,7 @@ _MLP = ("gate", "up", "down")
 
 
 def head_views(
-    model: PreTrainedModel, found: Classification | None = None
+    model: PreTrainedModel, classification: Classification | None = None
 ) -> tuple[LayerViews, ...]:
     """The weights of every layer, by head: `head_views(model)[3].W_Q`.
 
@@ -61,7 +56,7 @@ def head_views(
     Args:
         model: dense, wrapped or compressed, on any device. Ask anew after modules were put in
             or out.
-        found: its sublayers; None classifies a model of the same class and config.
+        classification: its sublayers; None classifies a model of the same class and config.
 
     Raises:
         SelectionError, SplitError: the model's sublayers cannot be found or cut.
@@ -77,14 +72,16 @@ def head_views(
         >>> model.transformer.h[1].attn.c_attn.weight[:, 64 + 16 : 64 + 24].any().item()
         False
     """
-    found = sublayers_of(model) if found is None else found
-    tensors = _Tensors(model)
-    sources: dict[int, list[_Source]] = {i: [] for i in range(found.dims.n_layers)}
-    for sublayer in found.sublayers:
-        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims):
-            own = sources.setdefault(sublayer.layer, [])
-            own.append(_Source(sublayer, block, tensors))
-    return tuple(LayerViews(i, own, found.dims.n_heads) for i, own in sources.items())
+    classification = sublayers_of(model) if classification is None else classification
+    tensors = SublayerTensors(model)
+    sources: dict[int, list[WeightSource]] = {i: [] for i in range(classification.dims.n_layers)}
+    for sublayer in classification.sublayers:
+        for projection in projections_in(classification, sublayer):
+            source = WeightSource(sublayer, projection, tensors)
+            sources.setdefault(sublayer.layer, []).append(source)
+    return tuple(
+        LayerViews(i, of_layer, classification.dims.n_heads) for i, of_layer in sources.items()
+    )
 
 
 def sublayers_of(model: PreTrainedModel) -> Classification:
@@ -105,7 +102,7 @@ class MlpViews:
     Anything else that the MLP does not have as one matrix is a SelectionError.
     """
 
-    def __init__(self, place: str, sources: Iterable[_Source]) -> None:
+    def __init__(self, place: str, sources: Iterable[WeightSource]) -> None:
         """Args:
         place: which MLP, for messages.
         sources: of its weights.
@@ -137,10 +134,10 @@ class MlpViews:
     def b_out(self) -> Float[Tensor, " d_model"] | None:
         return self._one("down").bias
 
-    def _of(self, family: Family) -> Sequence[_Source]:
-        return [source for source in self._sources if source.block.family == family]
+    def _of(self, family: Family) -> Sequence[WeightSource]:
+        return [source for source in self._sources if source.family == family]
 
-    def _one(self, family: Family) -> _Source:
+    def _one(self, family: Family) -> WeightSource:
         """The one source of a family that touches the residual stream where it has to.
 
         What does not run (a decoder's attention to an encoder that is not there) does not count
@@ -150,22 +147,22 @@ class MlpViews:
             SelectionError: there is none, or there are several.
         """
         roles = (_SIDE[family], "ambiguous_unknown")
-        right = [source for source in self._of(family) if source.sublayer.role in roles]
-        ran = [source for source in right if "trace" in source.sublayer.says]
-        if len(ran or right) == 1:
-            return (ran or right)[0]
+        candidates = [source for source in self._of(family) if source.sublayer.role in roles]
+        running = [source for source in candidates if "trace" in source.sublayer.says]
+        if len(running or candidates) == 1:
+            return (running or candidates)[0]
         does = "reads" if _SIDE[family] == "read" else "writes to"
         raise SelectionError(
             f"A view needs one sublayer of family {family!r} that {does} the residual stream, and "
-            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
+            f"{self._place} has {len(candidates) or 'none'}. What it has: {self._contents()}."
         )
 
     def _contents(self) -> str:
-        said = (
-            f"{source.sublayer.name} ({source.block.family}, {source.sublayer.role})"
+        sublayers = (
+            f"{source.sublayer.name} ({source.family}, {source.sublayer.role})"
             for source in self._sources
         )
-        return ", ".join(dict.fromkeys(said)) or "nothing"
+        return ", ".join(dict.fromkeys(sublayers)) or "nothing"
 
 
 class LayerViews(MlpViews):
@@ -182,27 +179,28 @@ class LayerViews(MlpViews):
     shared_experts: MlpViews | None
     """The MLP that runs beside the experts for every token."""
 
-    def __init__(self, layer: int, sources: Iterable[_Source], n_heads: int) -> None:
+    def __init__(self, layer: int, sources: Iterable[WeightSource], n_heads: int) -> None:
         """Args:
         layer: its number.
         sources: of its weights.
         n_heads: query heads, if nothing among the sources says it.
         """
         place = f"layer {layer}"
-        by_expert: dict[int, list[_Source]] = {}
-        rest: list[_Source] = []
+        by_expert: dict[int, list[WeightSource]] = {}
+        dense: list[WeightSource] = []
         for source in sources:
             expert = source.sublayer.expert
-            (rest if expert is None else by_expert.setdefault(expert, [])).append(source)
-        shared = [source for source in rest if by_expert and source.block.family in _MLP]
-        super().__init__(place, [source for source in rest if source not in shared])
+            (dense if expert is None else by_expert.setdefault(expert, [])).append(source)
+        shared = [source for source in dense if by_expert and source.family in _MLP]
+        super().__init__(place, [source for source in dense if source not in shared])
         self.experts = tuple(
-            MlpViews(f"expert {i} of {place}", own) for i, own in sorted(by_expert.items())
+            MlpViews(f"expert {i} of {place}", of_expert)
+            for i, of_expert in sorted(by_expert.items())
         )
         # A gate alone is a router.
-        whole = any(source.block.family == "down" for source in shared)
-        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if whole else None
-        queries = (source.block.n_heads for source in rest if source.block.family == "q")
+        is_mlp = any(source.family == "down" for source in shared)
+        self.shared_experts = MlpViews(f"shared experts of {place}", shared) if is_mlp else None
+        queries = (source.projection.n_heads for source in dense if source.family == "q")
         self._n_heads = next(queries, n_heads)
 
     @property
@@ -220,7 +218,7 @@ class LayerViews(MlpViews):
     @property
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
         o = self._one("o")
-        _require_whole_heads(o.sublayer, "columns", o.sublayer.shape[1], self._n_heads)
+        require_whole_heads(o.sublayer, "columns", o.sublayer.shape[1], self._n_heads)
         return o.weight.T.unflatten(0, (self._n_heads, -1))
 
     @property
@@ -253,17 +251,17 @@ class LayerViews(MlpViews):
     def b_O(self) -> Float[Tensor, " d_model"] | None:
         return self._one("o").bias
 
-    def _up(self, family: Family) -> _Source:
+    def _up(self, family: Family) -> WeightSource:
         """The one source of a family that reads a latent."""
-        right = [source for source in self._of(family) if source.sublayer.role == "neither"]
-        if len(right) == 1:
-            return right[0]
+        candidates = [x for x in self._of(family) if x.sublayer.role == "neither"]
+        if len(candidates) == 1:
+            return candidates[0]
         raise SelectionError(
             f"A view needs one sublayer of family {family!r} that reads a latent, and "
-            f"{self._place} has {len(right) or 'none'}. What it has: {self._contents()}."
+            f"{self._place} has {len(candidates) or 'none'}. What it has: {self._contents()}."
         )
 
-    def _of(self, family: Family) -> Sequence[_Source]:
+    def _of(self, family: Family) -> Sequence[WeightSource]:
         if self.experts and family in _MLP:
             beside = " and .shared_experts" if self.shared_experts else ""
             raise SelectionError(
@@ -271,77 +269,3 @@ class LayerViews(MlpViews):
                 f"its .experts[i]{beside} for W_in, W_gate, W_out and their biases."
             )
         return super()._of(family)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Rows of a sublayer's weight, which a view is made of."""
-
-    sublayer: Sublayer
-    block: Block
-    tensors: _Tensors
-
-    @property
-    def weight(self) -> Float[Tensor, "rows d_in"]:
-        return self._take(self.tensors.weight(self.sublayer.name))
-
-    @property
-    def bias(self) -> Float[Tensor, " rows"] | None:
-        bias = self.tensors.bias(self.sublayer.name)
-        return None if bias is None else self._take(bias)
-
-    def _take(self, tensor: Tensor) -> Tensor:
-        return self.block.left(self.sublayer, len(tensor)).take(tensor)
-
-    def weight_by_head(self) -> Float[Tensor, "n_heads d_in d_head"]:
-        return self._by_head(self.tensors.weight(self.sublayer.name))
-
-    def bias_by_head(self) -> Float[Tensor, "n_heads d_head"] | None:
-        bias = self.tensors.bias(self.sublayer.name)
-        return None if bias is None else self._by_head(bias)
-
-    def _by_head(self, tensor: Tensor) -> Tensor:
-        rows, n_heads = self.block.rows, self.block.n_heads
-        _require_whole_heads(self.sublayer, "rows", len(rows), n_heads)
-        return by_head(tensor, rows, n_heads)
-
-
-def _require_whole_heads(sublayer: Sublayer, what: str, length: int, n_heads: int) -> None:
-    if length % n_heads:
-        raise SplitError(
-            f"{sublayer.name} has {length} {what}, which {n_heads} heads do not divide; set "
-            "n_head (or n_kv_head) of its weight type."
-        )
-
-
-def by_head(
-    tensor: Float[Tensor, d_out * d_in], rows: Rows, n_heads: int
-) -> Float[Tensor, "n_heads *d_in d_head"]:
-    """Some rows of a weight or bias, by head; a view if the heads' distances are all the same."""
-    if n_heads % rows.runs:
-        heads = rows.take(tensor).unflatten(0, (n_heads, -1))
-        return heads.movedim(1, -1)
-    runs = tensor[rows.start : rows.stop].unfold(0, rows.length, rows.stride or 1)
-    return runs.unflatten(-1, (n_heads // rows.runs, -1)).movedim(-2, 1).flatten(0, 1)
-
-
-class _Tensors:
-    """Weights and biases by HF name of their sublayers, however a model keeps them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._slices = slices(model)
-
-    def weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
-        if own := self._slices.get(f"{name}.weight"):
-            return own.of(self._model.get_parameter(own.stack))
-        return weight_of(self._model.get_submodule(name))
-
-    def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
-        if own := self._slices.get(f"{name}.bias"):
-            return own.of(self._model.get_parameter(own.stack))
-        if f"{name}.weight" in self._slices:
-            return None
-        module = self._model.get_submodule(name)
-        assert isinstance(module, nn.Linear | Conv1D | SplitLinear)
-        return module.bias

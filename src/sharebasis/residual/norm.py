@@ -121,8 +121,8 @@ def along_heads(
     """
     if factor is not None:
         directions = directions * factor
-    seen = directions @ w_o.flatten(0, 1).T
-    return (seen.unflatten(-1, z.shape[-2:]) * z).sum(-1)
+    through_w_o = directions @ w_o.flatten(0, 1).T
+    return (through_w_o.unflatten(-1, z.shape[-2:]) * z).sum(-1)
 
 
 def along(

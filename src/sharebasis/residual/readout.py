@@ -94,12 +94,12 @@ class Readout(Activations):
         )
         if has_batch_dim and stack.ndim == 4 and directions.shape[:-1] == stack.shape[1:2]:
             directions = directions.unsqueeze(-2)  # one for each sequence
-        places, wanted = stack.shape[1:-1], directions.shape[:-1]
-        if len(wanted) > len(places) or any(
-            n not in (1, m) for n, m in zip(wanted[::-1], places[::-1], strict=False)
+        places, shape = stack.shape[1:-1], directions.shape[:-1]
+        if len(shape) > len(places) or any(
+            n not in (1, m) for n, m in zip(shape[::-1], places[::-1], strict=False)
         ):
             raise StreamError(
-                f"Tokens of shape {list(wanted)} do not go with a stack whose sequences and "
+                f"Tokens of shape {list(shape)} do not go with a stack whose sequences and "
                 f"positions are {list(places)}."
             )
         return (stack * directions).sum(-1)

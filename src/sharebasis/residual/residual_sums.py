@@ -68,15 +68,15 @@ class BlockSums:
 
     def of(self, kind: Kind) -> Tensor | None:
         """All that attention, or the MLP, added; None: nothing."""
-        own = [one.value.view(self.before.shape) for one in self.components if kind in one.kinds]
-        return None if not own else own[0] if len(own) == 1 else torch.stack(own).sum(0)
+        values = [x.value.view(self.before.shape) for x in self.components if kind in x.kinds]
+        return total_of(values) if values else None
 
     def error(self) -> float:
         """How far the components are from what was added, in units of rounding."""
         assert self.after is not None
         total, size = self.before.double(), self.before.abs().double()
-        for one in self.components:
-            value = one.value.view(self.before.shape).double()
+        for component in self.components:
+            value = component.value.view(self.before.shape).double()
             total, size = total + value, size + value.abs()
         rounding = torch.finfo(self.after.dtype).eps * size.max().clamp_min(1e-300)
         return ((self.after.view(self.before.shape) - total).abs().max() / rounding).item()
@@ -101,9 +101,9 @@ class StreamSums(TorchFunctionMode):
 
     def embedded(self, x: Tensor) -> Sequence[Component]:
         """The components of what goes into the first block."""
-        whole = [Component(frozenset({"embed"}), x)]
-        own = self._parts.get(storage_key(x), whole)
-        return [Component(one.kinds or frozenset({"pos_embed"}), one.value) for one in own]
+        undivided = [Component(frozenset({"embed"}), x)]
+        parts = self._parts.get(storage_key(x), undivided)
+        return [Component(part.kinds or frozenset({"pos_embed"}), part.value) for part in parts]
 
     def enter(self, x: Tensor, forced_mid: Tensor | None) -> None:
         """A block begins with the stream `x`."""
@@ -198,7 +198,7 @@ class StreamSums(TorchFunctionMode):
         self._parts.pop(storage_key(output), None)
         self._streams[storage_key(output)] = output
         self.block.components += parts
-        kinds = frozenset[Kind]().union(*(one.kinds for one in parts))
+        kinds = frozenset[Kind]().union(*(part.kinds for part in parts))
         if kinds == {"attn"} and "mlp" not in self._written:
             return self._between(output)
         return output
@@ -226,6 +226,11 @@ class StreamSums(TorchFunctionMode):
         self._alive.append(x.untyped_storage())
         self._kinds[storage_key(x)] = kinds
         self._parts.pop(storage_key(x), None)
+
+
+def total_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum; itself where there is one."""
+    return torch.stack(list(tensors)).sum(0) if tensors[1:] else tensors[0]
 
 
 def storage_key(x: Tensor) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sharebasis.architecture.fused import Block, blocks_of
+from sharebasis.architecture.fused import Projection, projections_in
 from sharebasis.architecture.sublayers import Classification, Sublayer
 from sharebasis.errors import SelectionError, StreamError
 from sharebasis.linalg.rows import Rows
 from sharebasis.model import experts
-from sharebasis.residual.capture import Branch, LayerSites, Output, Sites
-from sharebasis.residual.head_views import by_head
+from sharebasis.residual.weight_source import by_head
 
+Branch = Literal["attn", "mlp"]
 BRANCHES: Mapping[str, Branch] = {
     "q": "attn",
     "k": "attn",
@@ -26,12 +28,45 @@ BRANCHES: Mapping[str, Branch] = {
 }
 
 
-def find_sites(model: PreTrainedModel, found: Classification) -> Sites:
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What an activation is of a sublayer's output."""
+
+    key: str
+    """Without the layer: `attn.hook_q`."""
+    take: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSites:
+    """Where in one block things are, by HF name of modules."""
+
+    block: str
+    writers: Mapping[str, Branch]
+    readers: Mapping[str, Branch]
+    outputs: Mapping[str, tuple[Output, ...]]
+    o: str | None
+    """The only sublayer of attention that writes; None if there are none or several."""
+    down: str | None
+    """The same of the MLP."""
+    n_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where in a model things are, by HF name of modules."""
+
+    embed: str
+    layers: tuple[LayerSites, ...]
+    unembed: str
+
+
+def find_sites(model: PreTrainedModel, classification: Classification) -> Sites:
     """Name what writes to the stream, what reads it, and what heads and neurons are made of.
 
     Args:
         model: dense, wrapped or compressed.
-        found: its sublayers.
+        classification: its sublayers.
 
     Raises:
         SelectionError: it has no embeddings, or a writer is of neither attention nor MLP.
@@ -45,28 +80,32 @@ def find_sites(model: PreTrainedModel, found: Classification) -> Sites:
         )
     names = {id(module): name for name, module in model.named_modules()}
     layers: dict[int, list[Sublayer]] = {}
-    for sublayer in found.sublayers:
+    for sublayer in classification.sublayers:
         layers.setdefault(sublayer.layer, []).append(sublayer)
-    blocks = {id(model.get_submodule(own[0].block)) for own in layers.values()}
+    blocks = {id(model.get_submodule(sublayers[0].block)) for sublayers in layers.values()}
     if len(blocks) < len(layers):
         raise StreamError(
             f"{len(layers)} layers are {len(blocks)} blocks, some of which run several times; "
             "what each layer adds to the residual stream cannot be told."
         )
-    where = dict(experts.slices(model).items())
+    stacks = experts.slices(model)
     return Sites(
         names[id(embed)],
-        tuple(_layer_sites(found, own, where) for _, own in sorted(layers.items())),
+        tuple(
+            _layer_sites(classification, of_layer, stacks) for _, of_layer in sorted(layers.items())
+        ),
         names[id(unembed)],
     )
 
 
 def _layer_sites(
-    found: Classification, sublayers: Sequence[Sublayer], stacks: Mapping[str, experts.Slice]
+    classification: Classification,
+    sublayers: Sequence[Sublayer],
+    stacks: Mapping[str, experts.Slice],
 ) -> LayerSites:
     def module(sublayer: Sublayer) -> str:
-        own = stacks.get(f"{sublayer.name}.weight")
-        return sublayer.name if own is None else own.stack.rpartition(".")[0]
+        place = stacks.get(f"{sublayer.name}.weight")
+        return sublayer.name if place is None else place.stack.rpartition(".")[0]
 
     writers: dict[str, Branch] = {}
     for sublayer in sublayers:
@@ -74,24 +113,26 @@ def _layer_sites(
             writers[module(sublayer)] = _branch(sublayer)
     readers: dict[str, Branch] = {}
     outputs: dict[str, tuple[Output, ...]] = {}
-    n_heads = found.dims.n_heads
+    n_heads = classification.dims.n_heads
     for sublayer in sublayers:
         if module(sublayer) != sublayer.name:
             readers[module(sublayer)] = "mlp"
             continue
-        blocks = blocks_of(sublayer, found.settings_of(sublayer), found.dims)
-        n_heads = next((block.n_heads for block in blocks if block.family == "q"), n_heads)
+        projections = projections_in(classification, sublayer)
+        n_heads = next((x.n_heads for x in projections if x.family == "q"), n_heads)
         if sublayer.role != "read":
             continue
-        branch = BRANCHES.get(blocks[0].family) or _beside(sublayer, writers)
+        branch = BRANCHES.get(projections[0].family) or _beside(sublayer, writers)
         if branch is not None:
             readers[sublayer.name] = branch
         if sublayer.expert is None and "expert" not in sublayer.name:
-            outputs[sublayer.name] = _outputs(sublayer, blocks, _is_gated(found, sublayers))
+            outputs[sublayer.name] = _outputs(
+                sublayer, projections, _is_gated(classification, sublayers)
+            )
     only = {
-        branch: own[0] if len(own) == 1 else None
+        branch: of_branch[0] if len(of_branch) == 1 else None
         for branch in ("attn", "mlp")
-        for own in [[name for name, x in writers.items() if x == branch]]
+        for of_branch in [[name for name, x in writers.items() if x == branch]]
     }
     down = only["mlp"] if not any(x.expert is not None for x in sublayers) else None
     return LayerSites(sublayers[0].block, writers, readers, outputs, only["attn"], down, n_heads)
@@ -110,28 +151,32 @@ def _branch(writer: Sublayer) -> Branch:
 def _beside(reader: Sublayer, writers: Mapping[str, Branch]) -> Branch | None:
     """The branch of the writer in the same module, as far as that tells."""
     parent = reader.name.rpartition(".")[0]
-    own = {x for name, x in writers.items() if name.rpartition(".")[0] == parent}
-    return own.pop() if len(own) == 1 else None
+    branches = {x for name, x in writers.items() if name.rpartition(".")[0] == parent}
+    return branches.pop() if len(branches) == 1 else None
 
 
-def _is_gated(found: Classification, sublayers: Sequence[Sublayer]) -> bool:
+def _is_gated(classification: Classification, sublayers: Sequence[Sublayer]) -> bool:
     return any(
-        block.family == "gate"
+        projection.family == "gate"
         for sublayer in sublayers
-        for block in blocks_of(sublayer, found.settings_of(sublayer), found.dims)
+        for projection in projections_in(classification, sublayer)
     )
 
 
-def _outputs(sublayer: Sublayer, blocks: Sequence[Block], gated: bool) -> tuple[Output, ...]:
+def _outputs(
+    sublayer: Sublayer, projections: Sequence[Projection], gated: bool
+) -> tuple[Output, ...]:
     mlp = {"gate": "mlp.hook_pre", "up": "mlp.hook_pre_linear" if gated else "mlp.hook_pre"}
     outputs = []
-    for block in blocks:
-        if block.family in ("q", "k", "v") and block.n_heads:
+    for projection in projections:
+        if projection.family in ("q", "k", "v") and projection.n_heads:
             outputs.append(
-                Output(f"attn.hook_{block.family}", _heads_of(block.rows, block.n_heads))
+                Output(
+                    f"attn.hook_{projection.family}", _heads_of(projection.rows, projection.n_heads)
+                )
             )
-        elif block.family in mlp:
-            outputs.append(Output(mlp[block.family], _rows_of(sublayer, block)))
+        elif projection.family in mlp:
+            outputs.append(Output(mlp[projection.family], _rows_of(sublayer, projection)))
     return tuple(outputs)
 
 
@@ -139,8 +184,8 @@ def _heads_of(rows: Rows, n_heads: int) -> Callable[[Tensor], Tensor]:
     return lambda x: by_head(x.movedim(-1, 0), rows, n_heads).movedim(0, -2)
 
 
-def _rows_of(sublayer: Sublayer, block: Block) -> Callable[[Tensor], Tensor]:
+def _rows_of(sublayer: Sublayer, projection: Projection) -> Callable[[Tensor], Tensor]:
     def rows(x: Tensor) -> Tensor:
-        return block.left(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
+        return projection.rows_in(sublayer, x.shape[-1]).take(x.movedim(-1, 0)).movedim(0, -1)
 
     return rows

@@ -44,7 +44,7 @@ LLAMA = {"q", "k", "v", "o", "gate", "up", "down", "input_layernorm", "post_atte
 
 def measured(model: PreTrainedModel, settings: VarySettings = ALL, seed: int = 0) -> Variation:
     found = classify_model(meta_model(model.config))
-    of_tensors = partial(Layers, found=found, config=model.config)
+    of_tensors = partial(Layers, classification=found, config=model.config)
     return measure_variation(ModelTensors(model), of_tensors, settings, seed)
 
 
