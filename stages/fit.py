@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
     with writing(PLOTS / "fit") as out:
         write_text(out / RANKS, ranks_csv(fitted))
         write_text(out / SPECTRUM, spectrum_csv(given, energies[: len(given)]))
-    spectra = torch.cat([torch.from_numpy(own) for own in energies])
+    spectra = torch.cat([torch.from_numpy(squares) for squares in energies])
     metrics = fit_metrics(fitted, settings.fit)
     write_metrics("fit", metrics, settings, device, weights=WEIGHTS, spectra=spectra)
 

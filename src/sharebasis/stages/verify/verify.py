@@ -116,7 +116,7 @@ def verify_metrics(
             "windows": lossless_windows,
         },
         "dense": {"perplexity": first.dense_perplexity},
-        **{name: _section(one) for name, one in fidelity.items()},
+        **{name: _section(measured) for name, measured in fidelity.items()},
         "n_predictions": first.n_predictions,
     }
 
