@@ -150,7 +150,7 @@ def test_the_file_outlives_the_experiments(repository: Path, tmp_path: Path) -> 
 
 
 def test_the_command_line_writes_the_file(repository: Path) -> None:
-    command = (sys.executable, "-m", "sharebasis.stages.report.points", "own", "wide-9", "wide-10")
+    command = (sys.executable, "-m", "sharebasis.collect", "own", "wide-9", "wide-10")
     assert run_command(repository, *command) == "results/own/points.json: 2 points\n"
     own = read_points(repository / "results/own/points.json")
     assert list(own) == collect(["wide-*"], repository)
