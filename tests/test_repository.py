@@ -217,34 +217,43 @@ def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() ->
 # One process for all, as loading torch and transformers takes longer than the rest; the package
 # itself is loaded by every script anew, in a child of its own.
 RUN_SCRIPTS = """
-    import ast, json, os, runpy, sys
+    import ast, contextlib, io, json, os, runpy, sys
     from pathlib import Path
     import accelerate, hydra, pydantic, torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    def run(script, arguments):
+        sys.argv[1:] = arguments.split()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                try:
+                    runpy.run_path(str(script), run_name="__main__")
+                    status = 0
+                except SystemExit as ended:
+                    status = ended.code or 0
+                    if isinstance(status, str):
+                        print(status, file=sys.stderr)
+                        status = 1
+        return status, out.getvalue(), err.getvalue()
+
     assert not any(name.startswith("sharebasis") for name in sys.modules)
-    results = {}
-    scripts, arguments = map(Path, sys.argv[2:]), json.loads(sys.argv[1])
-    for script, given in ((script, given) for script in scripts for given in arguments):
-        name = f"{script.stem} {given}".strip()
-        files = [Path(f"../{name}.{stream}") for stream in ("out", "err", "modules")]
-        sys.argv[1:] = given.split()
+    results, scripts, ways = {}, list(map(Path, sys.argv[2:])), json.loads(sys.argv[1])
+    for script in scripts:
+        file = Path(f"../{script.stem}.json")
         child = os.fork()
         if child == 0:
-            for number, file in zip((1, 2), files):
-                os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
-            try:
-                runpy.run_path(str(script), run_name="__main__")
-            finally:
-                # What it imports where it is needed, too.
-                nodes = ast.walk(ast.parse(script.read_text()))
-                imports = [one for one in nodes if isinstance(one, (ast.Import, ast.ImportFrom))]
-                exec(compile(ast.Module(imports, []), script, "exec"))
-                modules = [name for name in sys.modules if name.startswith("sharebasis.")]
-                files[2].write_text(" ".join(modules))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        results[name] = [status, *(file.read_text() for file in files)]
+            ended = {arguments: run(script, arguments) for arguments in ways}
+            # What it imports where it is needed, too.
+            nodes = ast.walk(ast.parse(script.read_text()))
+            imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+            exec(compile(ast.Module(imports, []), script, "exec"))
+            modules = " ".join(name for name in sys.modules if name.startswith("sharebasis."))
+            named = {f"{script.stem} {way}".strip(): [*end, modules] for way, end in ended.items()}
+            file.write_text(json.dumps(named))
+            os._exit(0)
+        os.waitpid(child, 0)
+        results |= json.loads(file.read_text())
     print(json.dumps(results))
 """
 

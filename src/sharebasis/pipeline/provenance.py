@@ -48,8 +48,8 @@ def write_metrics(
         device: that it computed on; None is the CPU.
         data: what it read, by name: token ids, a tensor, or a directory that `extract` wrote.
     """
-    found = provenance(stage, settings, data, device or torch.device("cpu"))
-    write_json(METRICS / f"{stage}.json", {**metrics, PROVENANCE: [found]})
+    origin = provenance(stage, settings, data, device or torch.device("cpu"))
+    write_json(METRICS / f"{stage}.json", {**metrics, PROVENANCE: [origin]})
 
 
 def provenance(

@@ -1,16 +1,15 @@
-"""params.yaml and Hydra -> settings. Beside sweep/, the only file that imports Hydra."""
+"""params.yaml -> settings."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from sharebasis.config import schema as knobs
 from sharebasis.config.schema import Settings
 from sharebasis.errors import SettingsError
 from sharebasis.pipeline.checks import check_together
@@ -18,11 +17,8 @@ from sharebasis.pipeline.checks import check_together
 PARAMS = Path("params.yaml")
 
 
-# An unknown key is an error in every section. Said here, so that settings.py stays plain.
-for _section in vars(knobs).values():
-    if isinstance(_section, type) and dataclasses.is_dataclass(_section):
-        setattr(_section, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
-
+# An unknown key is an error in every section. Said here, so that config/ stays plain.
+setattr(Settings, "__pydantic_config__", {"extra": "forbid"})  # noqa: B010
 
 _SETTINGS = TypeAdapter(Settings)
 
@@ -96,12 +92,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(str(step) for step in one['loc']) or 'the file'}: {one['msg']}"
-        + (
-            ""
-            if one["type"] in ("missing", "unexpected_keyword_argument")
-            else f" (it is {one['input']!r})"
-        )
-        for one in error.errors()
-    )
+    return "; ".join(_explain_detail(detail) for detail in error.errors())
+
+
+def _explain_detail(detail: ErrorDetails) -> str:
+    key = ".".join(str(step) for step in detail["loc"]) or "the file"
+    has_value = detail["type"] not in ("missing", "unexpected_keyword_argument")
+    return f"{key}: {detail['msg']}" + (f" (it is {detail['input']!r})" if has_value else "")

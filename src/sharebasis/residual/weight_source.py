@@ -12,7 +12,7 @@ from sharebasis.architecture.fused import Projection
 from sharebasis.architecture.sublayers import Sublayer
 from sharebasis.config.types import Family
 from sharebasis.errors import SplitError
-from sharebasis.forms.share_linear import SplitLinear
+from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.linalg.rows import Rows
 from sharebasis.model.experts import slices
 from sharebasis.model.surgery import weight_of

@@ -49,13 +49,17 @@ class Sweeping(Callback):
             sys.exit(traceback.format_exc())
 
     def _start(self, config: DictConfig) -> None:
-        own = config.hydra
-        root = Path(own.runtime.cwd)
-        swept = [f"{key}={value}" for key, value in (own.sweeper.get("params") or {}).items()]
-        grid = expand([*swept, *own.overrides.task])
+        hydra_config = config.hydra
+        root = Path(hydra_config.runtime.cwd)
+        swept = [
+            f"{key}={value}" for key, value in (hydra_config.sweeper.get("params") or {}).items()
+        ]
+        grid = expand([*swept, *hydra_config.overrides.task])
         repository = find_repository(root)
-        points = find_points(repository.pipeline, own.job.name, grid)
-        sweep = Sweep(own.job.name, root / own.sweep.dir, repository, tuple(points))
+        points = find_points(repository.pipeline, hydra_config.job.name, grid)
+        sweep = Sweep(
+            hydra_config.job.name, root / hydra_config.sweep.dir, repository, tuple(points)
+        )
         sweep.save()
         self.watch = Watch(sweep.ledger, len(points))
         self.watch.start()
@@ -80,9 +84,9 @@ class Sweeping(Callback):
 
 def run(config: DictConfig) -> None:
     """One point, in whatever process the launcher has made for it."""
-    own = HydraConfig.get()
-    sweep = Sweep.load(Path(own.runtime.cwd) / own.sweep.dir)
-    run_point(sweep, sweep.point(list(own.overrides.task)))
+    hydra_config = HydraConfig.get()
+    sweep = Sweep.load(Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir)
+    run_point(sweep, sweep.point(list(hydra_config.overrides.task)))
 
 
 def main() -> None:

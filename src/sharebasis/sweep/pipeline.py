@@ -37,16 +37,16 @@ class Pipeline:
 
         Parameters may name what a stage makes as a dependency of another one.
         """
-        found: list[str] = []
+        names: list[str] = []
 
         def visit(name: str) -> None:
             for dep in self._deps(name, params):
-                if dep in self.maker and self.maker[dep] not in found:
+                if dep in self.maker and self.maker[dep] not in names:
                     visit(self.maker[dep])
-            found.append(name)
+            names.append(name)
 
         visit(target)
-        return found
+        return names
 
     def keys(self, target: str, params: Mapping[str, Any]) -> dict[str, str]:
         """A key for every stage up to the target: command, parameters, and what it reads.
@@ -60,8 +60,8 @@ class Pipeline:
             for path in self._deps(name, params):
                 made = self.maker.get(path)
                 reads[path] = keys[made] if made else _identity(self.root / path)
-            own = {key: value_at(params, key) for key in stage["params"]}
-            keys[name] = json_digest([stage["cmd"], reads, own])
+            goes_by = {key: value_at(params, key) for key in stage.get("params", ())}
+            keys[name] = json_digest([stage["cmd"], reads, goes_by])
         return keys
 
     def outside(self, target: str, params: Mapping[str, Any]) -> list[str]:

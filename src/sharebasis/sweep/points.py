@@ -98,7 +98,7 @@ def find_point(
         params = yaml.safe_load(compose_params(pipeline.root / "conf", overrides))
     parse_settings(params, f"The point {' '.join(overrides)}")
     keys = pipeline.keys(TARGET, params)
-    values = [one.partition("=")[2] for one in overrides if one not in fixed]
+    values = [override.partition("=")[2] for override in overrides if override not in fixed]
     label = re.sub(r"[^\w.+-]+|\.(?=\.)", "_", "-".join(values))[:LABEL_CHARACTERS]
     name = "-".join(part for part in (sweep, label.strip("._-"), keys[TARGET][:8]) if part)
     return Point(name, tuple(overrides), keys, tuple(pipeline.outside(TARGET, params)))
@@ -107,9 +107,9 @@ def find_point(
 @contextmanager
 def _no_hydra() -> Iterator[None]:
     """Put the Hydra that runs aside: another one refuses to compose beside it."""
-    one = GlobalHydra.instance()
-    running, one.hydra = one.hydra, None
+    instance = GlobalHydra.instance()
+    running, instance.hydra = instance.hydra, None
     try:
         yield
     finally:
-        one.hydra = running
+        instance.hydra = running

@@ -45,8 +45,8 @@ class Sweep:
         for point in self.points:
             if set(point.overrides) == set(overrides):
                 return point
-        found = find_point(self.repository.pipeline, self.name, overrides)
-        return next((point for point in self.points if point.key == found.key), found)
+        unplanned = find_point(self.repository.pipeline, self.name, overrides)
+        return next((point for point in self.points if point.key == unplanned.key), unplanned)
 
     def save(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def run_point(sweep: Sweep, point: Point) -> None:
 
     def ended(state: str, error: str | None = None) -> None:
         seconds = time.monotonic() - began
-        own = {"name": point.name, "state": state, "seconds": seconds, "error": error}
-        ledger.record(sweep.ledger, what="point", **own)
+        how = {"state": state, "seconds": seconds, "error": error}
+        ledger.record(sweep.ledger, what="point", name=point.name, **how)
 
     with locked(sweep.repository.state / "locks" / point.name) as lock:
         if sweep.repository.experiment(point.name):

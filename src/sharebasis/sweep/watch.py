@@ -153,5 +153,5 @@ def _stages(account: Account, seconds: float) -> Table:
     for column in ("times", "seconds"):
         table.add_column(column, justify="right")
     for name, times in account.stages.items():
-        table.add_row(name, str(len(times)), f"{sum(one or 0 for one in times):.1f}")
+        table.add_row(name, str(len(times)), f"{sum(seconds or 0 for seconds in times):.1f}")
     return table

@@ -51,7 +51,11 @@ def start_calibrating(
     rows = {sublayer.name: [Rows(0, sublayer.shape[0])] for sublayer in sublayers}
     experts = {sublayer.name for sublayer in sublayers if sublayer.expert is not None}
     sites = find_sites(model, rows, lambda: run_blocks(model, probe), idle=experts)
-    outputs = {one.name: one.shape[0] for one in sublayers if gradients and not one.tied_to}
+    outputs = {
+        sublayer.name: sublayer.shape[0]
+        for sublayer in sublayers
+        if gradients and not sublayer.tied_to
+    }
     widths = [*(site.d for site in sites), *outputs.values()]
     require_memory(sum(8 * d**2 for d in widths), "The moments", model.device)
     modules = wrap(model, rows)
@@ -63,7 +67,7 @@ def start_calibrating(
         name: MomentAccumulator(gradient_site(name), d, model.device, outliers.gradients)
         for name, d in outputs.items()
     }
-    tied = {one.name: one.tied_to or one.name for one in sublayers}
+    tied = {sublayer.name: sublayer.tied_to or sublayer.name for sublayer in sublayers}
     for site in sites:
         for reader in site.readers:
             (part,) = modules[reader].parts
@@ -72,7 +76,7 @@ def start_calibrating(
             update = accumulators[site.name].update if reader == site.name else _already_counted
             gradient = of_output[tied[reader]].update if gradients else None
             part.calibrate(update, gradient)
-    return sites, accumulators | {one.site: one for one in of_output.values()}
+    return sites, accumulators | {moment.site: moment for moment in of_output.values()}
 
 
 def _already_counted(_: Tensor) -> None:

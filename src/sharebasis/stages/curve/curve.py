@@ -92,9 +92,9 @@ def measure_curve(
     original, points = load_model(weights, dtype, device), []
     try:
         for budget in sorted(removed):
-            own = replace(settings, removed=budget)
+            at_budget = replace(settings, removed=budget)
             try:
-                fitted = fit(weights, spectra, own, scratch, device, moments, sensitivity)
+                fitted = fit(weights, spectra, at_budget, scratch, device, moments, sensitivity)
             except BudgetError as error:  # limits that suit fit.removed need not suit all of these
                 log.warning("The curve goes without %g: %s", budget, error)
                 refused = error
@@ -105,7 +105,7 @@ def measure_curve(
             points.append(
                 CurvePoint(
                     budget,
-                    fit_metrics(fitted, own)["removed_fraction"],
+                    fit_metrics(fitted, at_budget)["removed_fraction"],
                     fidelity.compressed_perplexity,
                     fidelity.kl_mean,
                     fidelity.top1_agreement,

@@ -64,7 +64,7 @@ def _copy(source: Path, out: Path) -> None:
     for file in files:  # what is missing or truncated is found before anything is copied
         with opened(source / file) as tensors:
             held = set(tensors.keys())
-        if lacking := {name for name, own in where.items() if own == file} - held:
+        if lacking := {name for name, shard in where.items() if shard == file} - held:
             raise WeightsError(
                 f"{file} in {source} lacks {len(lacking)} tensors that its index puts there, "
                 f"{min(lacking)} among them: fetch both again."
@@ -78,8 +78,8 @@ def _copy(source: Path, out: Path) -> None:
 
 def _method_of(quantization: Any) -> str:
     """Of a config's entry, which is a record, or JSON as it stands there."""
-    own = quantization if isinstance(quantization, dict) else vars(quantization)
-    return str(own.get("quant_method", "by an unknown method")).rpartition(".")[2].lower()
+    config = quantization if isinstance(quantization, dict) else vars(quantization)
+    return str(config.get("quant_method", "by an unknown method")).rpartition(".")[2].lower()
 
 
 def _convert(directory: Path, out: Path, **options: Any) -> None:

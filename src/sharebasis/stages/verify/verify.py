@@ -65,8 +65,8 @@ def compare(
             dense = _logits(original, chunk)
             for name, model in compressed.items():
                 logits = _logits(model, chunk)
-                for one, other, tokens in zip(dense, logits, chunk.to(dense.device), strict=True):
-                    meters[name].update(one, other, tokens)
+                for window in zip(dense, logits, chunk.to(dense.device), strict=True):
+                    meters[name].update(*window)
             advance(chunk.numel())
     return {name: meter.result() for name, meter in meters.items()}
 
@@ -116,7 +116,7 @@ def verify_metrics(
             "windows": lossless_windows,
         },
         "dense": {"perplexity": first.dense_perplexity},
-        **{name: _section(one) for name, one in fidelity.items()},
+        **{name: _section(measured) for name, measured in fidelity.items()},
         "n_predictions": first.n_predictions,
     }
 
