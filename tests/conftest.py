@@ -220,8 +220,9 @@ def params() -> Mapping[str, Any]:
 def small_model(
     make_directory: MakeDirectory, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeSmallModel:
-    """`small_model(family, change=, windows=, batch=, labels=, **config)`: a random model to which
-    `change` is applied, extracted and calibrated; once for the same arguments."""
+    """`small_model(family, change=, windows=, batch=, labels=, code=, **config)`: a random model to
+    which `change` is applied, extracted and calibrated; once for the same arguments. `code` says
+    which it is where a test has put other code in place of the family's."""
     made: dict[Hashable, SmallModel] = {}
 
     def make(
@@ -230,10 +231,11 @@ def small_model(
         windows: Tensor = WINDOWS,
         batch: int = 8,
         labels: Labels | None = "text",
+        code: str = "the family's",
         **config: Any,
     ) -> SmallModel:
         text = tuple(windows.flatten().tolist()), windows.shape, batch, labels
-        key = family, change, text, repr(sorted(config.items()))
+        key = family, code, change, text, repr(sorted(config.items()))
         if key not in made:
             # Whether it is made or was there does not matter to what a test draws later on.
             with torch.random.fork_rng(devices=[]):

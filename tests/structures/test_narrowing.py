@@ -95,9 +95,13 @@ def _repeat_neurons(model: PreTrainedModel) -> None:
 
 
 def _assert_nothing_is_lost(
-    family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
+    family: str,
+    split: SplitStrategy,
+    calibrated: Calibrate,
+    make_settings: MakeSettings,
+    code: str = "the family's",
 ) -> None:
-    run = calibrated(family, _repeat_neurons)
+    run = calibrated(family, _repeat_neurons, code=code)
     dense = load_model(run.weights, "float32", CPU)
     d_mlp = dense.config.intermediate_size
     fitted = run.fit(_settings(make_settings, removed=0.2), split=split)
@@ -133,7 +137,7 @@ def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
 def test_so_do_those_whose_gate_and_up_take_turns(
     split: SplitStrategy, taking_turns: None, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
-    _assert_nothing_is_lost("phi3", split, calibrated, make_settings)
+    _assert_nothing_is_lost("phi3", split, calibrated, make_settings, "Turns")
 
 
 def test_a_layout_that_the_code_does_not_have_is_left_alone(
@@ -144,7 +148,7 @@ def test_a_layout_that_the_code_does_not_have_is_left_alone(
 ) -> None:
     """Phi-3's row of the table says halves."""
     monkeypatch.setattr(modeling_phi3, "Phi3MLP", Turns)
-    run = calibrated("phi3")
+    run = calibrated("phi3", code="Turns, by the table of halves")
     run.fit(_settings(make_settings, removed=0.5))
     assert not Spectra(run.directory / "spectra").mlps
     assert "3 MLPs keep all their neurons" in caplog.text
