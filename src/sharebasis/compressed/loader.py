@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -213,6 +213,20 @@ def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> No
             f"{directory} lacks {len(empty)} tensors of the model, {empty[0]} among them; write "
             "it again (dvc repro fit)."
         )
+    # As transformers would save it, its linear sublayers are random when it is loaded again.
+    model.save_pretrained = partial(_refuse_to_save, directory)  # type: ignore[method-assign]
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     nn.Module.to(model, device)  # buffers that no file holds, such as rotary frequencies
+
+
+def _refuse_to_save(directory: Path, *_: object, **__: object) -> None:
+    """Stands in for `save_pretrained`.
+
+    Raises:
+        StoreError: always.
+    """
+    raise StoreError(
+        f"A compressed model is not saved by save_pretrained, since from_pretrained could not load "
+        f"it; copy {directory}, and load the copy by sharebasis.load_compressed."
+    )

@@ -1,0 +1,26 @@
+"""A compressed model in memory is what its directory says, and no more than that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_pipeline import MakeSmallPipeline
+
+from sharebasis.compressed.loader import load_compressed
+from sharebasis.errors import StoreError
+
+AUTO = {"fit.method": "auto", "fit.shared": [], "fit.group_size": 1, "fit.structures": ["private"]}
+
+
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(
+    small_pipeline: MakeSmallPipeline, tmp_path: Path
+) -> None:
+    compressed = small_pipeline("llama", AUTO).compressed
+    model = load_compressed(compressed)
+    with pytest.raises(StoreError, match=r"copy .*compressed, and load the copy by sharebasis"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    tokens = torch.arange(1, 6)[None]
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 8)
