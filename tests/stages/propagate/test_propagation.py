@@ -36,7 +36,7 @@ from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.drift_regression import PairedMoment
 from sharebasis.model.hooks import watched
-from sharebasis.stages.propagate import block_regression, propagate, refit, streams
+from sharebasis.stages.propagate import block_regression, refit, streams
 from sharebasis.stages.propagate.outcome import Propagation, write_unpropagated
 from sharebasis.stages.propagate.propagate import propagation_identity, propagation_windows
 from sharebasis.stages.propagate.refit import Refitter
@@ -241,7 +241,7 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
         install(group, tensors, linears)
 
     if not better:
-        monkeypatch.setattr(propagate, "install", damage)
+        monkeypatch.setattr(block_regression, "install", damage)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
     assert found.before == pytest.approx(divergence(case, case.compressed), rel=1e-4)
     assert found.before is not None
