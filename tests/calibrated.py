@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conftest import MakeSettings
 from small_pipeline import CPU, MakeSmallModel, SmallModel
 
+from sharebasis.compressed.edits import Edit, edits_of
 from sharebasis.compressed.index import CompressedIndex, load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
 from sharebasis.moments.store import MomentStore
+from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel
+from sharebasis.structures.structure import MeasuredCell, Structure
+
+E = TypeVar("E", bound=Edit)
 
 AUTO = {
     "method": "auto",
@@ -59,6 +64,15 @@ class Calibrated:
 
     def index(self, name: str = "small") -> CompressedIndex:
         return load_index(self.directory / name)
+
+    def edits(self, kind: type[E], name: str = "small") -> list[E]:
+        """Those of one kind."""
+        return [edit for edit in edits_of(self.index(name)) if isinstance(edit, kind)]
+
+    def cells(self, kind: type[Structure]) -> list[MeasuredCell]:
+        """What a structure was measured on."""
+        cells = Spectra(self.directory / "spectra").cells
+        return [cell for cell in cells if isinstance(cell.structure, kind)]
 
 
 Calibrate = Callable[..., Calibrated]

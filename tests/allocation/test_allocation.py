@@ -12,6 +12,7 @@ from sharebasis.architecture.selection import LinearModule, classify
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import BudgetError
 from sharebasis.linalg.rows import Rows
+from sharebasis.structures.curve import factor_numbers
 
 
 def group(d_out, d_in, n_parts=1):
@@ -27,7 +28,7 @@ def group(d_out, d_in, n_parts=1):
 def largest_rank(one, permille):
     """In whole numbers: the largest rank that removes at least `permille` / 1000."""
     allowed = (1000 - permille) * one.n_weights
-    return allowed // (1000 * one.n_stored(1))
+    return allowed // (1000 * factor_numbers(one, 1, "plain"))
 
 
 @given(

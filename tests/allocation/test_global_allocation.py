@@ -6,8 +6,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+from allocating import allocate_alone
 
-from sharebasis.allocation.lagrangian import allocate
 from sharebasis.errors import BudgetError
 from sharebasis.structures.curve import DENSE, Curve
 
@@ -41,7 +41,7 @@ def test_it_is_nearly_the_best_of_all_choices_within_the_budget(
         _curve(5, 5, 0.05, 0.3, interpolative),
     ]
     budget = int((1 - removed) * sum(curve.stored[-1] for curve in curves) + 1e-9)
-    entries = allocate(curves, removed)
+    entries = allocate_alone(curves, removed)
     assert _stored(curves, entries) <= budget
     every = product(*(range(len(curve.stored)) for curve in curves))
     best = min(_loss(curves, one) for one in every if _stored(curves, one) <= budget)
@@ -62,28 +62,28 @@ def test_the_budget_is_met_to_a_thousandth_where_there_are_many_groups() -> None
     ]
     dense = sum(int(curve.stored[-1]) for curve in curves)
     for removed in (0.05, 0.2, 0.35, 0.5, 0.8):
-        share = 1 - _stored(curves, allocate(curves, removed)) / dense
+        share = 1 - _stored(curves, allocate_alone(curves, removed)) / dense
         assert removed <= share <= removed + 1e-3
 
 
 def test_more_budget_never_loses_more_and_no_scale_of_the_loss_matters() -> None:
     curves = [_curve(20, 30, 0.1, s) for s in (0.01, 1.0, 100.0)]
     losses = [
-        _loss(curves, allocate(curves, removed)) for removed in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+        _loss(curves, allocate_alone(curves, removed)) for removed in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
     ]
     assert losses == sorted(losses, reverse=True)
     tiny = [Curve(curve.name, curve.stored, 1e-12 * curve.loss) for curve in curves]
     huge = [Curve(curve.name, curve.stored, 1e12 * curve.loss) for curve in curves]
-    assert allocate(tiny, 0.4) == allocate(curves, 0.4) == allocate(huge, 0.4)
+    assert allocate_alone(tiny, 0.4) == allocate_alone(curves, 0.4) == allocate_alone(huge, 0.4)
 
 
 def test_what_matters_most_stays_dense_and_rank_says_so() -> None:
     curves = [_curve(20, 30, 0.0, 1e6), _curve(20, 30, 0.5, 1e-3)]
-    first, second = allocate(curves, 0.4)
+    first, second = allocate_alone(curves, 0.4)
     assert curves[0].rank(first) == DENSE
     assert 1 <= curves[1].rank(second) < 20
 
 
 def test_a_budget_below_rank_1_everywhere_is_refused() -> None:
     with pytest.raises(BudgetError, match="the least that there can be already stores"):
-        allocate([_curve(4, 4, 0.1, 1.0)], 0.95)
+        allocate_alone([_curve(4, 4, 0.1, 1.0)], 0.95)

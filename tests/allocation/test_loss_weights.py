@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from allocating import allocate_alone
 from conftest import MakeSettings, contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sensing import PROBES, Case, MakeCase, maker
 from small_pipeline import CPU, MakeSmallModel
 
-from sharebasis.allocation.lagrangian import allocate
-from sharebasis.allocation.loss_weights import group_weight, weigh
+from sharebasis.allocation.loss_weights import part_weight
 from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.spectra.store import Spectra
@@ -38,7 +38,7 @@ def make_case(
 
 
 def _ones(case: Case) -> Sensitivity:
-    names = {part.name for group in Spectra(case.spectra).groups for part in group.parts}
+    names = {part.name for group in Spectra(case.spectra).baseline for part in group.parts}
     return replace(UNWEIGHED, by="probes", parts=dict.fromkeys(names, 1.0))
 
 
@@ -67,11 +67,14 @@ def test_the_allocation_minimises_the_weighed_loss_and_reports_both(
     assert weighed["sensitivity"]["by"] == "probes"
     assert weighed["sensitivity"]["max_weight"] == pytest.approx(max(weights))
     assert weighed["relative_loss"] > plain["relative_loss"]  # that one was the least there is
-    groups, energies = Spectra(case.spectra).groups, Spectra(case.spectra).energies()
+    source, energies = Spectra(case.spectra), Spectra(case.spectra).energies()
     with case.draft() as unweighed:
         pairs = zip(unweighed.groups, unweighed.losses, strict=True)
-        of_plain = sum(group_weight(sensitivity, group) * loss for group, loss in pairs)
-    of_plain /= sum(own.sum() for own in weigh(sensitivity, groups, energies))
+        of_plain = sum(part_weight(sensitivity, group.parts) * loss for group, loss in pairs)
+    of_plain /= sum(
+        part_weight(sensitivity, group.parts) * energies[number].sum()
+        for number, group in enumerate(source.baseline)
+    )
     assert weighed["sensitivity"]["relative_weighed_loss"] < of_plain
     assert load_compressed(tmp_path / "compressed")
 
@@ -94,7 +97,7 @@ def test_a_larger_weight_never_lowers_what_is_kept(
         stored = np.append(ranks * (24 + 40 - ranks) + ranks, 24 * 40)
         tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
         curves.append(Curve(str(i), stored, tails))
-    before = allocate(curves, removed)[which]
+    before = allocate_alone(curves, removed)[which]
     curves[which] = replace(curves[which], loss=factor * curves[which].loss)
-    after = allocate(curves, removed)[which]
+    after = allocate_alone(curves, removed)[which]
     assert curves[which].stored[after] >= curves[which].stored[before]

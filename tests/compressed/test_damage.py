@@ -44,7 +44,7 @@ def _forget_a_tensor(run: SmallPipeline) -> None:
 def _forget_a_basis(run: SmallPipeline) -> None:
     path = run.compressed / INDEX_FILE
     content = json.loads(path.read_text())
-    del content["files"][content["groups"][0]["basis"]]
+    del content["files"][content["groups"][0]["tensors"]["basis"]]
     path.write_text(json.dumps(content))
 
 

@@ -13,7 +13,7 @@ from sharebasis.architecture.dims import Dims
 from sharebasis.architecture.families import ARCHITECTURES
 from sharebasis.architecture.model_family import Architecture
 from sharebasis.architecture.sublayers import Classification, Sublayer
-from sharebasis.compressed.index import FORMAT, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed.index import FORMAT, CompressedIndex, StoredGroup, StoredPart
 from sharebasis.errors import StoreError
 from sharebasis.io.manifest import Manifest, TensorOrigin
 from sharebasis.io.records import load_record, save_record
@@ -48,11 +48,17 @@ RECORDS: dict[str, Any] = {
     ),
     "compressed": CompressedIndex(
         (
-            CompressedGroup(
-                "g", "q", 5, "g.basis", (CompressedPart("q", Rows(0, 16), "q.coefficient"),)
+            StoredGroup(
+                "g",
+                "q",
+                "low_rank",
+                (StoredPart(("q",), Rows(0, 16), {"coefficient": "q.coefficient"}),),
+                {"basis": "g.basis"},
+                5,
             ),
         ),
         {"g.basis": "sharebasis-00001.safetensors"},
+        ({"kind": "value_gauge", "value": "v.dense", "output": "o"},),
     ),
 }
 

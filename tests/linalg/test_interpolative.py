@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex, CompressedPart
+from sharebasis.compressed.index import StoredGroup, StoredPart, load_index
 from sharebasis.compressed.writer import CompressedWriter
+from sharebasis.forms.interpolative import Interpolative, InterpolativeModule
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.forms.split_linear import SplitLinear
-from sharebasis.io.records import load_record
+from sharebasis.forms.table import packed
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg import interpolative
 from sharebasis.linalg.interpolative import MAX_COEFFICIENT, interpolate
@@ -73,17 +75,12 @@ def test_no_coefficient_exceeds_the_bound_however_bad_the_first_choice(
 @pytest.mark.parametrize("lengths", [(20,), (12, 8), (3, 17)])
 def test_a_module_in_interpolative_form_computes_the_product(lengths: tuple[int, ...]) -> None:
     coefficient, basis = (factor.float() for factor in _factors(sum(lengths), 16, 6))
-    form = interpolate(coefficient.double(), basis.double())
-    shared = torch.nn.Parameter(form.basis.float(), requires_grad=False)
-    linears, start, first, row = [], 0, 0, 0
-    for length in lengths:
-        inside = (form.pivots >= start) & (form.pivots < start + length)
-        n = int(inside.sum())
+    plain = LowRank(basis.double(), coefficient.double().split(lengths))
+    form, linears = Interpolative.of(plain).map(Tensor.float), []
+    for length, own in zip(lengths, form.modules(), strict=True):
         linear = ShareLinear(torch.zeros(length, 16))
-        rest = form.coefficient[row : row + length - n].float()
-        linear.compress(shared, rest, form.pivots[inside] - start, first)
+        linear.compress(own)
         linears.append(linear)
-        start, first, row = start + length, first + n, row + length - n
     module, product = SplitLinear(linears), coefficient @ basis
     x = torch.randn(3, 5, 16)
     torch.testing.assert_close(module(x), x @ product.T, rtol=0, atol=1e-4)
@@ -99,32 +96,38 @@ def test_weights_that_share_their_outputs_compute_their_products_in_as_few_numbe
     lengths: tuple[int, ...], interpolative: bool, rank: int, tmp_path: Path
 ) -> None:
     own, shared = _factors(sum(lengths), 16, rank)
-    coefficients = {f"{i}.coefficient": rows for i, rows in enumerate(own.split(lengths))}
-    pivots = "pivots" if interpolative else None
-    parts = tuple(CompressedPart(name[0], Rows(0, 16), name, pivots) for name in coefficients)
+    coefficients = own.split(lengths)
+    plain = LowRank(shared.T, tuple(rows.T for rows in coefficients), "output")
+    form = packed(plain, "interpolative" if interpolative else "plain")
+    names = [{"coefficient": f"{i}.coefficient"} for i in range(len(lengths))]
+    parts = tuple(StoredPart((f"{i}",), Rows(0, 16), own) for i, own in enumerate(names))
+    tensors = {role: role for role in form.tensors().shared}
+    assert tensors.keys() == ({"basis", "pivots"} if interpolative else {"basis"})
     writer = CompressedWriter(tmp_path / "out", 10_000)
     (tmp_path / "out").mkdir()
     (tmp_path / "companions").mkdir()
-    group = CompressedGroup("writes", "down", rank, "basis", parts, "output")
-    writer.add_factors(group, shared, coefficients, torch.float64)
+    group = StoredGroup("writes", "down", form.kind, parts, tensors, rank, "output")
+    writer.add_group(group, form, torch.float64)
     writer.finish(tmp_path / "companions")
     n_pivots = rank if interpolative else 0
     assert writer.n_numbers == rank * (16 + sum(lengths)) - rank * n_pivots + n_pivots
-    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
+    index = load_index(tmp_path / "out")
+    assert index.groups == (group,)
     stored = dict(TensorReader(tmp_path / "out", index.files).stream())
-    basis = torch.nn.Parameter(stored["basis"], requires_grad=False)
+    stored["basis"] = basis = torch.nn.Parameter(stored["basis"], requires_grad=False)
+    loaded = index.groups[0].load(stored, [(16, n) for n in lengths])
     x, multiplied = torch.randn(5, max(lengths)).double(), 0
-    for rows, part in zip(coefficients.values(), index.groups[0].parts, strict=True):
+    for rows, module in zip(coefficients, loaded.modules(), strict=True):
         linear = ShareLinear(torch.zeros(16, len(rows)).double())
-        chosen = stored["pivots"] if interpolative else None
-        linear.compress(basis, stored[part.coefficient], chosen, part.first, "output")
+        linear.compress(module)
         product = shared.T @ rows.T
         inputs = x[:, : len(rows)]
         torch.testing.assert_close(linear(inputs), inputs @ product.T, rtol=0, atol=1e-9)
         torch.testing.assert_close(linear.dense(), product, rtol=0, atol=1e-10)
-        inner, outer = linear.factors()
+        inner, outer = module.factors
+        outer = module.plain() if isinstance(module, InterpolativeModule) else outer
         torch.testing.assert_close(outer @ inner, product, rtol=0, atol=1e-10)
-        assert linear.basis is basis
-        multiplied += linear.coefficient.numel()
-        assert linear.extra_repr().endswith(f"rank={rank}, state=compressed")
+        assert module.basis is basis
+        multiplied += module.coefficient.numel()
+        assert repr(linear).endswith(f"rank={rank}, state=compressed)")
     assert multiplied + basis.numel() + n_pivots == writer.n_numbers

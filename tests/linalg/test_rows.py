@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharebasis.compressed.index import NarrowedMlp
+from sharebasis.compressed.edits import PrunedNeurons
+from sharebasis.compressed.index import StoredPart
 from sharebasis.linalg.rows import Rows, inverse_order, rows_at
 
 ROWS = {
@@ -125,13 +126,18 @@ def test_what_is_left_of_blocks_lies_where_smaller_blocks_do(turns: bool, kept: 
     blocks = [Rows(i, 1, 9, 2) if turns else Rows(9 * i, 9) for i in (0, 1)]
     left = rows_at(torch.tensor(places), blocks)
     assert left.tolist() == sorted(listed(block)[place] for block in blocks for place in places)
-    mlp = NarrowedMlp(("gate_up",), "down", tuple(places), tuple(blocks))
-    assert (mlp.rows, mlp.original(Rows(0, len(left)))) == (tuple(left.tolist()), None)
+    mlp = PrunedNeurons(("gate_up",), "down", tuple(places), tuple(blocks))
+    assert mlp.rows.tolist() == left.tolist()
+    assert mlp.original_block(_part(Rows(0, len(left)))) is None
     for block in blocks:
         own = block.resized(18, len(left))
-        assert mlp.original(own) == block
+        assert mlp.original_block(_part(own)) == block
         assert left[own.numbers].tolist() == [listed(block)[place] for place in places]
     assert all(own.resized(18, 18) == own for own in (*blocks, Rows(0, 3, 3, 6)))
+
+
+def _part(rows: Rows) -> StoredPart:
+    return StoredPart(("gate_up",), rows, {})
 
 
 @given(st.permutations(range(12)))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocating import allocate_alone
 from calibrated import Calibrate, Calibrated, fit_settings, maker
 from conftest import SIZES, MakeSettings
 from hypothesis import given
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from small_pipeline import MakeSmallModel, tokens
 from torch import Tensor
 
-from sharebasis.allocation.lagrangian import allocate
 from sharebasis.architecture.families import ARCHITECTURES
-from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.compressed.edits import ValueGauge
+from sharebasis.compressed.loader import LoadedModel, load_compressed, open_compressed
 from sharebasis.compressed.rewrite import rewrite
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
+from sharebasis.forms.dense import Dense
 from sharebasis.gauge.tensors import ModelTensors
 from sharebasis.io.atomic import writing
 from sharebasis.io.checkpoint import Checkpoint
@@ -97,8 +99,8 @@ def test_the_budget_counts_the_numbers_of_the_original() -> None:
     stored, loss = np.arange(1, n + 1), np.arange(n, 0, -1.0)
     stored, loss = np.append(stored, n), np.append(loss, 0.0)
     values, outputs = Curve("v", stored, 1e6 * loss), Curve("o", stored, loss)
-    before = allocate([values, outputs], 0.25)
-    (after,) = allocate([both := outputs.beside(values, 10)], 0.25)
+    before = allocate_alone([values, outputs], 0.25)
+    (after,) = allocate_alone([both := outputs.beside(values, 10)], 0.25)
     assert values.rank(before[0]) == -1  # dense
     assert stored[before[1]] == 50
     assert stored[after] == 60
@@ -151,10 +153,9 @@ def test_a_model_that_keeps_all_else_says_what_it_said(
     own = calibrated(family)
     settings = _settings(make_settings, removed=1e-4)
     fitted = own.fit(settings, split="qkv")
-    index = own.index()
     config = load_config(own.weights)
-    assert len(index.values) == config.num_hidden_layers, "no gauge for some layer"
-    assert all(one.dense for one in fitted.groups)
+    assert len(own.edits(ValueGauge)) == config.num_hidden_layers, "no gauge for some layer"
+    assert all(one.form in ("dense", "fixed_columns") for one in fitted.groups)
     assert fit_metrics(fitted, settings)["removed_fraction"] > 1e-3
     _close(_logits(own, "small"), _logits(own))
 
@@ -171,14 +172,15 @@ def test_it_is_exact_beside_factors(
     own = calibrated(family)
     limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
     fitted = own.fit(_settings(make_settings, removed=0.3, limits=limits), split="qkv")
-    assert own.index().values
-    assert any(one.group.family == "o" and not one.dense for one in fitted.groups)
+    assert own.edits(ValueGauge)
+    assert any(one.group.family == "o" and one.rank is not None for one in fitted.groups)
     source, original = Spectra(own.directory / "spectra"), load_model(own.weights, "float32", CPU)
     tensors = ModelTensors(original)
     for i, one in enumerate(fitted.groups):
         (part,) = one.group.parts
-        if not one.dense:
-            basis, coefficient = source.factors(i, one.rank)
+        if one.rank is not None:
+            basis = source.cells[i].read("basis", slice(one.rank))
+            coefficient = source.cells[i].read("coefficient", columns=slice(one.rank))
             name, conv1d = f"{part.sublayer.name}.weight", part.sublayer.type == "Conv1D"
             tensors.write(name, coefficient @ basis, part.rows, conv1d)
     with torch.no_grad():
@@ -189,7 +191,7 @@ def test_it_leaves_more_for_the_others(calibrated: Calibrate, make_settings: Mak
     own, settings = calibrated("llama"), _settings(make_settings, removed=0.2)
     with_it = own.fit(settings, split="qkv")
     without = own.fit(replace(settings, value_gauge=False), "plain", "qkv")
-    assert not own.index("plain").values
+    assert not own.edits(ValueGauge, "plain")
     for fitted in (with_it, without):
         n_stored = sum(one.n_stored for one in fitted.groups)
         n_original = sum(one.n_original for one in fitted.groups)
@@ -204,7 +206,7 @@ def test_what_is_excluded_stays_as_it_is(
     own = calibrated("llama")
     own.fit(_settings(make_settings, removed=0.1, exclude=[rf".*\.0\..*{what}"]), split="qkv")
     index, dense = own.index(), DenseWeights(own.weights)
-    assert [one.output for one in index.values] == [
+    assert [one.output for one in own.edits(ValueGauge)] == [
         f"model.layers.{i}.self_attn.o_proj" for i in (1, 2)
     ]
     name = f"model.layers.0.self_attn.{what}"
@@ -218,7 +220,7 @@ def test_values_that_are_no_part_of_their_own_stay(
 ) -> None:
     own = calibrated("gpt2")
     own.fit(_settings(make_settings, removed=0.2), split=split)
-    assert not own.index().values
+    assert not own.edits(ValueGauge)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -228,14 +230,23 @@ def test_an_original_in_its_gauge_says_what_it_said(
     own = calibrated(family)
     own.fit(_settings(make_settings, removed=1e-4), split="qkv")
     index, original = own.index(), load_model(own.weights, "float32", CPU)
-    turn_original(original, index, TensorReader(own.directory / "small", index.files))
+    loaded, edits = open_compressed(own.directory / "small"), own.edits(ValueGauge)
+    assert edits
     with torch.no_grad():
+        for edit in edits:
+            edit.follow(original, index, loaded.reader)
         _close(original(input_ids=tokens(2, seed=5)).logits, _logits(own))
-    linears = linears_by_tensor(load_compressed(own.directory / "small"), index)
-    for one in index.values:
-        part, module = index.part(one.value), original.get_submodule(index.part(one.value).sublayer)
+    for edit in edits:
+        _, part = index.find_tensor(edit.value)
+        module = original.get_submodule(part.sublayer)
         weight = module.weight if family != "gpt2" else module.weight.T
-        torch.testing.assert_close(part.rows.take(weight), linears[one.value].dense())
+        torch.testing.assert_close(part.rows.take(weight), _values(loaded, edit))
+
+
+def _values(loaded: LoadedModel, edit: ValueGauge) -> Tensor:
+    """What the model multiplies by, a view."""
+    group, part = loaded.index.find_tensor(edit.value)
+    return loaded.linears(group)[group.parts.index(part)].dense()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -245,23 +256,23 @@ def test_new_values_are_fixed_again(
     """Whoever refits values gives all of their columns, and outputs need not be new."""
     own = calibrated(family)
     own.fit(_settings(make_settings, removed=0.2), split="qkv")
-    index, model = own.index(), load_compressed(own.directory / "small")
-    linears = linears_by_tensor(model, index)
-    replaced = {}
+    loaded = open_compressed(own.directory / "small")
+    index, model = loaded.index, loaded.model
+    forms, biases = {}, {}
     with torch.no_grad():
-        for one in index.values:
-            weight = linears[one.value].dense()
+        for edit in own.edits(ValueGauge):
+            weight = _values(loaded, edit)
             weight += 0.1 * _random(*weight.shape).float()
-            replaced[one.value] = weight.clone()
-            part = index.part(one.value)
+            group, part = index.find_tensor(edit.value)
+            forms[group.name] = Dense((weight.clone(),))
             bias = model.get_submodule(part.sublayer).bias
             if isinstance(bias, Tensor):
                 bias += 0.1 * _random(len(bias)).float()
-                replaced[f"{part.sublayer}.bias"] = bias.clone()
+                biases[f"{part.sublayer}.bias"] = bias.clone()
         expected = model(input_ids=tokens(2, seed=5)).logits
-    assert replaced
+    assert forms
     with writing(own.directory / "again") as out:
-        rewrite(out, own.directory / "small", index, replaced, 10**8)
+        rewrite(out, own.directory / "small", index, forms, biases, 10**8)
     _close(_logits(own, "again"), expected)
     assert (expected - _logits(own, "small")).abs().max() > 1e-2
 
@@ -295,7 +306,7 @@ def test_a_regression_finds_nothing_to_make_up_for_where_nothing_is_lost(
 ) -> None:
     own = calibrated(family)
     own.fit(_settings(make_settings, removed=1e-4), split="qkv")
-    assert own.index().values
+    assert own.edits(ValueGauge)
     result = _propagate(own, make_settings, "regression")
     assert result.distances
     assert max(result.distances) < 1e-6
@@ -310,7 +321,7 @@ def test_an_update_aims_at_outputs_in_the_gauge_of_their_values(
     own = calibrated(family)
     limits = [{"sublayers": "v", "floor": 1.0, "cap": 1.0}]
     own.fit(_settings(make_settings, removed=0.3, limits=limits), split="qkv")
-    assert own.index().values
+    assert own.edits(ValueGauge)
     result = _propagate(own, make_settings, "update")
     assert result.before is not None
     assert result.after is not None

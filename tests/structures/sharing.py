@@ -11,10 +11,14 @@ from small_pipeline import SmallModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sharebasis.architecture.groups import Group
 from sharebasis.config.fit import FitSettings
 from sharebasis.forms.split_linear import SplitLinear
+from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.pipeline.compose import compose_settings
 from sharebasis.stages.fit.metrics import FittedModel
+from sharebasis.structures.structure import ModelParts
+from sharebasis.structures.table import structures_of
 
 WINDOWS = torch.randint(1, 280, (24, 24), generator=torch.Generator().manual_seed(0))
 EVERY = "private,joint,experts,shared:2,shared:3,shared:all"
@@ -27,6 +31,7 @@ def sharing_settings(structures: str, removed: float = 0.4, **changes: object) -
         f"fit.structures=[{structures}]",
         f"fit.shared=[{','.join(READS + WRITES)}]",
         f"fit.removed={removed}",
+        "fit.value_gauge=false",
         *(f"fit.{key}={value}" for key, value in changes.items()),
     ]
     overrides += ["grouping=by_distance"] * ("by_distance" in structures)
@@ -43,6 +48,14 @@ FOUR_LAYERS: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 6,
 }
+
+
+def offered_groups(case: SmallModel, settings: FitSettings) -> list[Group]:
+    """Those that may share in the place of the baseline."""
+    dense = DenseWeights(case.weights)
+    model = ModelParts(case.parts(), {}, case.classification, dense, settings)
+    _, *offered = structures_of(settings.structures)
+    return [g for name, structure in offered if name == "shared" for g in structure.cells(model)]
 
 
 def errors_of(model: PreTrainedModel, case: SmallModel) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from sharebasis.architecture.selection import LinearModule, classify
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError
+from sharebasis.structures.curve import factor_numbers
 from sharebasis.structures.groups import adjacent_groups, expert_groups, groups_of, nearest_groups
 
 D, D_MLP = 24, 40
@@ -146,7 +147,7 @@ def test_a_group_stores_one_basis_and_a_coefficient_for_each_part():
     assert (group.d_out, group.d_in) == (3 * D_MLP, D)
     assert group.n_weights == 3 * D_MLP * D
     basis, coefficient = 7 * D, D_MLP * 7
-    assert group.n_stored(7) == basis + 3 * coefficient
+    assert factor_numbers(group, 7, "plain") == basis + 3 * coefficient
 
 
 # Experts

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import Calibrate, fit_settings, maker
+from calibrated import Calibrate, Calibrated, fit_settings, maker
 from conftest import MakeSettings, random_model, rows_left
 from small_pipeline import MakeSmallModel, tokens
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from transformers.models.phi3 import modeling_phi3
 from sharebasis.architecture.families import ARCHITECTURES
 from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import split_selected
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.edits import PrunedNeurons
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
 from sharebasis.model.classify import classify_model
@@ -30,13 +31,13 @@ from sharebasis.model.hooks import watched
 from sharebasis.model.hub import load_config, load_model
 from sharebasis.residual.cache import run_with_cache
 from sharebasis.residual.head_views import head_views
-from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.fit.tables import ranks_csv
 from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
-from sharebasis.stages.recover.trainable import trainable
-from sharebasis.structures.neurons import find_mlps
+from sharebasis.stages.recover.trainable import named_parameters, trainable
+from sharebasis.structures.mlps import find_mlps
+from sharebasis.structures.neurons import Neurons
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def calibrated(small_model: MakeSmallModel, tmp_path: Path) -> Calibrate:
     return maker(small_model, tmp_path)
 
 
-OWN = {"structures": ["private", "narrowed"]}
+OWN = {"structures": ["private", "neurons"]}
 
 
 def _settings(make_settings: MakeSettings, **changes: Any) -> FitSettings:
@@ -95,18 +96,14 @@ def _repeat_neurons(model: PreTrainedModel) -> None:
 
 
 def _assert_nothing_is_lost(
-    family: str,
-    split: SplitStrategy,
-    calibrated: Calibrate,
-    make_settings: MakeSettings,
-    code: str = "the family's",
+    run: Calibrated, split: SplitStrategy, make_settings: MakeSettings
 ) -> None:
-    run = calibrated(family, _repeat_neurons, code=code)
     dense = load_model(run.weights, "float32", CPU)
     d_mlp = dense.config.intermediate_size
     fitted = run.fit(_settings(make_settings, removed=0.2), split=split)
-    assert run.index().mlps
-    for mlp in run.index().mlps:
+    pruned = run.edits(PrunedNeurons)
+    assert pruned
+    for mlp in pruned:
         assert len(mlp.kept) >= d_mlp // 2
     metrics = fit_metrics(fitted, _settings(make_settings, removed=0.2))
     assert metrics["relative_loss"] < 1e-6
@@ -129,7 +126,7 @@ CASES: Sequence[tuple[str, SplitStrategy]] = [
 def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
     family: str, split: SplitStrategy, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
-    _assert_nothing_is_lost(family, split, calibrated, make_settings)
+    _assert_nothing_is_lost(calibrated(family, _repeat_neurons), split, make_settings)
 
 
 @torch.no_grad()
@@ -137,7 +134,8 @@ def test_neurons_that_are_there_twice_go_and_nothing_is_lost(
 def test_so_do_those_whose_gate_and_up_take_turns(
     split: SplitStrategy, taking_turns: None, calibrated: Calibrate, make_settings: MakeSettings
 ) -> None:
-    _assert_nothing_is_lost("phi3", split, calibrated, make_settings, "Turns")
+    run = calibrated("phi3", _repeat_neurons, code="Turns")
+    _assert_nothing_is_lost(run, split, make_settings)
 
 
 def test_a_layout_that_the_code_does_not_have_is_left_alone(
@@ -150,7 +148,7 @@ def test_a_layout_that_the_code_does_not_have_is_left_alone(
     monkeypatch.setattr(modeling_phi3, "Phi3MLP", Turns)
     run = calibrated("phi3", code="Turns, by the table of halves")
     run.fit(_settings(make_settings, removed=0.5))
-    assert not Spectra(run.directory / "spectra").mlps
+    assert not run.cells(Neurons)
     assert "3 MLPs keep all their neurons" in caplog.text
 
 
@@ -162,7 +160,7 @@ def test_views_and_activations_know_what_is_left_of_gate_and_up(
     run = calibrated("phi3")
     run.fit(_settings(make_settings, removed=0.6), split=split)
     small = load_compressed(run.directory / "small")
-    narrowed = {int(mlp.down.split(".")[2]): mlp for mlp in run.index().mlps}
+    narrowed = {int(mlp.down.split(".")[2]): mlp for mlp in run.edits(PrunedNeurons)}
     assert narrowed
     with watched({f"{i}": small.get_submodule(mlp.reads[0]) for i, mlp in narrowed.items()}) as xs:
         _, cache = run_with_cache(small, tokens(2))
@@ -182,7 +180,7 @@ def test_reported_losses_are_those_of_the_stored_weights(
     run = calibrated(family)
     settings = _settings(make_settings, removed=0.5, damping_inputs=0.0, damping_gradients=0.0)
     fitted = run.fit(settings)
-    mlps = run.index().mlps
+    mlps = run.edits(PrunedNeurons)
     assert mlps
     dense = load_model(run.weights, "float32", CPU)
     small = load_compressed(run.directory / "small")
@@ -213,7 +211,7 @@ def test_more_to_choose_from_never_loses_more_and_the_budget_is_exact(
     run = calibrated("llama")
     for removed in (0.3, 0.6):
         losses = []
-        for structures in (["private"], ["private", "narrowed"]):
+        for structures in (["private"], ["private", "neurons"]):
             settings = _settings(make_settings, removed=removed, structures=structures)
             fitted = run.fit(settings)
             metrics = fit_metrics(fitted, settings)
@@ -229,7 +227,9 @@ def test_the_table_of_ranks_says_how_many_neurons_are_left(
     table = ranks_csv(run.fit(_settings(make_settings, removed=0.2)))
     d_mlp = load_config(run.weights).intermediate_size
     left = {
-        name: len(mlp.kept) / d_mlp for mlp in run.index().mlps for name in (*mlp.reads, mlp.down)
+        name: len(mlp.kept) / d_mlp
+        for mlp in run.edits(PrunedNeurons)
+        for name in (*mlp.reads, mlp.down)
     }
     assert left
     for row in csv.DictReader(io.StringIO(table)):
@@ -250,13 +250,13 @@ def test_limits_hold_for_what_is_narrowed(
     narrowed = {
         one.group.parts[0].sublayer.layer
         for one in fitted.groups
-        if one.group.structure == "narrowed"
+        if one.group.structure == "neurons"
     }
     assert 0 not in narrowed
     for one in fitted.groups:
         if one.group.family == "up":
             assert one.n_stored >= 0.8 * one.n_original
-    assert all(len(mlp.kept) % 4 == 0 for mlp in run.index().mlps)
+    assert all(len(mlp.kept) % 4 == 0 for mlp in run.edits(PrunedNeurons))
 
 
 def test_an_mlp_with_a_norm_among_its_neurons_is_left_alone() -> None:
@@ -282,24 +282,25 @@ def test_it_is_trained_and_written_again(
     run = calibrated(family)
     run.fit(_settings(make_settings, removed=0.6), split=split)
     small, target = run.directory / "small", run.directory / "recovered"
-    model = load_compressed(small, torch.float32)
-    index = run.index()
-    groups = trainable(model, index)
-    trained = {name for group in groups for name, _ in group.named()}
-    narrowed = {name for mlp in index.mlps for name in (*mlp.reads, mlp.down)}
+    model = open_compressed(small, torch.float32)
+    index, edits = run.index(), run.edits(PrunedNeurons)
+    forms = trainable(model)
+    trained = dict(named_parameters(model, forms))
+    narrowed = {name for mlp in edits for name in (*mlp.reads, mlp.down)}
     of_narrowed = [g for g in index.groups if g.parts[0].sublayer in narrowed]
     assert of_narrowed
-    assert all(part.coefficient in trained for g in of_narrowed for part in g.parts)
+    roles = "dense", "coefficient"
+    of_parts = (part.tensors.items() for g in of_narrowed for part in g.parts)
+    assert {name for own in of_parts for role, name in own if role in roles} <= trained.keys()
     with torch.no_grad():
-        for group in groups:
-            for _, own in group.named():
-                own.mul_(1.01)
-        logits = model(input_ids=tokens(2)).logits
-    write_recovered(target, small, index, groups, Recovery(1, 1, 1, ()), 10_000)
+        for own in trained.values():
+            own.mul_(1.01)
+        logits = model.model(input_ids=tokens(2)).logits
+    write_recovered(target, small, index, forms, Recovery(1, 1, 1, ()), 10_000)
     again = load_compressed(target)
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=tokens(2)).logits, logits, rtol=0, atol=2e-4)
-    assert run.index("recovered").mlps == index.mlps
+    assert run.edits(PrunedNeurons, "recovered") == edits
 
 
 def test_the_spectra_say_what_every_width_loses(
@@ -307,9 +308,9 @@ def test_the_spectra_say_what_every_width_loses(
 ) -> None:
     run = calibrated("llama")
     run.fit(_settings(make_settings, removed=0.4))
-    spectra = Spectra(run.directory / "spectra")
-    assert spectra.mlps
-    for j, mlp in enumerate(spectra.mlps):
-        widths = spectra.widths(j)
-        assert list(widths.losses) == sorted(widths.losses)
-        assert sorted(widths.neurons.tolist()) == list(range(mlp.d_mlp))
+    cells = run.cells(Neurons)
+    assert cells
+    for cell in cells:
+        losses = cell.read("losses").tolist()
+        assert losses == sorted(losses)
+        assert sorted(cell.read("neurons").tolist()) == list(range(cell.cell.d_mlp))

@@ -13,13 +13,13 @@ from sharing import (
     FOUR_LAYERS,
     READS,
     WRITES,
+    offered_groups,
     sharing_settings,
 )
 from small_pipeline import MakeSmallModel, SmallModel
 
 from sharebasis.errors import SettingsError
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.structures.shared import offered_groups
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def llama(small_model: MakeSmallModel) -> SmallModel:
 
 
 def test_reads_share_inputs_and_writes_share_outputs(llama: SmallModel) -> None:
-    groups = offered_groups(llama.parts(), sharing_settings(EVERY))
+    groups = offered_groups(llama, sharing_settings(EVERY))
     for group in groups:
         roles = {part.sublayer.role for part in group.parts}
         assert roles == {"read"} if group.side == "input" else {"write"}
@@ -54,8 +54,8 @@ def test_reads_share_inputs_and_writes_share_outputs(llama: SmallModel) -> None:
 
 def test_families_that_do_not_share_are_not_offered_over_layers(llama: SmallModel) -> None:
     settings = sharing_settings("private,shared:2", shared="[k,o]")
-    assert {group.family for group in offered_groups(llama.parts(), settings)} == {"k", "o"}
-    assert not offered_groups(llama.parts(), sharing_settings("private"))
+    assert {group.family for group in offered_groups(llama, settings)} == {"k", "o"}
+    assert not offered_groups(llama, sharing_settings("private"))
 
 
 @pytest.mark.parametrize(

@@ -23,26 +23,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharebasis.compressed import loader
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.index import load_index
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import SplitStrategy
 from sharebasis.errors import BudgetError, SettingsError
+from sharebasis.forms.masked import Masked
 from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.io.checkpoint import Checkpoint
-from sharebasis.io.records import load_record
+from sharebasis.linalg.sparsity_curve import SparsityCurve
 from sharebasis.model.hub import load_model
 from sharebasis.model.surgery import weight_of
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
 from sharebasis.stages.fit.tables import ranks_csv
 from sharebasis.stages.recover.distill import distill
 from sharebasis.stages.recover.muon import Muon
 from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
-from sharebasis.stages.recover.trainable import trainable
-from sharebasis.structures.sparse import curve_of_sparse
+from sharebasis.stages.recover.trainable import named_parameters, supports, trainable
+from sharebasis.structures.sparse import Sparse, curve_of
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_reported_losses_are_those_of_the_stored_weights(
         g = run.moments.gradient(name).total[rows][:, rows] / run.moments.n_tokens
         loss = (g @ error @ inputs * error).sum().item()
         assert one.loss == pytest.approx(loss, rel=1e-3, abs=1e-6 * one.energy)
-        assert not one.dense
+        assert one.form == "masked"
 
 
 def _assert_sizes(run: Calibrated, fitted: FittedModel, settings: FitSettings) -> None:
@@ -113,9 +113,10 @@ def _assert_sizes(run: Calibrated, fitted: FittedModel, settings: FitSettings) -
     for family, own in metrics["families"].items():
         n_masked = own["forms"].get("masked", 0)
         assert n_masked == own["structures"].get("sparse", 0)
-        assert (own["min_rank"] is None) == (n_masked == own["n_groups"])
+        n_ranked = sum(own["forms"].get(kind, 0) for kind in ("low_rank", "interpolative"))
+        assert (own["min_rank"] is None) == (n_ranked == 0)
         without_rank = [not row["rank"] for row in rows if row["family"] == family]
-        assert all(without_rank) == (n_masked == own["n_groups"])
+        assert all(without_rank) == (n_ranked == 0)
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def test_matrices_that_are_zero_lose_nothing_and_stop_nothing(
         model.get_submodule("model.layers.2.self_attn.o_proj").weight.zero_()
 
     run = calibrated("llama", silent)
-    structures = ["private", "narrowed", "sparse", "shared:2"]
+    structures = ["private", "neurons", "sparse", "shared:2"]
     settings = _settings(make_settings, removed=0.3, structures=structures, shared=["o"])
     fitted = run.fit(settings)
     assert all(math.isfinite(one.loss) for one in fitted.groups)
@@ -180,7 +181,7 @@ def test_more_to_choose_from_never_loses_more(
     run = calibrated("llama")
     for removed in (0.2, 0.4, 0.6):
         losses = []
-        for structures in (["private"], ["private", "narrowed"], ["private", "narrowed", "sparse"]):
+        for structures in (["private"], ["private", "neurons"], ["private", "neurons", "sparse"]):
             settings = _settings(make_settings, removed=removed, structures=structures)
             fitted = run.fit(settings)
             _assert_sizes(run, fitted, settings)
@@ -197,7 +198,7 @@ def test_values_are_in_the_gauge_only_where_outputs_have_all_entries(
         fitted = run.fit(_settings(make_settings, removed=removed, value_gauge=True))
         of = {one.group.parts[0].sublayer.name: one for one in fitted.groups}
         for name, own in of.items():
-            if own.gauge_fixed:
+            if own.form == "fixed_columns":
                 output = of[name.replace("v_proj", "o_proj")]
                 assert output.group.structure != "sparse"
                 outputs[True] += 1
@@ -213,11 +214,11 @@ def test_limits_hold(calibrated: Calibrate, make_settings: MakeSettings) -> None
     exclude = [r".*layers\.0\.mlp\.down_proj"]
     settings = _settings(make_settings, limits=limits, exclude=exclude, rank_multiple=4)
     found = {one.group.parts[0].sublayer.name: one for one in run.fit(settings).groups}
-    assert found["model.layers.0.mlp.down_proj"].dense
+    assert found["model.layers.0.mlp.down_proj"].form == "dense"
     ups = [one for name, one in found.items() if name.endswith("up_proj")]
     assert all(one.n_stored >= 0.9 * one.n_original for one in ups)
     for one in found.values():
-        assert one.group.structure == "sparse" or one.dense or one.rank % 4 == 0
+        assert one.form in ("masked", "dense") or (one.rank or 1) % 4 == 0
 
 
 def test_a_curve_says_what_is_stored_and_weighs_its_loss(
@@ -225,21 +226,22 @@ def test_a_curve_says_what_is_stored_and_weighs_its_loss(
 ) -> None:
     run = calibrated("llama")
     run.fit(_settings(make_settings))
-    source = Spectra(run.directory / "spectra")
-    part, points = source.sparse[0], source.sparsities(0)
-    once, twice = (curve_of_sparse(part, points, weight) for weight in (1.0, 2.0))
-    n = part.shape[0] * part.shape[1]
+    cell = run.cells(Sparse)[0]
+    measured = SparsityCurve(*cell.read("curve").tolist())
+    (n_kept, once), (_, twice) = (curve_of(cell.cell, measured, weight) for weight in (1.0, 2.0))
+    n = cell.cell.n_weights
     assert (twice.loss[:-1] == 2 * once.loss[:-1]).all()
     assert once.original == once.stored[-1] == n
-    kept = torch.tensor([n_kept(int(own), n) for own in once.stored[:-1]]).double()
-    assert once.loss[:-1] == pytest.approx(points.loss_at(1 - kept / n).numpy(), rel=1e-9)
+    assert once.stored[:-1].tolist() == [Masked.n_numbers(kept, n) for kept in n_kept[:-1]]
+    kept = torch.tensor(n_kept[:-1]).double()
+    assert once.loss[:-1] == pytest.approx(measured.loss_at(1 - kept / n).numpy(), rel=1e-9)
     assert math.isinf(once.loss[-1])
 
 
 @pytest.mark.parametrize("fit", ["svd", "asvd"])
 def test_a_method_that_does_not_look_at_correlations_does_not_offer_it(fit: str) -> None:
     overrides = [f"fit={fit}", "fit.structures=[private,sparse]", "fit.allocation=global"]
-    with pytest.raises(SettingsError, match="offers sparse weights"):
+    with pytest.raises(SettingsError, match="offers sparse, but"):
         compose_settings(overrides)
 
 
@@ -252,7 +254,7 @@ def _zeros(directory: Path) -> dict[str, Tensor]:
     return {
         name: module.dense() == 0
         for name, module in model.named_modules()
-        if isinstance(module, ShareLinear) and module.mask is not None
+        if isinstance(module, ShareLinear) and module.form.kind == "masked"
     }
 
 
@@ -262,23 +264,28 @@ def test_it_is_trained_and_written_again_without_the_entries(
     run = calibrated("llama")
     run.fit(_settings(make_settings, removed=0.4))
     small, target = run.directory / "small", run.directory / "recovered"
-    index, model = run.index(), load_compressed(small, torch.float32)
-    groups = trainable(model, index)
-    kept = {name: own for group in groups for name, own in group.kept.items()}
-    masked = {p.coefficient for group in index.groups for p in group.parts if p.mask}
+    index, model = run.index(), open_compressed(small, torch.float32)
+    forms = trainable(model)
+    kept = supports(model, forms)
+    masked = {
+        part.tensors["dense"]
+        for group in index.groups
+        for part in group.parts
+        if "mask" in part.tensors
+    }
     assert kept.keys() == masked
     assert len(masked) > len(index.groups) / 2
     settings = replace(make_settings().recover, steps=6, batch=2, windows=8, held_out=2, window=16)
-    factors = {name: own for group in groups for name, own in group.named()}
+    factors = dict(named_parameters(model, forms))
     before = {name: own.detach().clone() for name, own in factors.items()}
     dense, never = load_model(run.weights, "float32", CPU), Checkpoint(target / "c", {}, math.inf)
-    distill(dense, model, factors, tokens(10), settings, 0, never, kept)
+    distill(dense, model.model, factors, tokens(10), settings, 0, never, kept)
     for name, own in kept.items():
         assert (factors[name][~own] == 0).all()
     assert any((factors[name] - old).norm() > 1e-4 * old.norm() for name, old in before.items())
     with torch.no_grad():
-        logits = model(input_ids=tokens(2)).logits
-    write_recovered(target, small, index, groups, Recovery(6, 6, 1, ()), 10_000)
+        logits = model.model(input_ids=tokens(2)).logits
+    write_recovered(target, small, index, forms, Recovery(6, 6, 1, ()), 10_000)
     assert n_stored(target) == n_stored(small)
     with torch.no_grad():
         again = load_compressed(target)(input_ids=tokens(2)).logits
@@ -300,9 +307,8 @@ def test_loading_asks_for_the_memory_that_whole_weights_take(
     asked: list[int] = []
     monkeypatch.setattr(loader, "require_memory", lambda n_bytes, *_: asked.append(n_bytes))
     model = load_compressed(run.directory / "small", dtype)
-    tensors = [*model.parameters(), *(own for own in model.buffers() if own.dtype == torch.int16)]
-    assert sum(isinstance(own, nn.Parameter) for own in tensors) < len(tensors)
-    assert asked == [sum(own.nbytes for own in tensors)]
+    assert _zeros(run.directory / "small")
+    assert asked[0] == sum(own.nbytes for own in model.parameters())
 
 
 def test_an_update_leaves_zeros_where_they_are() -> None:
@@ -341,6 +347,6 @@ def test_propagation_refits_the_entries_that_there_are(
     before, after = _zeros(case.compressed), _zeros(tmp_path / "out")
     assert before
     assert all((after[name] | ~own).all() for name, own in before.items())
-    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
+    index = load_index(tmp_path / "out")
     assert index.groups == case.index.groups
     assert _divergence(case, tmp_path / "out") < _divergence(case, case.compressed)

@@ -25,10 +25,9 @@ from sharing import (
 from small_pipeline import CPU, MakeSmallModel, SmallModel
 from transformers import PreTrainedModel
 
-from sharebasis.allocation.choose import Chosen
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
-from sharebasis.io.records import load_record
+from sharebasis.allocation.choose import Pick
+from sharebasis.compressed.index import load_index
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit import fit as fitting
 from sharebasis.stages.fit.fit import fit
@@ -36,7 +35,7 @@ from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
 from sharebasis.stages.recover.trainable import trainable
-from sharebasis.structures.curve import DENSE
+from sharebasis.structures.curve import DENSE, factor_numbers
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +64,9 @@ def test_the_loss_told_is_that_of_what_is_stored_and_so_is_the_count(
             for part in one.group.parts
         )
         assert one.loss == pytest.approx(loss, rel=1e-3, abs=1e-5 * one.energy)
-        if not one.dense:
+        if one.rank is not None:
             assert one.loss > 1e-2 * one.energy
-            assert one.n_stored == one.group.n_stored(one.rank, settings.storage)
+            assert one.n_stored == factor_numbers(one.group, one.rank, settings.storage)
 
 
 def _take(
@@ -76,22 +75,22 @@ def _take(
     """Let `fit` take, of every family, the first group of a structure, and the rest dense."""
     names: list[str] = []
 
-    def chosen(source: Spectra, *_: object, **__: object) -> Chosen:
-        groups, n_given = source.groups, source.n_given
-        found: dict[int, int] = {}
+    def chosen(source: Spectra, *_: object) -> Sequence[Pick]:
+        (_, baseline), (_, offered), *_ = source.by_structure
+        picks: list[Pick] = []
         covered: set[str] = set()
         for structure, families in wanted.items():
             for family in families:
-                i = next(
-                    i
-                    for i, own in enumerate(groups)
-                    if i >= n_given and (own.structure, own.family) == (structure, family)
+                cell = next(
+                    cell
+                    for cell in offered
+                    if (cell.cell.structure, cell.cell.family) == (structure, family)
                 )
-                names.append(groups[i].name)
-                covered |= {part.name for part in groups[i].parts}
-                found[i] = rank or groups[i].full_rank
-        rest = (i for i in range(n_given) if groups[i].parts[0].name not in covered)
-        return Chosen({**found, **dict.fromkeys(rest, DENSE)})
+                names.append(cell.cell.name)
+                covered |= {part.name for part in cell.cell.parts}
+                picks.append((cell, rank or cell.cell.full_rank))
+        rest = [cell for cell in baseline if cell.cell.parts[0].name not in covered]
+        return [*picks, *((cell, DENSE) for cell in rest)]
 
     monkeypatch.setattr(fitting, "choose", chosen)
     return names
@@ -119,21 +118,21 @@ def test_at_full_rank_no_logit_changes_and_training_starts_from_there(
     _take(monkeypatch, wanted)
     out = tmp_path / "out"
     fit(llama.weights, tmp_path / "spectra", settings, out, CPU, llama.moments)
-    index = load_record(out / INDEX_FILE, CompressedIndex)
-    sides = {group.side for group in index.groups if group.basis}
+    index = load_index(out)
+    sides = {group.side for group in index.groups if "basis" in group.tensors}
     assert sides == ({"input"} if wanted is TAKEN["within a layer"] else {"input", "output"})
     expected = dense_logits(llama)
     scale = expected.abs().max().item()
-    model = load_compressed(out)
+    loaded = open_compressed(out)
     with torch.no_grad():
         torch.testing.assert_close(
-            model(input_ids=WINDOWS[:4]).logits, expected, rtol=0, atol=1e-4 * scale
+            loaded.model(input_ids=WINDOWS[:4]).logits, expected, rtol=0, atol=1e-4 * scale
         )
-        groups = trainable(model, index)
+        forms = trainable(loaded)
         torch.testing.assert_close(
-            model(input_ids=WINDOWS[:4]).logits, expected, rtol=0, atol=1e-4 * scale
+            loaded.model(input_ids=WINDOWS[:4]).logits, expected, rtol=0, atol=1e-4 * scale
         )
-    write_recovered(tmp_path / "again", out, index, groups, Recovery(0, 0, 0, ()), 10_000)
+    write_recovered(tmp_path / "again", out, index, forms, Recovery(0, 0, 0, ()), 10_000)
     with torch.no_grad():
         torch.testing.assert_close(
             load_compressed(tmp_path / "again")(input_ids=WINDOWS[:4]).logits,
@@ -245,4 +244,4 @@ def test_a_limit_of_some_parts_keeps_them_from_sharing_with_others(
     names = ("self_attn.o_proj", "self_attn.k_proj")
     assert shared == {f"model.layers.0-1.{name}" for name in names}
     (dense,) = (one for one in fitted.groups if one.group.name == "model.layers.0.mlp.down_proj")
-    assert dense.dense
+    assert dense.form == "dense"

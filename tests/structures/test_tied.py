@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sharebasis.architecture.parts import split_selected
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.types import Labels
 from sharebasis.errors import StreamError
-from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
 from sharebasis.moments.problems import Problems
@@ -32,7 +30,7 @@ from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import FittedModel, fit_metrics
 from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import write_recovered
-from sharebasis.stages.recover.trainable import trainable
+from sharebasis.stages.recover.trainable import named_parameters, trainable
 
 WINDOWS = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(0))
 N_LAYERS = 3
@@ -139,7 +137,7 @@ def test_what_is_shared_counts_once_and_is_stored_once(
     assert metrics["whole_model"]["original_numbers"] == n_dense
     assert metrics["whole_model"]["stored_numbers"] == n_small
     assert metrics["removed_fraction"] == 1 - metrics["stored_numbers"] / sum(own)
-    q = [small.get_submodule(f"model.layers.{i}.self_attn.q_proj").parts[0] for i in range(3)]
+    q = [part.form for part in _parts(small, "self_attn.q_proj")]
     assert len({part.basis.data_ptr() for part in q}) == 1
     assert len({part.coefficient.data_ptr() for part in q}) == 1
 
@@ -155,7 +153,7 @@ def two_sided(
     settings = fit_settings(make_settings, structures=STRUCTURES[request.param], removed=0.4)
     fitted = _compress(weights, tmp_path, settings, "text")
     if "sparse" in settings.structures:
-        assert any(one.sparse for one in fitted.groups)
+        assert any(one.form == "masked" for one in fitted.groups)
     return tmp_path / "small"
 
 
@@ -172,15 +170,14 @@ def test_two_sided_factors_and_entries_are_in_memory_once(two_sided: Path) -> No
 
 @torch.no_grad()
 def test_what_is_trained_is_so_under_all_names(two_sided: Path, tmp_path: Path) -> None:
-    small = load_compressed(two_sided, torch.float32)
-    index = load_record(two_sided / INDEX_FILE, CompressedIndex)
-    groups, before = trainable(small, index), small(input_ids=WINDOWS).logits
-    for group in groups:
-        for _, own in group.named():
-            own *= 1.2
+    loaded = open_compressed(two_sided, torch.float32)
+    small, index = loaded.model, loaded.index
+    forms, before = trainable(loaded), small(input_ids=WINDOWS).logits
+    for _, parameter in named_parameters(loaded, forms):
+        parameter *= 1.2
     logits = small(input_ids=WINDOWS).logits
     assert (logits - before).abs().max() > 1e-2 * before.abs().max()
-    write_recovered(tmp_path / "again", two_sided, index, groups, Recovery(0, 0, 0, ()), 10_000)
+    write_recovered(tmp_path / "again", two_sided, index, forms, Recovery(0, 0, 0, ()), 10_000)
     again = load_compressed(tmp_path / "again")(input_ids=WINDOWS).logits
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
 
@@ -227,7 +224,7 @@ def test_the_fit_weighs_the_inputs_of_all_that_use_it(
     total = sum((moments.read(moments.site(name)).total for name in names), torch.zeros(()))
     dense, small = load_model(weights, "float32", CPU), load_compressed(tmp_path / "small")
     weight = dense.get_submodule(names[0]).weight.double()
-    (part,) = small.get_submodule(names[0]).parts
+    part = _parts(small, "self_attn.o_proj")[0].form
     error = (part.coefficient @ part.basis).double() - weight
     loss = _loss(error, total)
     singular = torch.linalg.svdvals(weight @ torch.linalg.cholesky(total))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sharebasis.config.types import Side
+from sharebasis.errors import StateError
 from sharebasis.forms.form import Form, FormModule, RoleTensors, parameter, trained
 from sharebasis.linalg.low_rank import balance, decompose
 from sharebasis.linalg.objective import Problem
@@ -32,10 +33,18 @@ class LowRankModule(FormModule):
         basis: the same Parameter for every part that shares it.
         coefficient: of this part.
         side: where the basis lies: input, W = coefficient @ basis; output, W = basis @ coefficient.
+
+        Raises:
+            StateError: the factors are not of one rank.
         """
         super().__init__()
         self.basis, self.coefficient = parameter(basis), parameter(coefficient)
         self._side: Side = side
+        inner, outer = self.factors
+        if len(inner) != outer.shape[1]:
+            raise StateError(
+                f"Factors of shapes {tuple(outer.shape)} and {tuple(inner.shape)} have no product."
+            )
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int16
 from torch import Tensor
 from torch.nn import functional
 
+from sharebasis.errors import StateError
 from sharebasis.forms.dense import DenseModule
 from sharebasis.forms.form import Form, RoleTensors, trained
 from sharebasis.linalg.objective import Problem
@@ -48,7 +49,9 @@ class Masked(Form):
     @classmethod
     def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Masked:
         ((part,), (shape,)) = tensors.parts, shapes
-        kept = unpack(part["mask"], shape)
+        kept, n_values = unpack(part["mask"], shape), len(part["dense"])
+        if n_values != kept.sum():
+            raise StateError(f"A mask of {kept.sum()} entries does not go with {n_values} values.")
         weight = torch.zeros_like(kept, dtype=part["dense"].dtype)
         return cls(weight.masked_scatter(kept, part["dense"].detach()), kept)
 
