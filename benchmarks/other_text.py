@@ -22,6 +22,7 @@ from pathlib import Path
 from gathering import gather
 from jaxtyping import Int64
 from protocol_s import METHODS
+from sharebasis.structures.value_outputs import value_outputs
 from torch import Tensor
 
 from sharebasis.architecture.parts import split_selected
@@ -41,7 +42,6 @@ from sharebasis.stages.extract.sources import find_source
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.verify.verify import compare
-from sharebasis.structures.value_outputs import value_outputs
 
 ONE_SHOT = [name for name, own in METHODS.items() if all(one.startswith("fit") for one in own)]
 """Methods that are decompose and fit alone."""

@@ -52,7 +52,7 @@ def case(
     weights, target = make_directory(family), tmp_path_factory.mktemp("fit")
     found = classify_model(meta_model(load_config(weights)))
     parts = split_selected(found, strategy)  # type: ignore[arg-type]
-    decompose(weights, parts, None, settings, target / "spectra", CPU)
+    decompose(weights, found, parts, None, settings, target / "spectra", CPU)
     fitted = fit(weights, target / "spectra", settings, target / "compressed", CPU, None)
     return fitted, settings, weights, target / "spectra"
 
@@ -83,7 +83,8 @@ def test_a_shared_basis_counts_for_each_part_that_uses_it(
     settings = make_settings(changes).fit
     found = classify_model(meta_model(load_config(llama_directory)))
     parts = split_selected(found, "none")
-    decompose(llama_directory, parts, None, replace(settings, method="svd"), tmp_path / "s", CPU)
+    plain = replace(settings, method="svd")
+    decompose(llama_directory, found, parts, None, plain, tmp_path / "s", CPU)
     fitted = fit(llama_directory, tmp_path / "s", settings, tmp_path / "out", CPU, None)
     (shared, *_) = [one for one in fitted.groups if len(one.group.parts) == 2]
     stored = {(row["family"], row["layer"]): int(row["stored"]) for row in _rows(ranks_csv(fitted))}
@@ -103,7 +104,8 @@ def test_the_spectrum_is_that_of_the_weights(case: Any) -> None:
         own = np.array([values[rank:].sum() for rank in ranks])
         key = part.family, part.sublayer.layer
         tails[key] = tails.get(key, 0) + own
-    rows = _rows(spectrum_csv([one.group for one in fitted.groups], Spectra(spectra).energies()))
+    energies = list(Spectra(spectra).energies().values())
+    rows = _rows(spectrum_csv([one.group for one in fitted.groups], energies))
     assert len(rows) == STEPS * len(tails)
     for row in rows:
         own = tails[row["family"], int(row["layer"])]
