@@ -22,7 +22,6 @@ from pathlib import Path
 from gathering import gather
 from jaxtyping import Int64
 from protocol_s import METHODS
-from sharebasis.structures.value_outputs import value_outputs
 from torch import Tensor
 
 from sharebasis.architecture.parts import split_selected
@@ -149,8 +148,7 @@ def measure(arguments: argparse.Namespace, one: Calibration, texts: Mapping[str,
         model = classify_model(meta_model(load_config(weights)))
         moments = gather(weights, own, settings, model, one.windows)
         parts = split_selected(model, "none")
-        models = weights, parts, moments, settings.fit, own / "spectra"
-        decompose(*models, device, values=value_outputs(weights, model))
+        decompose(weights, model, parts, moments, settings.fit, own / "spectra", device)
         for budget in removed:
             chosen = settings_of(arguments, one.text, method, budget).fit
             fitted = fit(weights, own / "spectra", chosen, own / str(budget), device, moments)
