@@ -33,8 +33,8 @@ from sharebasis.data.windows import read_windows
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.fidelity import FidelityMeter
+from sharebasis.model.blocks import PROBE_TOKENS
 from sharebasis.model.hub import DTYPES, load_model, load_tokenizer
-from sharebasis.moments.gather import PROBE_TOKENS
 from sharebasis.moments.store import Accumulators
 from sharebasis.pipeline.compose import compose_settings
 from sharebasis.pipeline.paths import COMPRESSED, SUBLAYERS, WEIGHTS

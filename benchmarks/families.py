@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from sharebasis import load_compressed
-from sharebasis.architecture.parts import rows_by_sublayer, split_selected
+from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
+from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.types import DType, SplitStrategy
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.model.classify import classify_model
@@ -81,7 +82,7 @@ def run(name: str, sizes: Mapping[str, Any], work: Path, dtype: DType) -> list[s
     lossless = max(
         lossless_difference(model, rows_by_sublayer(own), windows[:2]) for own in parts.values()
     )
-    compress(work, found.selected, parts["heads"], windows[:WINDOWS], dtype)
+    compress(work, found, parts["heads"], windows[:WINDOWS], dtype)
     small = load_compressed(work / "compressed")
     fidelity = compare(load_model(work / "weights", dtype, CPU), {"": small}, windows[WINDOWS:], 4)
     assert math.isfinite(fidelity[""].kl_mean)
@@ -98,14 +99,17 @@ def run(name: str, sizes: Mapping[str, Any], work: Path, dtype: DType) -> list[s
     ]
 
 
-def compress(work: Path, selected: Any, parts: Any, windows: Tensor, dtype: DType) -> None:
+def compress(
+    work: Path, found: Classification, parts: Sequence[Part], windows: Tensor, dtype: DType
+) -> None:
     """The stages calibrate and fit."""
     model = load_model(work / "weights", dtype, CPU)
     checkpoint = Checkpoint(work / "checkpoint", {}, math.inf)
-    write_moments(work / "moments", *calibrate(model, selected, windows, BATCH, checkpoint, "text"))
+    accumulators = calibrate(model, found.selected, windows, BATCH, checkpoint, "text")
+    write_moments(work / "moments", *accumulators)
     settings = compose_settings().fit
     moments = MomentStore(work / "moments")
-    decompose(work / "weights", parts, moments, settings, work / "spectra", CPU)
+    decompose(work / "weights", found, parts, moments, settings, work / "spectra", CPU)
     fit(work / "weights", work / "spectra", settings, work / "compressed", CPU, moments)
 
 

@@ -41,7 +41,6 @@ from sharebasis.stages.extract.sources import find_source
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.fit.metrics import fit_metrics
 from sharebasis.stages.verify.verify import compare
-from sharebasis.structures.value_outputs import value_outputs
 
 ONE_SHOT = [name for name, own in METHODS.items() if all(one.startswith("fit") for one in own)]
 """Methods that are decompose and fit alone."""
@@ -149,8 +148,7 @@ def measure(arguments: argparse.Namespace, one: Calibration, texts: Mapping[str,
         model = classify_model(meta_model(load_config(weights)))
         moments = gather(weights, own, settings, model, one.windows)
         parts = split_selected(model, "none")
-        models = weights, parts, moments, settings.fit, own / "spectra"
-        decompose(*models, device, values=value_outputs(weights, model))
+        decompose(weights, model, parts, moments, settings.fit, own / "spectra", device)
         for budget in removed:
             chosen = settings_of(arguments, one.text, method, budget).fit
             fitted = fit(weights, own / "spectra", chosen, own / str(budget), device, moments)

@@ -24,7 +24,6 @@ from pathlib import Path
 from gathering import gather, make_once
 from rich.table import Table
 from safetensors import safe_open
-from sharebasis.structures.value_outputs import value_outputs
 
 from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.architecture.parts import split_selected
@@ -74,12 +73,8 @@ of the official code."""
 
 ELSEWHERE: Mapping[str, Mapping[float, float]] = {
     "kfac with LEMS, official code": {0.2: 39.74, 0.5: 128.94},
-    "a first script, all private": {0.2: 33.8, 0.3: 41.6, 0.4: 56.4, 0.5: 83.3},
-    "goal": {0.2: 31.5, 0.3: 37.0, 0.4: 48.0, 0.5: 68.0},
-    "goal after recovery": {0.2: 30.5, 0.3: 32.5, 0.4: 36.0, 0.5: 45.0},
 }
-"""What else there is to compare with, measured before there was this benchmark, and what `auto` was
-to reach."""
+"""What else there is to compare with."""
 
 METHODS = {
     "svd": ["fit=svd"],
@@ -93,7 +88,7 @@ METHODS = {
     "auto-text": ["fit=auto", "calibrate.gradients=text"],
     "auto-uniform": ["fit=auto", "fit.structures=[private]", "fit.allocation=uniform"],
     "auto-private": ["fit=auto", "fit.structures=[private]"],
-    "auto-factors": ["fit=auto", "fit.structures=[private,narrowed]"],
+    "auto-factors": ["fit=auto", "fit.structures=[private,neurons]"],
     "auto-plain": ["fit=auto", "fit.storage=plain"],
     "auto-whole": ["fit=auto", "fit.value_gauge=false"],
     "auto-probes": ["fit=auto", "fit.structures=[private]", "sensitivity=probes"],
@@ -161,8 +156,8 @@ def fit_all(arguments: argparse.Namespace) -> None:
         if method not in DERIVED:
             first = settings_of(arguments, method, arguments.removed[0])
             moments = gather(work / "weights", gathered(work, first), first, model, windows)
-            models = work / "weights", parts, moments, first.fit, work / "spectra"
-            decompose(*models, device, values=value_outputs(work / "weights", model))
+            models = work / "weights", model, parts, moments
+            decompose(*models, first.fit, work / "spectra", device)
         for removed in arguments.removed:
             make(work, settings_of(arguments, method, removed), (method, removed))
 

@@ -12,7 +12,7 @@ from small_pipeline import CPU, MakeSmallPipeline, SmallPipeline, never_saved
 from torch import Tensor
 from torch.nn import functional
 
-from sharebasis.compressed.index import load_index
+from sharebasis.compressed.index import StoredPart, load_index
 from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.tensor_files import TensorReader
@@ -84,11 +84,16 @@ def maker(small_pipeline: MakeSmallPipeline, always: Mapping[str, object] = {}) 
     return make
 
 
+def name_of(part: StoredPart) -> str:
+    """The sublayer of a part and its first row."""
+    return f"{part.sublayer}.{part.rows.start}"
+
+
 def products(directory: Path) -> dict[str, Tensor]:
-    """The dense weight of every part."""
+    """The dense weight of every part, by its name."""
     loaded = open_compressed(directory)
     return {
-        f"{part.sublayer}.{part.rows.start}": linear.dense().detach()
+        name_of(part): linear.dense().detach()
         for group in loaded.index.groups
         for part, linear in zip(group.parts, loaded.linears(group), strict=True)
     }

@@ -38,7 +38,7 @@ AUTO = {
 
 STRUCTURES = {
     "private": {},
-    "narrowed": {"fit.structures": ["private", "narrowed"], "fit.removed": 0.5},
+    "neurons": {"fit.structures": ["private", "neurons"], "fit.removed": 0.5},
     "sparse": {"fit.structures": ["private", "sparse"]},
 }
 

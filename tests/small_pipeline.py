@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sharebasis.architecture.parts import Part, split_selected
 from sharebasis.architecture.sublayers import Classification
+from sharebasis.compressed.edits import PrunedNeurons, edits_of
 from sharebasis.compressed.index import CompressedIndex, StoredGroup, load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.schema import Settings
@@ -113,6 +114,11 @@ def calibrated_model(
     found = calibrate(model, selected, windows, batch, checkpoint, labels)
     write_moments(target / "moments", *found)
     return SmallModel(weights, target / "moments", classification)
+
+
+def pruned(index: CompressedIndex) -> Sequence[PrunedNeurons]:
+    """The MLPs of a compressed model that lack neurons."""
+    return [edit for edit in edits_of(index) if isinstance(edit, PrunedNeurons)]
 
 
 def dense_rows(model: PreTrainedModel, sublayer: str, rows: Rows) -> Tensor:

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from sharebasis.allocation.sensitivity import UNWEIGHED, Sensitivity
 from sharebasis.architecture.parts import rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.config.analyse import SensitivitySettings
 from sharebasis.config.schema import Settings
-from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.forms.masked import Masked
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
@@ -40,7 +40,6 @@ from sharebasis.stages.recover.outcome import Recovery
 from sharebasis.stages.recover.recover import recover
 from sharebasis.stages.sensitivity.measure import measure_sensitivity
 from sharebasis.stages.verify.verify import compare, lossless_difference
-from sharebasis.structures.value_outputs import value_outputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -78,9 +77,8 @@ class Pipeline:
     @cached_property
     def spectra(self) -> Path:
         parts, target = split_selected(self.classification, "none"), self.work / "spectra"
-        artefacts = self.work / "weights", parts, self.moments, self.settings.fit, target
-        values = value_outputs(self.work / "weights", self.classification)
-        decompose(*artefacts, self.device, values=values)
+        artefacts = self.work / "weights", self.classification, parts, self.moments
+        decompose(*artefacts, self.settings.fit, target, self.device)
         return target
 
     @cached_property
@@ -176,9 +174,10 @@ def test_drawn_tokens_give_moments_too(pair: Pair) -> None:
 
 
 def test_spectra(pair: Pair) -> None:
-    cpu, gpu = (Spectra(one.spectra) for one in pair)
-    for one, other in zip(cpu.energies(), gpu.energies(), strict=True):
-        assert abs(one - other).max() < 1e-3 * one.max()
+    cpu, gpu = (Spectra(one.spectra).energies() for one in pair)
+    assert gpu.keys() == cpu.keys()
+    for number, energies in cpu.items():
+        assert abs(energies - gpu[number]).max() < 1e-3 * energies.max()
 
 
 def test_structures_that_share(make_pair: MakePair) -> None:
@@ -195,12 +194,13 @@ def test_weights_that_lack_entries(make_pair: MakePair) -> None:
     _, gpu = pair
     assert any(group.group.structure == "sparse" for group in gpu.fitted.groups)
     assert gpu.recovery.looks[-1].divergence < gpu.recovery.looks[0].divergence
-    recovered = load_compressed(gpu.work / "recovered", device=gpu.device)
-    for name, module in gpu.load().named_modules():
-        if isinstance(module, ShareLinear) and module.kept is not None:
-            own = recovered.get_submodule(name)
-            assert isinstance(own, ShareLinear)
-            assert (own.dense()[~module.kept] == 0).all()
+    recovered = open_compressed(gpu.work / "recovered", device=gpu.device)
+    fitted = open_compressed(gpu.compressed, device=gpu.device)
+    for group in fitted.index.groups:
+        form = fitted.forms[group.name]
+        if isinstance(form, Masked):
+            (linear,) = recovered.linears(group)
+            assert (linear.dense()[~form.kept] == 0).all()
 
 
 def test_what_is_fitted(pair: Pair) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SIZES, MakeDirectory, MakeSettings, rows_left
 from safetensors.torch import load_file
-from small_pipeline import CPU, SmallModel, calibrated_model
+from small_pipeline import CPU, SmallModel, calibrated_model, pruned
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from sharebasis.architecture.families import ARCHITECTURES
 from sharebasis.architecture.parts import Part, rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, NarrowedMlp
+from sharebasis.compressed.edits import PrunedNeurons
+from sharebasis.compressed.index import load_index
 from sharebasis.compressed.loader import load_compressed
 from sharebasis.forms.split_linear import SplitLinear
-from sharebasis.io.records import load_record
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import unstack
 from sharebasis.model.hub import load_config, load_model, meta_model
@@ -35,7 +35,7 @@ AUTO = {
     "fit.method": "auto",
     "fit.group_size": 1,
     "fit.shared": [],
-    "fit.structures": ["private", "narrowed"],
+    "fit.structures": ["private", "neurons"],
     "fit.two_sided": True,
     "fit.damping_gradients": 0.05,
     "fit.allocation": "global",
@@ -110,7 +110,7 @@ def test_the_wrap_alone_changes_nothing(
 
 @torch.no_grad()
 def _with_products(
-    dense: PreTrainedModel, small: PreTrainedModel, mlps: Sequence[NarrowedMlp]
+    dense: PreTrainedModel, small: PreTrainedModel, mlps: Sequence[PrunedNeurons]
 ) -> PreTrainedModel:
     """The dense model with the weights that a compressed one's factors stand for.
 
@@ -145,10 +145,10 @@ def test_it_is_compressed_and_loads(
     settings = make_settings(AUTO).fit
     fitted = small.fit(tmp_path, settings, strategy)
     compressed = load_compressed(tmp_path / "compressed")
-    index = load_record(tmp_path / "compressed" / INDEX_FILE, CompressedIndex)
+    mlps = pruned(load_index(tmp_path / "compressed"))
     torch.testing.assert_close(
         compressed(input_ids=_windows(1)).logits,
-        _with_products(small.load(), compressed, index.mlps)(input_ids=_windows(1)).logits,
+        _with_products(small.load(), compressed, mlps)(input_ids=_windows(1)).logits,
         rtol=0,
         atol=2e-4,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from low_rank_fits import fit_rank
 from small_pipeline import MakeSmallPipeline, SmallPipeline, dense_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def _close(one: Tensor, other: Tensor, relative: float) -> bool:
 def test_the_wrap_alone_changes_nothing(run: SmallPipeline) -> None:
     model = run.model.unstacked()
     before = _logits(model)
-    assert lossless_difference(model, rows_by_sublayer(run.parts), TOKENS) <= 2e-5
+    assert lossless_difference(model, rows_by_sublayer(run.parts()), TOKENS) <= 2e-5
     assert torch.equal(_logits(model), before)
     assert not any(isinstance(module, ShareLinear) for module in model.modules())
 
@@ -87,9 +88,9 @@ def test_the_wrap_alone_changes_nothing(run: SmallPipeline) -> None:
 def test_a_wrap_that_loses_something_is_noticed(
     run: SmallPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, d_out = run.parts[-1].sublayer.name, run.parts[-1].sublayer.shape[0]
+    name, d_out = run.parts()[-1].sublayer.name, run.parts()[-1].sublayer.shape[0]
     half = d_out // 2
-    swapped = {**rows_by_sublayer(run.parts), name: [Rows(half, d_out - half), Rows(0, half)]}
+    swapped = {**rows_by_sublayer(run.parts()), name: [Rows(half, d_out - half), Rows(0, half)]}
     assert lossless_difference(run.model.unstacked(), swapped, TOKENS) <= 2e-5
     monkeypatch.setattr(surgery, "inverse_order", lambda rows: None)  # the halves stay swapped
     assert lossless_difference(run.model.unstacked(), swapped, TOKENS) > 1e-2
@@ -158,21 +159,21 @@ def test_companions_come_along_and_the_manifest_does_not(run: SmallPipeline) -> 
 
 
 def test_every_basis_is_on_disk_once_and_in_memory_once(run: SmallPipeline) -> None:
-    bases = [group.basis for group in run.index.groups]
+    bases = [group.tensors["basis"] for group in run.index.groups]
     assert len(set(bases)) == len(bases) == run.metrics["n_groups"]
     model = load_compressed(run.compressed)
     parts = {
         (name, part_rows): part
-        for name, rows in rows_by_sublayer(run.parts).items()
+        for name, rows in rows_by_sublayer(run.parts()).items()
         for part_rows, part in zip(rows, model.get_submodule(name).parts, strict=True)
     }
     pointers = []
     for group in run.index.groups:
         users = [parts.pop((part.sublayer, part.rows)) for part in group.parts]
-        assert len({id(user.basis) for user in users}) == 1
-        pointers.append(users[0].basis.data_ptr())
+        assert {user.form.kind for user in users} == {"low_rank"}
+        assert len({id(user.form.basis) for user in users}) == 1
+        pointers.append(users[0].form.basis.data_ptr())
         assert {user.state for user in users} == {State.COMPRESSED}
-        assert all(user.weight is None for user in users)
     assert not parts
     assert len(set(pointers)) == len(pointers)
     assert sum(p.numel() for p in model.parameters()) == sum(
@@ -231,7 +232,7 @@ def test_products_and_losses_are_those_of_the_dense_weights_and_hooked_moments(
         own = {part.sublayer: moments[part.sublayer] for part in group.parts}.values()
         pooled = sum(one.total for one in own) / sum(one.n_tokens for one in own)
         moment = Moment(pooled, torch.zeros(len(pooled)).double(), 1, "pooled")
-        factors = fit_read_basis(weights, moment if whitened else None, group.rank)
+        factors = fit_rank(weights, moment if whitened else None, group.rank)
         expected = torch.cat(factors.coefficients) @ factors.basis
         product = run.product(group)
         assert _close(product, expected, 1e-4), group.name
@@ -311,7 +312,7 @@ def test_half_precision_weights_become_half_precision_factors(
     for group in run.index.groups:
         (part,) = group.parts
         weight = dense_rows(model, part.sublayer, part.rows)
-        factors = fit_read_basis([weight], None, group.rank)
+        factors = fit_rank([weight], None, group.rank)
         expected = factors.coefficients[0] @ factors.basis
         assert _close(run.product(group), expected, 4 * torch.finfo(torch.bfloat16).eps)
 

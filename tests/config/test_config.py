@@ -77,7 +77,7 @@ def test_every_choice_composes_to_valid_settings(choice: tuple[str, str]) -> Non
 )
 def test_what_choices_have_in_common_is_no_choice(group: str, key: str) -> None:
     with pytest.raises(SettingsError, match=f"nothing is given for {re.escape(key)}, "):
-        _compose(f"{group}={BASE}")
+        composed(f"{group}={BASE}")
 
 
 def test_a_method_says_what_is_its_own_and_nothing_else() -> None:

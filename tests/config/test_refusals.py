@@ -16,7 +16,7 @@ from conftest import REPOSITORY, with_changes
 
 from sharebasis.config.fit import LimitSettings
 from sharebasis.config.methods import METHODS, Metric
-from sharebasis.config.structures import STRUCTURES, StructureEntry, structure_entry
+from sharebasis.config.structures import STRUCTURES, StructureEntry, structure_name
 from sharebasis.errors import SettingsError
 from sharebasis.pipeline.compose import compose_params
 from sharebasis.pipeline.settings import load_settings, parse_settings
@@ -225,17 +225,16 @@ def test_a_structure_that_is_added_to_the_table_is_one(
     changed = with_changes(params, {**changes, "fit.shared": ["q"]})
     with pytest.raises(SettingsError, match=r"not valid: fit\.structures: 'toy:3' is none of priv"):
         parse_settings(changed, "params.yaml")
-    toy = StructureEntry("toys:Toy", r"toy:\d")
-    monkeypatch.setitem(STRUCTURES, "toy", toy)
+    monkeypatch.setitem(STRUCTURES, "toy", StructureEntry("toys:Toy", r"toy:\d"))
     assert parse_settings(changed, "params.yaml").fit.structures == ("private", "toy:3")
-    assert structure_entry("toy:3") == ("toy", toy)
+    assert structure_name("toy:3") == "toy"
 
 
 @pytest.mark.parametrize(
     ("name", "specs"),
     {
         "private": ["private"],
-        "neurons": ["narrowed"],
+        "neurons": ["neurons"],
         "sparse": ["sparse"],
         "shared": ["fixed", "joint", "experts", "shared:2", "shared:all:inner", "by_distance:10"],
         None: ["", "shared", "shared:1", "joint:inner", "private ", "by_distance:all", "Sparse"],
@@ -247,9 +246,9 @@ def test_an_entry_of_structures_belongs_to_one_structure(
     for spec in specs:
         if name is None:
             with pytest.raises(SettingsError, match=f"{spec!r} is none of .*shared:N .N from 2"):
-                structure_entry(spec)
+                structure_name(spec)
         else:
-            assert structure_entry(spec) == (name, STRUCTURES[name])
+            assert structure_name(spec) == name
         matching = [entry for entry in STRUCTURES.values() if re.fullmatch(entry.pattern, spec)]
         assert len(matching) == (name is not None)
 

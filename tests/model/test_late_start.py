@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharebasis.model.late_start import LateStart
 from small_pipeline import WINDOWS, MakeSmallModel, SmallModel
 from torch import Tensor, nn
+
+from sharebasis.model.blocks import LateStart
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -207,7 +207,7 @@ def test_what_no_loss_depends_on_costs_next_to_nothing(
         model.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()
 
     case = maker(small_model, tmp_path)("llama", silence)
-    for structures in (["private"], ["private", "narrowed", "sparse", "joint"]):
+    for structures in (["private"], ["private", "neurons", "sparse", "joint"]):
         fitted = case.fit(fit_settings(make_settings, structures=structures, removed=0.3))
         silent = [
             own

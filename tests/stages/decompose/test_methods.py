@@ -80,12 +80,16 @@ def test_factors_are_the_truncated_svd_of_the_scaled_weight(
     if method == "basis_sharing":  # of groups of one
         settings = make_settings({"fit.group_size": 1}).fit
     spectra = small.decompose(tmp_path / "spectra", settings)
-    assert len(spectra.groups) == len(small.parts())
-    for i, (group, energies) in enumerate(zip(spectra.groups, spectra.energies(), strict=True)):
+    _, cells = spectra.by_structure[0]
+    assert len(cells) == len(small.parts())
+    all_energies = spectra.energies()
+    for cell in cells:
+        group, energies = cell.cell, all_energies[cell.number]
         weight = dense.read(f"{group.parts[0].sublayer.name}.weight", group.parts[0].rows)
         left, right = _scales(method, *_moments(small.moments, group))
         product, squares = _by_hand(left, weight, right)
-        basis, coefficient = spectra.factors(i, RANK)
+        basis = cell.read("basis", slice(0, RANK)).double()
+        coefficient = cell.read("coefficient", columns=slice(0, RANK)).double()
         scale = product.abs().max().item()
         torch.testing.assert_close(coefficient @ basis, product, rtol=0, atol=1e-5 * scale)
         torch.testing.assert_close(

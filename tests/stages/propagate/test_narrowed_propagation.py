@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from propagating import NARROWED, WINDOWS, Case, MakeCase, maker, n_stored, products
-from small_pipeline import MakeSmallPipeline
+from propagating import NARROWED, WINDOWS, Case, MakeCase, maker, n_stored, name_of, products
+from small_pipeline import MakeSmallPipeline, pruned
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,8 +29,8 @@ def narrowed(make: MakeCase) -> Case:
 def test_neurons_that_are_left_say_what_all_of_them_said(narrowed: Case, tmp_path: Path) -> None:
     """A down that is stored as it is: torch's own least squares, of what both models ran."""
     narrowed.propagate(tmp_path / "out", amount=1.0, damping=0.0, mean=False)
-    dense = {group.parts[0].sublayer for group in narrowed.index.groups if group.basis is None}
-    downs = [mlp.down for mlp in narrowed.index.mlps if mlp.down in dense]
+    dense = {group.parts[0].sublayer for group in narrowed.index.groups if group.form == "dense"}
+    downs = [mlp.down for mlp in pruned(narrowed.index) if mlp.down in dense]
     assert downs
     models = (
         narrowed.model.load(),
@@ -64,11 +64,11 @@ def test_without_drift_neurons_that_are_left_stay_what_they_were(
     case = make(family, {**NARROWED, "fit.removed": 0.2, "split.strategy": split})
     case.propagate(tmp_path / "out", amount=1e-9, mean=False)
     before, after = products(case.compressed), products(tmp_path / "out")
-    narrowed = {name for mlp in case.index.mlps for name in (*mlp.reads, mlp.down)}
-    parts = [part for group in case.index.groups if group.basis is None for part in group.parts]
-    dense = {part.coefficient for part in parts if part.sublayer in narrowed}
-    assert any(name.endswith(least) for name in dense)
-    for name in dense:
+    narrowed = {name for mlp in pruned(case.index) for name in (*mlp.reads, mlp.down)}
+    parts = [part for group in case.index.groups if group.form == "dense" for part in group.parts]
+    dense = {part.tensors["dense"]: name_of(part) for part in parts if part.sublayer in narrowed}
+    assert any(tensor.endswith(least) for tensor in dense)
+    for name in dense.values():
         torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-5)
 
 
@@ -82,9 +82,12 @@ def test_a_bias_keeps_the_mean_of_what_is_put_out(
         case, name = make("gpt2", {"split.strategy": "qkv"}), f"transformer.h.2.{last}"
     else:
         (name, *_) = (
-            one for mlp in case.index.mlps for one in (*mlp.reads, mlp.down) if one.endswith(last)
+            one
+            for mlp in pruned(case.index)
+            for one in (*mlp.reads, mlp.down)
+            if one.endswith(last)
         )
-    kept = next((list(mlp.kept) for mlp in case.index.mlps if name in mlp.reads), ...)
+    kept = next((list(mlp.kept) for mlp in pruned(case.index) if name in mlp.reads), ...)
     model = case.model.load()
 
     def mean(one: PreTrainedModel) -> Tensor:

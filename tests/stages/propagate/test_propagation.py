@@ -23,23 +23,26 @@ from propagating import (
     n_stored,
     products,
 )
-from small_pipeline import MakeSmallPipeline
+from small_pipeline import MakeSmallPipeline, pruned
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedGroup, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.index import StoredGroup, load_index
+from sharebasis.compressed.loader import LoadedModel, load_compressed
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.refine import PropagateSettings
 from sharebasis.data.windows import read_windows
+from sharebasis.forms.form import Form
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.drift_regression import PairedMoment
 from sharebasis.model.hooks import watched
-from sharebasis.stages.propagate import block_regression, refit, streams
+from sharebasis.stages.propagate import block_regression
 from sharebasis.stages.propagate.outcome import Propagation, write_unpropagated
 from sharebasis.stages.propagate.propagate import propagation_identity, propagation_windows
 from sharebasis.stages.propagate.refit import Refitter
+from sharebasis.stages.propagate.refitted import Refitted
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) 
     case.propagate(tmp_path / "out", amount=1.0)
     before, after = products(case.compressed), products(tmp_path / "out")
     changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
-    reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
+    reads = [f"model.layers.0.self_attn.{own}_proj.0" for own in "qkv"]
     assert not changed & set(reads)
     for name in reads:
         torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-4)
@@ -77,7 +80,7 @@ def test_what_the_first_block_reads_has_not_drifted(case: Case, tmp_path: Path) 
 
 def test_as_many_numbers_and_ranks_as_before(case: Case, tmp_path: Path) -> None:
     found = case.propagate(tmp_path / "out")
-    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
+    index = load_index(tmp_path / "out")
     assert n_stored(tmp_path / "out") == n_stored(case.compressed)
     ranks = {group.name: (group.rank, group.tensors) for group in case.index.groups}
     assert {group.name: (group.rank, group.tensors) for group in index.groups} == ranks
@@ -118,13 +121,13 @@ def test_what_the_stream_lacks_before_a_write(
     """By the inputs of what reads the stream just there; granite adds half of what is written."""
     name, reader = STREAMS[write]
     case, pairs = make(family), {}
-    tensors = Refitter.tensors
+    problems = Refitter.problems
 
-    def note(self: Refitter, group: CompressedGroup, pair: PairedMoment, *others: Any) -> object:
+    def note(self: Refitter, group: StoredGroup, pair: PairedMoment) -> object:
         pairs[group.name] = pair
-        return tensors(self, group, pair, *others)
+        return problems(self, group, pair)
 
-    monkeypatch.setattr(Refitter, "tensors", note)
+    monkeypatch.setattr(Refitter, "problems", note)
     case.propagate(tmp_path / "out", stream=0.5)
     models = case.model.load(), load_compressed(tmp_path / "out")
     seen: list[dict[str, Tensor]] = []
@@ -205,11 +208,11 @@ def test_a_killed_run_goes_on_to_the_same_end(
     passed: list[int] = []
     pass_block = block_regression.Propagator.pass_block
 
-    def count(self: block_regression.Propagator, i: int, streams: streams.Streams) -> object:
+    def count(self: block_regression.Propagator, i: int, *others: Any) -> object:
         if passed == [0, 1]:
             raise Killed
         passed.append(i)
-        return pass_block(self, i, streams)
+        return pass_block(self, i, *others)
 
     monkeypatch.setattr(block_regression.Propagator, "pass_block", count)
     weights, compressed = case.weights, case.compressed
@@ -233,15 +236,16 @@ def test_what_held_out_windows_do_not_like_is_not_kept(
     better: bool, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refit that damages the last layer is worse than none; both divergences are the models'."""
-    install = refit.install
+    add = Refitted.add
 
-    def damage(group: CompressedGroup, tensors: dict[str, Tensor], linears: Any) -> None:
+    def damage(self: Refitted, model: LoadedModel, group: StoredGroup, form: Form) -> None:
         if group.name == "model.layers.2.mlp.down_proj":
-            tensors[group.parts[0].coefficient].mul_(-3.0)
-        install(group, tensors, linears)
+            assert isinstance(form, LowRank)
+            form = replace(form, coefficients=tuple(-3.0 * own for own in form.coefficients))
+        add(self, model, group, form)
 
     if not better:
-        monkeypatch.setattr(block_regression, "install", damage)
+        monkeypatch.setattr(Refitted, "add", damage)
     found = case.propagate(tmp_path / "out", windows=16, held_out=4)
     assert found.before == pytest.approx(divergence(case, case.compressed), rel=1e-4)
     assert found.before is not None
@@ -293,9 +297,9 @@ def test_families_and_what_is_left(
     before, after = products(case.compressed), products(tmp_path / "out")
     assert any((before[name] - after[name]).norm() > 1e-3 for name in before)
     assert n_stored(tmp_path / "out") == n_stored(case.compressed)
-    index = load_record(tmp_path / "out" / INDEX_FILE, CompressedIndex)
-    assert index.mlps == case.index.mlps
-    assert bool(index.mlps) == (changes is NARROWED)
+    index = load_index(tmp_path / "out")
+    assert index.edits == case.index.edits
+    assert bool(pruned(index)) == (changes is NARROWED)
 
 
 def test_the_windows_are_the_first_of_the_calibration_text(

@@ -17,13 +17,15 @@ from propagating import (
     divergence,
     maker,
     n_stored,
+    name_of,
     products,
 )
 from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 
-from sharebasis.compressed.index import CompressedGroup
-from sharebasis.compressed.loader import linears_by_group, load_compressed
+from sharebasis.compressed.index import StoredGroup
+from sharebasis.compressed.loader import load_compressed, open_compressed
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.model.hooks import watched
@@ -44,19 +46,20 @@ def case(make: MakeCase) -> Case:
     return make("llama", SHARED)
 
 
-def _factors(directory: Path, case: Case) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Basis and coefficient of every part, by the name of the latter's tensor."""
-    model = load_compressed(directory)
-    return {
-        name: linear.factors()
-        for group, linears in linears_by_group(model, case.index)
-        if group.basis is not None
-        for name, linear in linears.items()
-    }
+def _factors(directory: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """Basis and coefficient of every part, by its name."""
+    loaded = open_compressed(directory)
+    factors = {}
+    for group in loaded.index.groups:
+        form = loaded.forms[group.name]
+        if isinstance(form, LowRank):
+            for part, coefficient in zip(group.parts, form.coefficients, strict=True):
+                factors[name_of(part)] = form.basis, coefficient
+    return factors
 
 
 @torch.no_grad()
-def _inputs(case: Case, group: CompressedGroup) -> Tensor:
+def _inputs(case: Case, group: StoredGroup) -> Tensor:
     """What the parts of a group are given in the compressed model, one below the other."""
     model = load_compressed(case.compressed)
     with watched({x.sublayer: model.get_submodule(x.sublayer) for x in group.parts}) as seen:
@@ -72,14 +75,14 @@ def test_coefficients_are_the_least_squares_of_the_groups_inputs(
     """By torch's own: (x Bᵀ) Aᵀ comes as near as can be to x Wᵀ, over all inputs of the group."""
     case = make("llama", changes)
     case.propagate(tmp_path / "out")
-    after = _factors(tmp_path / "out", case)
+    after = _factors(tmp_path / "out")
     original = case.model.load()
-    groups = [group for group in case.index.groups if group.basis is not None]
+    groups = [group for group in case.index.groups if group.rank is not None]
     assert any(len(group.parts) > 1 for group in groups) == (changes is SHARED)
     for group in groups:
         inputs = _inputs(case, group)
         for part in group.parts:
-            basis, found = (factor.double() for factor in after[part.coefficient])
+            basis, found = (factor.double() for factor in after[name_of(part)])
             weight = original.get_submodule(part.sublayer).weight.double()
             best = torch.linalg.lstsq(inputs @ basis.T, inputs @ weight.T).solution.T
             assert (found - best).norm() < 1e-4 * best.norm()
@@ -87,7 +90,7 @@ def test_coefficients_are_the_least_squares_of_the_groups_inputs(
 
 def test_bases_and_numbers_stay(case: Case, tmp_path: Path) -> None:
     case.propagate(tmp_path / "out")
-    before, after = (_factors(own, case) for own in (case.compressed, tmp_path / "out"))
+    before, after = (_factors(directory) for directory in (case.compressed, tmp_path / "out"))
     for name, (basis, _) in before.items():
         torch.testing.assert_close(after[name][0], basis, rtol=1e-5, atol=1e-6)
     assert any((after[name][1] - own).norm() > 1e-3 for name, (_, own) in before.items())
@@ -100,7 +103,7 @@ def test_what_the_first_block_reads_is_already_the_best(make: MakeCase, tmp_path
     case.propagate(tmp_path / "out")
     before, after = products(case.compressed), products(tmp_path / "out")
     changed = {name for name in before if (before[name] - after[name]).norm() > 1e-3}
-    reads = [f"model.layers.0.self_attn.{own}_proj.coefficient" for own in "qkv"]
+    reads = [f"model.layers.0.self_attn.{own}_proj.0" for own in "qkv"]
     for name in reads:
         torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-4)
     assert changed == set(before) - set(reads)
@@ -113,7 +116,7 @@ def test_directions_without_input_stay_as_they_were(make: MakeCase, tmp_path: Pa
     (group,) = (one for one in case.index.groups if one.name == name)
     case.propagate(tmp_path / "out", text=WINDOWS[:1, :1], windows=1)
     before, after = products(case.compressed), products(tmp_path / "out")
-    moved = after[group.parts[0].coefficient] - before[group.parts[0].coefficient]
+    moved = after[name_of(group.parts[0])] - before[name_of(group.parts[0])]
     assert moved.norm() > 1e-3
     assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 1
 
@@ -171,7 +174,7 @@ def test_families_and_what_is_left(
 ) -> None:
     case = make(family, changes)
     found = case.propagate(tmp_path / "out")
-    dense = sum(group.basis is None for group in case.index.groups)
+    dense = sum(group.rank is None for group in case.index.groups)
     assert found.left == (dense if left is None else left)
     assert found.refitted > 0
     assert found.refitted + found.left == len(case.index.groups)

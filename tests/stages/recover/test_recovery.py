@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,17 @@ from small_pipeline import MakeSmallPipeline
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import load_compressed
+from sharebasis.compressed.loader import LoadedModel, load_compressed, open_compressed
 from sharebasis.config.refine import RecoverSettings
 from sharebasis.config.types import Storage
 from sharebasis.data.windows import read_windows
 from sharebasis.errors import RecoveryError, TextError
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.records import load_record
 from sharebasis.linalg.divergence import hidden_distance
 from sharebasis.model.hub import load_model
 from sharebasis.stages.recover import distill as training
-from sharebasis.stages.recover import trainable as training_groups
 from sharebasis.stages.recover.distill import Factors, distill, learning_rate
 from sharebasis.stages.recover.outcome import Look, Recovery, write_unrecovered
 from sharebasis.stages.recover.recover import (
@@ -35,7 +34,7 @@ from sharebasis.stages.recover.recover import (
     recovery_windows,
     write_recovered,
 )
-from sharebasis.stages.recover.trainable import TrainableGroup, trainable
+from sharebasis.stages.recover.trainable import Trainable, named_parameters, trainable
 
 WINDOWS = torch.randint(0, 256, (20, 16), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -62,19 +61,15 @@ class Case:
     weights: Path
     compressed: Path
 
-    @property
-    def index(self) -> CompressedIndex:
-        return load_record(self.compressed / INDEX_FILE, CompressedIndex)
-
-    def load(self) -> tuple[PreTrainedModel, PreTrainedModel, Sequence[TrainableGroup]]:
-        """(original, compressed, its factors)."""
-        model = load_compressed(self.compressed, torch.float32)
-        groups = trainable(model, self.index)
-        return load_model(self.weights, "float32", CPU), model, groups
+    def load(self) -> tuple[PreTrainedModel, LoadedModel, Trainable]:
+        """(original, compressed, its forms)."""
+        model = open_compressed(self.compressed, torch.float32)
+        forms = trainable(model)
+        return load_model(self.weights, "float32", CPU), model, forms
 
 
-def _factors(groups: Sequence[TrainableGroup]) -> Factors:
-    return {name: own for group in groups for name, own in group.named()}
+def _factors(model: LoadedModel, forms: Trainable) -> Factors:
+    return dict(named_parameters(model, forms))
 
 
 MakeCase = Callable[..., Case]
@@ -107,10 +102,11 @@ def _train(
     checkpoint: Checkpoint,
     settings: RecoverSettings = SETTINGS,
     windows: Tensor = WINDOWS,
-) -> tuple[Recovery, PreTrainedModel, Sequence[TrainableGroup]]:
-    original, model, groups = case.load()
-    found = distill(original, model, _factors(groups), windows, settings, 0, checkpoint)
-    return found, model, groups
+) -> tuple[Recovery, PreTrainedModel, Factors]:
+    original, loaded, forms = case.load()
+    factors = _factors(loaded, forms)
+    recovery = distill(original, loaded.model, factors, windows, settings, 0, checkpoint)
+    return recovery, loaded.model, factors
 
 
 def _never(tmp_path: Path) -> Checkpoint:
@@ -124,16 +120,16 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 def test_factors_as_parameters_say_the_same(case: Case) -> None:
     before = _logits(load_compressed(case.compressed))
-    _, model, _ = case.load()
-    torch.testing.assert_close(_logits(model), before, rtol=1e-4, atol=1e-4)
+    _, loaded, _ = case.load()
+    torch.testing.assert_close(_logits(loaded.model), before, rtol=1e-4, atol=1e-4)
 
 
 def test_factors_alone_are_trained_and_a_basis_is_one_parameter(case: Case) -> None:
-    _, model, groups = case.load()
-    ours = {id(parameter) for group in groups for _, parameter in group.named()}
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    _, loaded, forms = case.load()
+    ours = {id(parameter) for parameter in _factors(loaded, forms).values()}
+    trained = {id(parameter) for parameter in loaded.model.parameters() if parameter.requires_grad}
     assert trained == ours
-    assert any(len(group.coefficients) > 1 for group in groups)
+    assert any(isinstance(form, LowRank) and len(form.coefficients) > 1 for form in forms.values())
 
 
 def test_training_lowers_the_divergence_on_held_out_text(case: Case, tmp_path: Path) -> None:
@@ -145,11 +141,13 @@ def test_training_lowers_the_divergence_on_held_out_text(case: Case, tmp_path: P
 
 
 def test_what_is_written_is_what_was_trained_in_as_many_numbers(case: Case, tmp_path: Path) -> None:
-    found, model, groups = _train(case, _never(tmp_path))
+    original, loaded, forms = case.load()
+    factors, checkpoint = _factors(loaded, forms), _never(tmp_path)
+    found = distill(original, loaded.model, factors, WINDOWS, SETTINGS, 0, checkpoint)
     target = tmp_path / "recovered"
-    write_recovered(target, case.compressed, case.index, groups, found, 10_000)
+    write_recovered(target, case.compressed, loaded.index, forms, found, 10_000)
     again = load_compressed(target)
-    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(_logits(again), _logits(loaded.model), rtol=1e-4, atol=2e-4)
     assert n_numbers(target) == n_numbers(case.compressed)
     assert load_record(target / "recovery.json", Recovery) == found
     names = {path.name for path in target.iterdir()}
@@ -197,9 +195,9 @@ def test_a_killed_training_ends_where_one_at_a_stretch_does(
     found, _, resumed = _train(case, Checkpoint(tmp_path / "often", {}, math.inf))
     assert steps == list(range(6, 24))
     assert [look.step for look in found.looks] == [0, 8, 16, 24]
-    for ours, theirs in zip(resumed, whole, strict=True):
-        for (_, a), (_, b) in zip(ours.named(), theirs.named(), strict=True):
-            assert torch.equal(a, b)
+    assert resumed.keys() == whole.keys()
+    for name, factor in resumed.items():
+        assert torch.equal(factor, whole[name])
 
 
 def test_a_kill_moves_no_expert_that_has_seen_nothing(
@@ -246,26 +244,27 @@ def test_hidden_states_come_nearer_when_they_count(case: Case, tmp_path: Path) -
 
 
 def test_bfloat16_arithmetic_trains_float32_factors(case: Case, tmp_path: Path) -> None:
-    found, _, groups = _train(case, _never(tmp_path), replace(SETTINGS, dtype="bfloat16"))
-    assert all(own.dtype == torch.float32 for group in groups for _, own in group.named())
+    found, _, factors = _train(case, _never(tmp_path), replace(SETTINGS, dtype="bfloat16"))
+    assert all(factor.dtype == torch.float32 for factor in factors.values())
     assert min(look.divergence for look in found.looks) < 0.97 * found.looks[0].divergence
 
 
 def test_a_loss_that_is_no_number_is_one_error(case: Case, tmp_path: Path) -> None:
-    original, model, groups = case.load()
+    original, loaded, forms = case.load()
+    factors = _factors(loaded, forms)
     with torch.no_grad():
-        groups[0].basis.fill_(math.nan)
+        next(factor for name, factor in factors.items() if name.endswith("basis")).fill_(math.nan)
     with pytest.raises(RecoveryError, match=r"step 1 is nan. Lower recover.learning_rate"):
-        distill(original, model, _factors(groups), WINDOWS, SETTINGS, 0, _never(tmp_path))
+        distill(original, loaded.model, factors, WINDOWS, SETTINGS, 0, _never(tmp_path))
 
 
 def test_nothing_to_train_is_one_error(
     make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case("plain")
-    monkeypatch.setattr(training_groups, "linears_by_group", lambda *_: iter(()))
+    monkeypatch.setattr(LowRank, "trainable", lambda *_: None)
     with pytest.raises(RecoveryError, match="nothing to train"):
-        trainable(load_compressed(case.compressed), case.index)
+        trainable(open_compressed(case.compressed))
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
@@ -287,8 +286,9 @@ def test_steps_are_as_long_as_there_is_far_to_go(divergence: float, times: float
 
 
 def test_every_window_is_seen_once_each_time_round(case: Case) -> None:
-    original, model, groups = case.load()
-    state = training._Training(original, model, _factors(groups), WINDOWS, SETTINGS, 3, {})
+    original, loaded, forms = case.load()
+    factors = _factors(loaded, forms)
+    state = training._Training(original, loaded.model, factors, WINDOWS, SETTINGS, 3, {})
     rounds = []
     for _ in range(3):
         rounds.append(torch.cat([_next(state) for _ in range(8)]))

@@ -56,7 +56,7 @@ def test_a_draft_that_loses_nothing_gives_no_weights(
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 5])
 def test_cells_hold_every_group_once_in_runs_of_neighbours(case: Case, runs: int) -> None:
-    groups = Spectra(case.spectra).groups
+    groups = Spectra(case.spectra).baseline
     cells = cells_of(groups, runs)
     assert sorted(i for cell in cells for i in cell.groups) == list(range(len(groups)))
     for cell in cells:

@@ -16,15 +16,15 @@ import yaml
 from conftest import CORPUS, REPOSITORY, MakeSettings, with_changes
 from safetensors.torch import load_file, save_file
 from sensing import AUTO, PROBES, STRUCTURES, WINDOWS, Case, MakeCase, logits_of, maker
-from small_pipeline import CPU, MakeSmallModel
+from small_pipeline import CPU, MakeSmallModel, pruned
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sharebasis.allocation.loss_weights import group_weight, weigh
-from sharebasis.compressed.index import INDEX_FILE, CompressedIndex
-from sharebasis.compressed.loader import linears_by_tensor, load_compressed
+from sharebasis.allocation.loss_weights import part_weight
+from sharebasis.compressed.index import load_index
+from sharebasis.compressed.loader import load_compressed, open_compressed
 from sharebasis.config.types import SplitStrategy
-from sharebasis.io.records import load_record, save_record
+from sharebasis.io.records import save_record
 from sharebasis.spectra.store import Spectra
 from sharebasis.stages.fit.fit import fit
 from sharebasis.stages.sensitivity.corrections import cells_of
@@ -60,17 +60,17 @@ def make_case(
 def _divergence_of(case: Case, directory: Path, groups: Sequence[int]) -> float:
     """By torch's own divergence, from a model whose weights are written over by hand."""
     model = case.load()
-    original, small = logits_of(model), load_compressed(directory)
-    index = load_record(directory / INDEX_FILE, CompressedIndex)
-    linears = linears_by_tensor(small, index)
+    original, small = logits_of(model), open_compressed(directory)
+    mlps = pruned(small.index)
     with torch.no_grad():
         for i in groups:
-            (part,) = index.groups[i].parts
+            group = small.index.groups[i]
+            ((part,), (linear,)) = group.parts, small.linears(group)
             module: Any = model.get_submodule(part.sublayer)
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            new = linears[part.coefficient].dense()
-            kept = [list(mlp.kept) for mlp in index.mlps if part.sublayer in mlp.reads]
-            columns = [list(mlp.kept) for mlp in index.mlps if part.sublayer == mlp.down]
+            new = linear.dense()
+            kept = [list(mlp.kept) for mlp in mlps if part.sublayer in mlp.reads]
+            columns = [list(mlp.kept) for mlp in mlps if part.sublayer == mlp.down]
             if columns:
                 weight[:] = 0
                 weight[:, columns[0]] = new
@@ -95,17 +95,17 @@ def test_a_probe_is_the_divergence_of_the_model_with_one_cell_compressed(
     assert max(expected) > 1e-3
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     # Afterwards it is the model that it was.
-    assert torch.equal(_logits(model), _logits(case.load()))
+    assert torch.equal(logits_of(model), logits_of(case.load()))
     assert all(torch.equal(before[name], own) for name, own in case.load().state_dict().items())
 
 
 def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_path: Path) -> None:
     case, model = any_case, any_case.load()
     fit(case.weights, case.spectra, case.fit, tmp_path / "small", CPU, case.moments)
-    index = load_record(tmp_path / "small" / INDEX_FILE, CompressedIndex)
-    assert bool(index.mlps) == ("narrowed" in case.fit.structures)
-    masks = [part.mask for group in index.groups for part in group.parts if part.mask]
-    assert bool(masks) == ("sparse" in case.fit.structures)
+    index = load_index(tmp_path / "small")
+    assert bool(pruned(index)) == ("neurons" in case.fit.structures)
+    forms = {group.form for group in index.groups}
+    assert ("masked" in forms) == ("sparse" in case.fit.structures)
     linears = wrap_parts(model, Spectra(case.spectra))
     with case.draft() as plan, compressed(linears, plan, range(len(plan.groups))):
         found = logits_of(model)
@@ -118,7 +118,7 @@ def test_with_all_cells_in_place_it_is_the_compressed_model(any_case: Case, tmp_
 def test_so_it_is_where_gate_and_up_are_one_weight(
     split: SplitStrategy, make_case: MakeCase, tmp_path: Path
 ) -> None:
-    case = make_case("phi3", structure="narrowed", split=split)
+    case = make_case("phi3", structure="neurons", split=split)
     test_with_all_cells_in_place_it_is_the_compressed_model(case, tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
     # Uniform ranks are the same whatever was predicted, and so is what is measured.
     uniform = {"allocation": "uniform", "removed": 0.4}
     right = case.measure(**uniform)
-    groups = Spectra(case.spectra).groups
+    groups = Spectra(case.spectra).baseline
     wrong_cell = max((one for one in right.cells if one.weight > 1e-6), key=lambda x: x.measured)
     wrong = {
         i
@@ -173,15 +173,15 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
     other = _scaled(case, tmp_path / "wrong", wrong, 7.0)
     found = other.measure(**uniform)
     for i, group in enumerate(groups):
-        change = (
-            group_weight(right, group) * right.ratio / (group_weight(found, group) * found.ratio)
-        )
+        before, after = (part_weight(one, group.parts) * one.ratio for one in (right, found))
+        change = before / after
         assert change == pytest.approx(7.0 if i in wrong else 1.0, rel=1e-4)
     # With its factor back, the allocation is what it would have been.
     true, planted = Spectra(case.spectra).energies(), Spectra(other.spectra).energies()
-    expected = [right.ratio * own for own in weigh(right, groups, true)]
-    for one, other_one in zip(expected, weigh(found, groups, planted), strict=True):
-        np.testing.assert_allclose(found.ratio * other_one, one, rtol=1e-4)
+    for i, group in enumerate(groups):
+        expected = right.ratio * part_weight(right, group.parts) * true[i]
+        weighed = found.ratio * part_weight(found, group.parts) * planted[i]
+        np.testing.assert_allclose(weighed, expected, rtol=1e-4)
 
 
 # The stage
