@@ -14,7 +14,7 @@ from sharebasis.errors import BudgetError
 from sharebasis.linalg.exact_cover import Cover
 from sharebasis.structures.curve import Curve
 
-SLACK = Fraction(1, 1000)
+BUDGET_SLACK = Fraction(1, 1000)
 """Fraction of the dense numbers by which caps may fall short of the budget."""
 
 
@@ -103,8 +103,8 @@ class Together:
 
     def choose(self, price: float) -> Sequence[Pick]:
         values = [_values(curve, price) for curve in self.curves]
-        entries = [int(np.argmin(own)) for own in values]
-        costs = [float(own[entry]) for own, entry in zip(values, entries, strict=True)]
+        entries = [int(np.argmin(of_curve)) for of_curve in values]
+        costs = [float(of_curve[i]) for of_curve, i in zip(values, entries, strict=True)]
         return [Pick(i, self.curves[i], entries[i]) for i in self.cover.best(costs)]
 
 
@@ -152,13 +152,15 @@ def _budget(cells: Sequence[Cell], removed: float) -> int:
     budget = int((1 - Fraction(str(removed))) * dense)
     if least > budget:
         limited = any(np.isinf(pick.curve.loss[:-1]).any() for pick in smallest)
-        what = "the least that limits allow" if limited else "the least that there can be"
-        way = "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
-        raise BudgetError(
-            f"Removing {removed:.4g} leaves {budget} numbers, but {what} already stores {least}. "
-            f"Lower fit.removed or {way}."
+        minimum = "the least that limits allow" if limited else "the least that there can be"
+        remedy = (
+            "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
         )
-    if most < budget - SLACK * dense:
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but {minimum} already stores "
+            f"{least}. Lower fit.removed or {remedy}."
+        )
+    if most < budget - BUDGET_SLACK * dense:
         raise BudgetError(
             f"Removing {removed:.4g} leaves {budget} numbers, but limits allow no more than "
             f"{most}, which is removing {1 - most / dense:.4g}. Raise fit.removed or the caps of "
@@ -167,18 +169,18 @@ def _budget(cells: Sequence[Cell], removed: float) -> int:
     return budget
 
 
-def _filled(picks: Sequence[Pick], left: int) -> Sequence[Pick]:
-    """Spend what is left, step by step, where it saves most per number."""
+def _filled(picks: Sequence[Pick], budget: int) -> Sequence[Pick]:
+    """Spend the rest of the budget, step by step, where it saves most per number."""
     picks = list(picks)
     while True:
-        best, which, entry = 0.0, -1, -1
+        best_rate, best_pick, best_entry = 0.0, -1, -1
         for i, pick in enumerate(picks):
             extra, saved = pick.curve.stored - pick.stored, pick.loss - pick.curve.loss
-            rate = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
-            if (top := rate.max()) > best:
-                best, which, entry = float(top), i, int(rate.argmax())
-        if which < 0:
+            rate = np.where((extra <= budget) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
+            if (highest := rate.max()) > best_rate:
+                best_rate, best_pick, best_entry = float(highest), i, int(rate.argmax())
+        if best_pick < 0:
             return picks
-        step = replace(picks[which], entry=entry)
-        left -= step.stored - picks[which].stored
-        picks[which] = step
+        step = replace(picks[best_pick], entry=best_entry)
+        budget -= step.stored - picks[best_pick].stored
+        picks[best_pick] = step

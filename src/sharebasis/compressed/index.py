@@ -19,7 +19,7 @@ from sharebasis.linalg.rows import Rows
 INDEX_FILE = "sharebasis.json"
 
 FORMAT = 6
-"""Of the index and what it says of tensors; older ones can be read."""
+"""Of the index and of the tensors that it names; earlier ones can be read."""
 
 
 def present(models: Sequence[Path]) -> Sequence[Path]:
@@ -64,7 +64,7 @@ class StoredGroup:
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Of all its tensors, those that are shared first."""
+        """The names of all its tensors, those that are shared first."""
         of_parts = (name for part in self.parts for name in part.tensors.values())
         return tuple(dict.fromkeys((*self.tensors.values(), *of_parts)))
 
@@ -126,8 +126,8 @@ class CompressedIndex:
 
     def find_tensor(self, name: str) -> tuple[StoredGroup, StoredPart]:
         """The part that a tensor belongs to, and its group."""
-        pairs = ((group, part) for group in self.groups for part in group.parts)
-        return next(pair for pair in pairs if name in pair[1].tensors.values())
+        parts = ((group, part) for group in self.groups for part in group.parts)
+        return next((group, part) for group, part in parts if name in part.tensors.values())
 
 
 def load_index(directory: Path) -> CompressedIndex:
