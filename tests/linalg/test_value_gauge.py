@@ -30,11 +30,11 @@ from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.interpolative import MAX_COEFFICIENT
 from sharebasis.linalg.value_gauge import (
+    dense_values,
     fix_values,
     output_in_gauge,
-    values_in_gauge,
     values_at,
-    dense_values,
+    values_in_gauge,
 )
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.classify import classify_model
@@ -67,7 +67,8 @@ def test_what_heads_put_out_stays(
     bias = _random(n_kv_heads * d_value, seed=seed + 2)
     fixed = fix_values(value, n_kv_heads)
     whole = dense_values(fixed.pivots, fixed.coefficient)
-    turned, new_bias = output_in_gauge(output, fixed.basis_change), values_in_gauge(bias, fixed.basis_change)
+    turned = output_in_gauge(output, fixed.basis_change)
+    new_bias = values_in_gauge(bias, fixed.basis_change)
 
     def products(o: Tensor, v: Tensor) -> Tensor:
         by_head = o.view(7, n_kv_heads, n_queries, d_value)

@@ -43,7 +43,7 @@ class InterpolativeModule(LowRankModule):
         first: see `pivots`.
         """
         super().__init__(basis, coefficient, side)
-        self._own = slice(first, first + len(pivots))
+        self._pivot_rows = slice(first, first + len(pivots))
         d_out = len(pivots) + len(self.factors[1])
         self.register_buffer("order", _order(pivots.long(), d_out), persistent=False)
 
@@ -53,19 +53,19 @@ class InterpolativeModule(LowRankModule):
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         inner, outer = self.factors
-        return torch.cat([inner[self._own], outer @ inner]).index_select(0, self.order)
+        return torch.cat([inner[self._pivot_rows], outer @ inner]).index_select(0, self.order)
 
     def plain(self) -> Float[Tensor, "d_out rank"]:
         """The second factor with the rows of all outputs."""
         inner, outer = self.factors
         unit = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        return torch.cat([unit[self._own], outer]).index_select(0, self.order)
+        return torch.cat([unit[self._pivot_rows], outer]).index_select(0, self.order)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         inner, outer = self.factors
         z = matmul.linear(x, inner)
         y = matmul.linear(z, outer)
-        return torch.cat([z[..., self._own], y], dim=-1).index_select(-1, self.order)
+        return torch.cat([z[..., self._pivot_rows], y], dim=-1).index_select(-1, self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class Interpolative(Form):
         assert isinstance(edited, LowRank)
         factors = edited
         if factors.side == "output":
-            inner = torch.cat([own.T for own in factors.coefficients]).T
+            inner = torch.cat([coefficient.T for coefficient in factors.coefficients]).T
             form = interpolate(factors.basis, inner)
-            lengths = [own.shape[1] for own in factors.coefficients]
+            lengths = [coefficient.shape[1] for coefficient in factors.coefficients]
             split = form.basis.split(lengths, dim=1)
             return cls(form.coefficient, tuple(split), (form.pivots,), "output")
         form = interpolate(torch.cat(list(factors.coefficients)), factors.basis)
@@ -121,12 +121,14 @@ class Interpolative(Form):
         return cls(tensors.shared["basis"], coefficients, tuple(pivots), tensors.side)
 
     def tensors(self) -> RoleTensors:
-        pivots = [own.int() for own in self.pivots]
+        pivots = [of_part.int() for of_part in self.pivots]
         if self.side == "output":
             parts = tuple({"coefficient": coefficient} for coefficient in self.coefficients)
             return RoleTensors({"basis": self.basis, "pivots": pivots[0]}, parts, "output")
-        pairs = zip(self.coefficients, pivots, strict=True)
-        parts = tuple({"coefficient": own, "pivots": places} for own, places in pairs)
+        parts = tuple(
+            {"coefficient": coefficient, "pivots": of_part}
+            for coefficient, of_part in zip(self.coefficients, pivots, strict=True)
+        )
         return RoleTensors({"basis": self.basis}, parts)
 
     def modules(self) -> Sequence[InterpolativeModule]:
@@ -136,8 +138,8 @@ class Interpolative(Form):
         else:
             pivots, firsts = self.pivots, [0, *accumulate(map(len, self.pivots))]
         return [
-            InterpolativeModule(basis, coefficient, self.side, own, first)
-            for coefficient, own, first in zip(self.coefficients, pivots, firsts, strict=False)
+            InterpolativeModule(basis, coefficient, self.side, of_part, first)
+            for coefficient, of_part, first in zip(self.coefficients, pivots, firsts, strict=False)
         ]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Interpolative:

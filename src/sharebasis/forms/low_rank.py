@@ -93,7 +93,7 @@ class LowRank(Form):
 
     def modules(self) -> Sequence[LowRankModule]:
         basis = parameter(self.basis)
-        return [LowRankModule(basis, own, self.side) for own in self.coefficients]
+        return [LowRankModule(basis, factor, self.side) for factor in self.coefficients]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
         coefficients = tuple(map(function, self.coefficients))

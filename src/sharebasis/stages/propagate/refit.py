@@ -1,4 +1,4 @@
-"""What the groups of a compressed model should be for what they are given by now."""
+"""The problems whose solutions are new weights of a compressed model, for its present inputs."""
 
 from __future__ import annotations
 

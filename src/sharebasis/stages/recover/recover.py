@@ -55,8 +55,8 @@ def recovery_windows(
     Raises:
         TextError: there is too little of it.
     """
-    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
-    return read_windows(tokenizer, own, "calibration", seed, "recover")
+    text = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
+    return read_windows(tokenizer, text, "calibration", seed, "recover")
 
 
 def recover(
