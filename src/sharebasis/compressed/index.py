@@ -14,6 +14,7 @@ from sharebasis.config.types import Family, Side
 from sharebasis.forms.form import Form, RoleTensors
 from sharebasis.forms.table import FORMS
 from sharebasis.io.records import read_json, record_of
+from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.rows import Rows
 
 INDEX_FILE = "sharebasis.json"
@@ -76,6 +77,10 @@ class StoredGroup:
             for role, tensor in by_role.items():
                 yield part.tensors[role], tensor
 
+    def read(self, reader: TensorReader, shapes: Sequence[tuple[int, int]] = ()) -> Form:
+        """The form of what files hold; `shapes` as of `load`, for a form that asks for them."""
+        return self.load({name: reader.read(name) for name in self.tensor_names}, shapes)
+
     def load(
         self,
         tensors: Mapping[str, Tensor],
@@ -119,6 +124,11 @@ class CompressedIndex:
             raise ValueError(
                 f"there is no form {', '.join(sorted(unknown))}, only {', '.join(FORMS)}"
             )
+
+    @property
+    def group_tensors(self) -> frozenset[str]:
+        """The names of the tensors of all groups."""
+        return frozenset(name for group in self.groups for name in group.tensor_names)
 
     def group_of(self, sublayer: str) -> StoredGroup:
         """The (first) group that a part of a sublayer is in."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -77,10 +78,7 @@ class LoadedModel:
             for part in group.parts:
                 for sublayer in part.sublayers:
                     rows.setdefault(sublayer, []).append(part.rows)
-        return {
-            name: sorted(of_parts, key=lambda part_rows: part_rows.start)
-            for name, of_parts in rows.items()
-        }
+        return {name: sorted(parts, key=attrgetter("start")) for name, parts in rows.items()}
 
     def linears(self, group: StoredGroup) -> Sequence[ShareLinear]:
         """The modules of a group's parts."""
@@ -150,7 +148,7 @@ def _read(
     loaded: LoadedModel, directory: Path, dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Tensor]:
     """The tensors of all groups; the others go to the model at once."""
-    names = {name for group in loaded.index.groups for name in group.tensor_names}
+    names = loaded.index.group_tensors
     of_groups: dict[str, Tensor] = {}
     for name, tensor in loaded.reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)

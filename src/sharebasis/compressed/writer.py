@@ -15,7 +15,7 @@ from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, StoredGroup
 from sharebasis.forms.form import Form
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import save_record
-from sharebasis.io.tensor_files import TensorWriter
+from sharebasis.io.tensor_files import TensorReader, TensorWriter
 
 
 class CompressedWriter(TensorWriter):
@@ -46,15 +46,15 @@ class CompressedWriter(TensorWriter):
             self.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else None))
         self._groups.append(replace(group, rank=form.rank))
 
-    def copy_group(self, group: StoredGroup, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def copy_group(self, group: StoredGroup, reader: TensorReader) -> None:
         """A group as it was.
 
         Args:
             group: of another directory.
-            tensors: all of its tensors, by name.
+            reader: of that.
         """
-        for name, tensor in tensors:
-            self.add(name, tensor)
+        for name in group.tensor_names:
+            self.add(name, reader.read(name))
         self._groups.append(group)
 
     def finish(self, companions: Path, edits: Sequence[Edit] = ()) -> None:

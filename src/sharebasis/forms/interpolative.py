@@ -5,8 +5,8 @@ rank² numbers fewer than plain factors, for the same product (`linalg.interpola
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharebasis.config.types import Side
 from sharebasis.forms.form import Form, RoleTensors, parameter
-from sharebasis.forms.low_rank import LowRank, LowRankModule
+from sharebasis.forms.low_rank import Factors, LowRank, LowRankModule
 from sharebasis.linalg.interpolative import interpolate
 from sharebasis.linalg.objective import Problem
 from sharebasis.runtime import matmul
@@ -69,14 +69,10 @@ class InterpolativeModule(LowRankModule):
 
 
 @dataclass(frozen=True, slots=True)
-class Interpolative(Form):
-    """Factors of the outputs that are no pivots, and which ones are."""
+class Interpolative(Factors):
+    """Factors without the rows of outputs that are pivots, and which outputs these are."""
 
     kind: ClassVar[str] = "interpolative"
-    basis: Float[Tensor, "_ _"]
-    """(rank, d_in); on the output side (d_out - rank, rank)."""
-    coefficients: tuple[Float[Tensor, "_ _"], ...]
-    """(d_out_i - pivots, rank); on the output side (rank, d_in_i)."""
     pivots: tuple[Int[Tensor, " _"], ...]
     """Rows of each part; on the output side those that all parts have, once."""
     side: Side = "input"
@@ -109,10 +105,6 @@ class Interpolative(Form):
             start, row = start + length, row + n_others
         return cls(form.basis, tuple(coefficients), tuple(pivots))
 
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
-
     @classmethod
     def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Interpolative:
         pivots = [tensors.shared["pivots"]] if tensors.side == "output" else []
@@ -142,24 +134,12 @@ class Interpolative(Form):
             for coefficient, of_part, first in zip(self.coefficients, pivots, firsts, strict=False)
         ]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Interpolative:
-        coefficients = tuple(map(function, self.coefficients))
-        return replace(self, basis=function(self.basis), coefficients=coefficients)
-
     def editable(self) -> LowRank:
         """Plain factors."""
         modules = self.modules()
         if self.side == "output":
             return LowRank(modules[0].plain(), self.coefficients, "output")
         return LowRank(self.basis, tuple(module.plain() for module in modules))
-
-    def change_inputs(self, part: int, change: Callable[[Tensor], Tensor]) -> Interpolative:
-        if self.side == "input":
-            assert len(self.coefficients) == 1  # other parts would see the change, too
-            return replace(self, basis=change(self.basis))
-        coefficients = list(self.coefficients)
-        coefficients[part] = change(coefficients[part])
-        return replace(self, coefficients=tuple(coefficients))
 
     def refit(self, problems: Sequence[Problem]) -> Form:
         return self.editable().refit(problems)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -57,9 +58,8 @@ class Draft:
     def weights(self, i: int) -> Iterator[tuple[StoredPart, Tensor]]:
         """What group `i` makes of its parts: (d_out, d_in) each, or less of a pruned MLP."""
         group = self._stored[i]
-        tensors = {name: self._reader.read(name) for name in group.tensor_names}
         shapes = [part.shape for part in self._fitted[i].group.parts]
-        form = group.load(tensors, shapes).map(Tensor.float)
+        form = group.read(self._reader, shapes).map(Tensor.float)
         yield from zip(group.parts, form.dense(), strict=True)
 
     def original_start(self, part: StoredPart) -> int:
@@ -116,10 +116,7 @@ def wrap_parts(model: PreTrainedModel, spectra: Spectra) -> Linears:
         for part in group.parts:
             for name in (part.sublayer.name, *spectra.tied_names[part.sublayer.name]):
                 rows.setdefault(name, []).append(part.rows)
-    ordered = {
-        name: sorted(of_parts, key=lambda part_rows: part_rows.start)
-        for name, of_parts in rows.items()
-    }
+    ordered = {name: sorted(of_parts, key=attrgetter("start")) for name, of_parts in rows.items()}
     modules = wrap(model, ordered)
     return {
         (name, part_rows.start): linear
