@@ -162,7 +162,7 @@ Answer = TypeVar("Answer")
 
 
 def first_answer(edits: Iterable[Edit], question: Callable[[Edit], Answer | None]) -> Answer | None:
-    """What the first edit says that knows an answer; None: no edit does."""
+    """The answer of the first edit that has one; None: no edit has."""
     answers = map(question, edits)
     return next((answer for answer in answers if answer is not None), None)
 

@@ -90,7 +90,7 @@ class LoadedModel:
         return [module for module in modules if isinstance(module, SplitLinear)]
 
     def tie(self, part: StoredPart) -> None:
-        """Let all sublayers of one weight have one module for a part."""
+        """Let sublayers that are tied share the module of a part."""
         first, *others = self.modules(part)
         place = self._place(part)
         for module in others:

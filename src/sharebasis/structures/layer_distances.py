@@ -1,4 +1,4 @@
-"""artifacts/variation.csv: a row for each pair of layers and family."""
+"""artifacts/variation.csv: a row for every two layers and family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LayerDistances = Mapping[str, Mapping[Pair, float]]
 
 
 def read_table(path: Path) -> Mapping[str, LayerDistances]:
-    """Read the distances: `unaligned`, `aligned` or `random` -> family -> pair -> distance.
+    """Read the distances: `unaligned`, `aligned` or `random` -> family -> two layers -> distance.
 
     Raises:
         StoreError: the file is missing or no such table.

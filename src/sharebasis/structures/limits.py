@@ -15,12 +15,14 @@ from sharebasis.errors import SelectionError
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What of a group's numbers is stored, at least and at most, as fractions of the original."""
+    """How many of a group's numbers are stored, as fractions of the original."""
 
     floor: float = 0.0
+    """At least."""
     cap: float = 1.0
+    """At most."""
     multiple: int = 1
-    """Of which a rank is one; dense is none and always is."""
+    """Of which every rank is a multiple; dense weights have no rank and are not affected."""
     dense: bool = False
     """Whether the group stays as it is."""
 
@@ -33,7 +35,7 @@ class Limit:
 def limits_of(
     groups: Sequence[Group], tied_names: Mapping[str, Sequence[str]], settings: FitSettings
 ) -> Sequence[Limit]:
-    """The limit of every group; where several are given for one, all of them hold.
+    """The limit of every group; where several settings name a group, all of them hold.
 
     Args:
         groups: at most one for each part.

@@ -26,7 +26,7 @@ class PruningPoint:
     ranks: tuple[int, ...]
     """Of each part; DENSE: its pruned weight as it is."""
     losses: tuple[float, ...]
-    """Of each part; what went with the neurons is down's."""
+    """Of each part; what pruning loses is down's."""
     stored: int
     """Numbers."""
 

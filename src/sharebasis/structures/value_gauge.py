@@ -96,9 +96,9 @@ class ValueGauges(Structure):
         for offer in candidates:
             gauges = [by_output[part.name] for part in offer.parts if part.name in by_output]
             if gauges:
-                yield _together(offer, gauges, [alone[cell.cell.value.name] for cell in gauges])
+                yield _with_values(offer, gauges, [alone[cell.cell.value.name] for cell in gauges])
 
-    def expand(self, cell: MeasuredCell, point: Together, workshop: Workshop) -> Sequence[Task]:
+    def expand(self, cell: MeasuredCell, point: GaugePoint, workshop: Workshop) -> Sequence[Task]:
         gauges = [gauge.cell for gauge in point.cells]
         values = [_fixed(gauge, workshop) for gauge in gauges]
         amend = [
@@ -114,13 +114,13 @@ class ValueGauges(Structure):
         return [outputs, *dense]
 
     def build(
-        self, cell: MeasuredCell, point: Together, workshop: Workshop
+        self, cell: MeasuredCell, point: GaugePoint, workshop: Workshop
     ) -> Callable[[], Sequence[Built]]:
         raise NotImplementedError("What it offers is built by the structures of its parts.")
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
+class GaugePoint:
     """A point of an offer of outputs, and the values that stay dense with it."""
 
     outputs: Offer
@@ -130,13 +130,13 @@ class Together:
     """Of every cell."""
 
 
-def _together(offer: Offer, cells: Sequence[MeasuredCell], values: Sequence[Offer]) -> Offer:
+def _with_values(offer: Offer, cells: Sequence[MeasuredCell], values: Sequence[Offer]) -> Offer:
     """An offer of outputs, with their values, of which the fixed columns are not stored."""
     curve, parts = offer.curve, [*offer.parts]
     for cell, value in zip(cells, values, strict=True):
         curve = curve.beside(value.curve, cell.cell.n_saved)
         parts.append(cell.cell.value)
-    points = [Together(offer, entry, cells, values) for entry in range(len(offer.points))]
+    points = [GaugePoint(offer, entry, cells, values) for entry in range(len(offer.points))]
     return Offer(parts, curve, cells[0], points)
 
 

@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Run:
-    """What the original does in a block: by name, batch by batch, what sublayers are given."""
+    """What the original does in a block."""
 
     inputs: Mapping[str, Sequence[Tensor]]
+    """Of sublayers, by name, batch by batch."""
     outputs: Tensor
     """Of the block."""
 

@@ -58,7 +58,7 @@ def distill(
         settings: of the training.
         seed: of the order of the windows.
         checkpoint: where a run that was killed goes on from.
-        kept: of some factors, which entries they have; the others stay zero.
+        kept: masks of some factors, by their names; other entries stay zero.
 
     Raises:
         RecoveryError: the loss is not finite.

@@ -45,7 +45,7 @@ class Muon:
     ) -> None:
         """Args:
         matrices: of one device.
-        kept: of some of them, which entries may be other than zero.
+        kept: masks of some of them; other entries stay zero.
         turns: in every one of so many steps, a matrix is updated; fewer if there are fewer
             matrices.
         """

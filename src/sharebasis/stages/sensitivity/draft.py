@@ -37,7 +37,7 @@ class Draft:
 
     Args:
         directory: written by `fit`.
-        fitted: what that said of its groups.
+        fitted: its groups, as `fit` returned them.
     """
 
     def __init__(self, directory: Path, fitted: Sequence[FittedGroup]) -> None:
