@@ -32,11 +32,11 @@ from sharebasis.io.checkpoint import Checkpoint
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.interpolative import MAX_COEFFICIENT
 from sharebasis.linalg.value_gauge import (
+    dense_values,
     fix_values,
-    turned_output,
-    turned_values,
+    output_in_gauge,
     values_at,
-    whole_values,
+    values_in_gauge,
 )
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.classify import classify_model
@@ -68,8 +68,9 @@ def test_what_heads_put_out_stays(
     output = _random(7, n_kv_heads * n_queries * d_value, seed=seed + 1)
     bias = _random(n_kv_heads * d_value, seed=seed + 2)
     fixed = fix_values(value, n_kv_heads)
-    whole = whole_values(fixed.pivots, fixed.coefficient)
-    turned, new_bias = turned_output(output, fixed.turn), turned_values(bias, fixed.turn)
+    whole = dense_values(fixed.pivots, fixed.coefficient)
+    turned = output_in_gauge(output, fixed.basis_change)
+    new_bias = values_in_gauge(bias, fixed.basis_change)
 
     def products(o: Tensor, v: Tensor) -> Tensor:
         by_head = o.view(7, n_kv_heads, n_queries, d_value)
@@ -83,7 +84,7 @@ def test_what_heads_put_out_stays(
     assert fixed.coefficient.numel() == value.numel() - n_kv_heads * d_value**2
     for head, own in zip(whole.chunk(n_kv_heads), fixed.pivots, strict=True):
         assert torch.equal(head[:, own], torch.eye(d_value).double())
-    torch.testing.assert_close(values_at(value, fixed.pivots), fixed.turn)
+    torch.testing.assert_close(values_at(value, fixed.pivots), fixed.basis_change)
 
 
 def test_dependent_columns_are_not_divided_by() -> None:

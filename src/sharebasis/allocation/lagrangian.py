@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from sharebasis.errors import BudgetError
 from sharebasis.linalg.exact_cover import Cover
 from sharebasis.structures.curve import Curve
 
-SLACK = Fraction(1, 1000)
+BUDGET_SLACK = Fraction(1, 1000)
 """Fraction of the dense numbers by which caps may fall short of the budget."""
 
 
@@ -23,11 +23,11 @@ def allocate(
 ) -> dict[int, int]:
     """Choose offers that cover every part once, and an entry of each: those of least loss.
 
-    Minimises Σ loss + λ Σ stored; the largest λ whose choice fits is found by bisection. What is
-    left of the budget, less than one step of one curve, goes to the steps that save most per
+    Minimises Σ loss + λ Σ stored; the largest λ whose choice fits is found by bisection. The
+    rest of the budget, less than one step of one curve, goes to the steps that save most per
     number.
 
-    Where the baseline alone loses no more, it is that: it may spend what is left of the budget
+    Where the baseline alone loses no more, it is that: it may spend the rest of the budget
     better.
 
     Args:
@@ -43,14 +43,14 @@ def allocate(
     Raises:
         BudgetError: the least that is allowed everywhere stores too much, or the most too little.
     """
-    picks = picks_within([Together(curves, cover)], removed)
+    picks = picks_within(partial(_overlapping, curves, cover), removed)
     if all(pick.number < n_baseline for pick in picks):
         return _entries(picks)
-    alone = [Alone(i, curve) for i, curve in enumerate(curves[:n_baseline])]
-    if not all(np.isfinite(cell.curve.loss).any() for cell in alone):  # limits allow others alone
+    of_baseline = curves[:n_baseline]
+    if not all(np.isfinite(curve.loss).any() for curve in of_baseline):  # limits allow only others
         return _entries(picks)
     try:
-        baseline = picks_within(alone, removed)
+        baseline = picks_within(partial(_separate, of_baseline), removed)
     except BudgetError:  # only what shares stores so little
         return _entries(picks)
     is_better = sum(pick.loss for pick in baseline) <= sum(pick.loss for pick in picks)
@@ -74,64 +74,45 @@ class Pick:
         return float(self.curve.loss[self.entry])
 
 
-@runtime_checkable
-class Cell(Protocol):
-    """Some parts, and the ways in which they can be stored."""
-
-    def choose(self, price: float) -> Sequence[Pick]:
-        """The picks of least loss + price * stored; at an infinite price, of those that limits
-        allow, what stores least (or, where it is negative, most)."""
+Choose = Callable[[float], Sequence[Pick]]
+"""Price a number -> the picks of least loss + price * stored that cover every part once; at an
+infinite price, of those that limits allow, what stores least (or, where it is negative, most)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """One group, of any rank or dense."""
-
-    number: int
-    curve: Curve
-
-    def choose(self, price: float) -> Sequence[Pick]:
-        return [Pick(self.number, self.curve, int(np.argmin(_values(self.curve, price))))]
+def _separate(curves: Sequence[Curve], price: float) -> Sequence[Pick]:
+    """Every group, of any rank or dense."""
+    entries = [int(np.argmin(_values(curve, price))) for curve in curves]
+    return [Pick(i, curves[i], entry) for i, entry in enumerate(entries)]
 
 
-@dataclass(frozen=True, slots=True)
-class Together:
-    """Groups that overlap, of which those are chosen that cover every part once."""
-
-    curves: Sequence[Curve]
-    cover: Cover
-
-    def choose(self, price: float) -> Sequence[Pick]:
-        values = [_values(curve, price) for curve in self.curves]
-        entries = [int(np.argmin(own)) for own in values]
-        costs = [float(own[entry]) for own, entry in zip(values, entries, strict=True)]
-        return [Pick(i, self.curves[i], entries[i]) for i in self.cover.best(costs)]
+def _overlapping(curves: Sequence[Curve], cover: Cover, price: float) -> Sequence[Pick]:
+    """Those of groups that overlap which cover every part once."""
+    values = [_values(curve, price) for curve in curves]
+    entries = [int(np.argmin(of_curve)) for of_curve in values]
+    costs = [float(of_curve[i]) for of_curve, i in zip(values, entries, strict=True)]
+    return [Pick(i, curves[i], entries[i]) for i in cover.best(costs)]
 
 
-def picks_within(cells: Sequence[Cell], removed: float) -> Sequence[Pick]:
-    """The picks of all cells whose sum of losses is least within the budget; see `allocate`.
+def picks_within(choose: Choose, removed: float) -> Sequence[Pick]:
+    """The picks whose sum of losses is least within the budget; see `allocate`.
 
     Raises:
         BudgetError: as `allocate`.
     """
-    budget = _budget(cells, removed)
+    budget = _budget(choose, removed)
     low, high = 0.0, 1.0  # low stores too much (or just enough), high fits
-    while _stored(_choose(cells, high)) > budget:
+    while _stored(choose(high)) > budget:
         low, high = high, 4 * high
     for _ in range(200):
         middle = (low + high) / 2
-        fits = _stored(_choose(cells, middle)) <= budget
+        fits = _stored(choose(middle)) <= budget
         low, high = (low, middle) if fits else (middle, high)
-    picks = _choose(cells, high)
+    picks = choose(high)
     return _filled(picks, budget - _stored(picks))
 
 
 def _entries(picks: Sequence[Pick]) -> dict[int, int]:
     return {pick.number: pick.entry for pick in picks}
-
-
-def _choose(cells: Sequence[Cell], price: float) -> Sequence[Pick]:
-    return [pick for cell in cells for pick in cell.choose(price)]
 
 
 def _stored(picks: Sequence[Pick]) -> int:
@@ -144,21 +125,23 @@ def _values(curve: Curve, price: float) -> NDArray[np.float64]:
     return curve.loss + price * curve.stored
 
 
-def _budget(cells: Sequence[Cell], removed: float) -> int:
+def _budget(choose: Choose, removed: float) -> int:
     """Numbers to be stored, once it is known that they can be."""
-    smallest = _choose(cells, np.inf)
-    least, most = _stored(smallest), _stored(_choose(cells, -np.inf))
+    smallest = choose(np.inf)
+    least, most = _stored(smallest), _stored(choose(-np.inf))
     dense = sum(pick.curve.original for pick in smallest)
     budget = int((1 - Fraction(str(removed))) * dense)
     if least > budget:
         limited = any(np.isinf(pick.curve.loss[:-1]).any() for pick in smallest)
-        what = "the least that limits allow" if limited else "the least that there can be"
-        way = "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
-        raise BudgetError(
-            f"Removing {removed:.4g} leaves {budget} numbers, but {what} already stores {least}. "
-            f"Lower fit.removed or {way}."
+        minimum = "the least that limits allow" if limited else "the least that there can be"
+        remedy = (
+            "lower the floors of fit.limits or exclude less" if limited else "use a coarser split"
         )
-    if most < budget - SLACK * dense:
+        raise BudgetError(
+            f"Removing {removed:.4g} leaves {budget} numbers, but {minimum} already stores "
+            f"{least}. Lower fit.removed or {remedy}."
+        )
+    if most < budget - BUDGET_SLACK * dense:
         raise BudgetError(
             f"Removing {removed:.4g} leaves {budget} numbers, but limits allow no more than "
             f"{most}, which is removing {1 - most / dense:.4g}. Raise fit.removed or the caps of "
@@ -167,18 +150,18 @@ def _budget(cells: Sequence[Cell], removed: float) -> int:
     return budget
 
 
-def _filled(picks: Sequence[Pick], left: int) -> Sequence[Pick]:
-    """Spend what is left, step by step, where it saves most per number."""
+def _filled(picks: Sequence[Pick], budget: int) -> Sequence[Pick]:
+    """Spend the rest of the budget, step by step, where it saves most per number."""
     picks = list(picks)
     while True:
-        best, which, entry = 0.0, -1, -1
+        best_rate, best_pick, best_entry = 0.0, -1, -1
         for i, pick in enumerate(picks):
             extra, saved = pick.curve.stored - pick.stored, pick.loss - pick.curve.loss
-            rate = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
-            if (top := rate.max()) > best:
-                best, which, entry = float(top), i, int(rate.argmax())
-        if which < 0:
+            rate = np.where((extra <= budget) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
+            if (highest := rate.max()) > best_rate:
+                best_rate, best_pick, best_entry = float(highest), i, int(rate.argmax())
+        if best_pick < 0:
             return picks
-        step = replace(picks[which], entry=entry)
-        left -= step.stored - picks[which].stored
-        picks[which] = step
+        step = replace(picks[best_pick], entry=best_entry)
+        budget -= step.stored - picks[best_pick].stored
+        picks[best_pick] = step

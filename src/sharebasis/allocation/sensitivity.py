@@ -1,4 +1,4 @@
-"""What the stage `sensitivity` has found, or that nothing was measured; without torch."""
+"""What the stage `sensitivity` measured, or that it measured nothing; without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sharebasis.config.analyse import Sensing
 
 @dataclass(frozen=True, slots=True)
 class CellLoss:
-    """What a cell was predicted to lose and what it was seen to, nats a prediction."""
+    """What a cell was predicted to lose and what it was measured to, nats a prediction."""
 
     kind: str
     layers: tuple[int, int]

@@ -33,9 +33,9 @@ def uniform_ranks(
         BudgetError: a group is too small to keep even the least rank.
     """
     ranks = []
-    given = limits or [Limit()] * len(groups)
-    kept = _kept_of_others(groups, removed, given)
-    for group, limit in zip(groups, given, strict=True):
+    limits = limits or [Limit()] * len(groups)
+    kept = _kept_of_others(groups, removed, limits)
+    for group, limit in zip(groups, limits, strict=True):
         if limit.dense:
             ranks.append(DENSE)
             continue
@@ -64,7 +64,8 @@ def _kept_of_others(groups: Sequence[Group], removed: float, limits: Sequence[Li
     # Exact, since 1 - 0.8 is not 0.2 in binary and a rank would be lost to the difference.
     kept = 1 - Fraction(str(removed))
     total = sum(group.n_weights for group in groups)
-    dense = sum(group.n_weights for group, own in zip(groups, limits, strict=True) if own.dense)
+    limited = zip(groups, limits, strict=True)
+    dense = sum(group.n_weights for group, limit in limited if limit.dense)
     if not dense:
         return kept
     if dense >= kept * total:

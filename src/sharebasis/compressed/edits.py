@@ -1,10 +1,10 @@
-"""What a structure changes around its weights: fewer neurons, values in another gauge."""
+"""What a structure changes around its weights: pruned neurons, the value gauge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -17,11 +17,11 @@ from sharebasis.forms.fixed_columns import FixedColumns
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.rows import Rows, rows_at
 from sharebasis.linalg.value_gauge import (
+    bias_in_gauge,
     fix_values,
-    turned_bias,
-    turned_output,
-    turned_values,
+    output_in_gauge,
     values_at,
+    values_in_gauge,
 )
 from sharebasis.model.surgery import narrow, weight_of
 
@@ -47,7 +47,7 @@ class Edit:
         return None
 
     def original_block(self, part: StoredPart) -> Rows | None:
-        """Where a block of a fused weight lay before rows went, if a part is what is left of it."""
+        """Where a block of a fused weight lay before pruning, if a part is what is left of it."""
         return None
 
     def is_fitted(self, sublayer: str) -> bool:
@@ -69,13 +69,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class PrunedNeurons(Edit):
-    """An MLP without some of its neurons."""
+    """A pruned MLP."""
 
     kind: ClassVar[str] = "pruned_neurons"
     reads: tuple[str, ...]
-    """Sublayers that lack their rows: up, and gate where there is one; or the one that is both."""
+    """Sublayers whose rows were pruned: up, and gate if there is one; or the one that is both."""
     down: str
-    """The sublayer that lacks their columns."""
+    """The sublayer whose columns were pruned."""
     kept: tuple[int, ...]
     """The original numbers of the neurons that are there, ascending."""
     gate_up: tuple[Rows, ...] = ()
@@ -109,7 +109,7 @@ class PrunedNeurons(Edit):
 
 @dataclass(frozen=True)
 class ValueGauge(Edit):
-    """Values of heads without the columns that the output of the heads has taken in."""
+    """Values with columns fixed to the identity; the output has taken in what these were."""
 
     kind: ClassVar[str] = "value_gauge"
     value: str
@@ -121,14 +121,14 @@ class ValueGauge(Edit):
         _, part = index.find_tensor(self.value)
         values, outputs = (original.get_submodule(name) for name in (part.sublayer, self.output))
         rows = part.rows.numbers.to(weight_of(values).device)
-        basis = values_at(weight_of(values)[rows], reader.read(part.tensors["pivots"]))
-        added = [values.bias] if isinstance(values.bias, Tensor) else []
-        for tensor in (weight_of(values), *added):
-            tensor[rows] = turned_values(tensor[rows], basis).to(tensor)
-        weight_of(outputs).copy_(turned_output(weight_of(outputs), basis))
+        basis_change = values_at(weight_of(values)[rows], reader.read(part.tensors["pivots"]))
+        biases = [values.bias] if isinstance(values.bias, Tensor) else []
+        for tensor in (weight_of(values), *biases):
+            tensor[rows] = values_in_gauge(tensor[rows], basis_change).to(tensor)
+        weight_of(outputs).copy_(output_in_gauge(weight_of(outputs), basis_change))
 
     def settle(self, rewriting: Rewriting) -> None:
-        """New values lack the known columns: choose anew, and let the output take these in."""
+        """New values have no fixed columns: choose anew, and let the output take these in."""
         value_group, part = rewriting.index.find_tensor(self.value)
         edited = rewriting.forms.get(value_group.name)
         if edited is None:
@@ -143,12 +143,12 @@ class ValueGauge(Edit):
         )
         outputs = rewriting.form(output_group)
         rewriting.forms[output_group.name] = outputs.change_inputs(
-            place, lambda weight: turned_output(weight.detach(), values.turn)
+            place, lambda weight: output_in_gauge(weight.detach(), values.basis_change)
         )
         name = f"{part.sublayer}.bias"
         if name in rewriting.index.files:
             bias = rewriting.tensor(name)
-            rewriting.tensors[name] = turned_bias(bias, part.rows.numbers, values.turn)
+            rewriting.tensors[name] = bias_in_gauge(bias, part.rows.numbers, values.basis_change)
 
 
 EDITS: dict[str, type[Edit]] = {
@@ -156,6 +156,15 @@ EDITS: dict[str, type[Edit]] = {
     ValueGauge.kind: ValueGauge,
 }
 """By what `sharebasis.json` calls them."""
+
+
+Answer = TypeVar("Answer")
+
+
+def first_answer(edits: Iterable[Edit], question: Callable[[Edit], Answer | None]) -> Answer | None:
+    """The answer of the first edit that has one; None: no edit has."""
+    answers = map(question, edits)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def edits_of(index: CompressedIndex) -> Sequence[Edit]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FIRST_OF_TODAY = 6
+CURRENT_FORMAT = 6
+"""The first that `upgraded` leaves as it is."""
 
 
 def upgraded(content: Any) -> Any:
     """The content of an index as today's version would have written it; anything else as it is."""
-    if not isinstance(content, dict) or content.get("format", 1) >= FIRST_OF_TODAY:
+    if not isinstance(content, dict) or content.get("format", 1) >= CURRENT_FORMAT:
         return content
     if not {"groups", "files"} <= content.keys():
         return content
@@ -21,7 +22,7 @@ def upgraded(content: Any) -> Any:
         "groups": groups,
         "files": content["files"],
         "edits": edits,
-        "format": FIRST_OF_TODAY,
+        "format": CURRENT_FORMAT,
     }
 
 
@@ -49,10 +50,10 @@ def _group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parts(parts: Sequence[Mapping[str, Any]], form: str, side: str) -> list[dict[str, Any]]:
     """A part for each tensor, under all names of its sublayer."""
-    found: dict[str, dict[str, Any]] = {}
+    by_stem: dict[str, dict[str, Any]] = {}
     for part in parts:
-        if (stem := part["coefficient"]) in found:
-            found[stem]["sublayers"].append(part["sublayer"])
+        if (stem := part["coefficient"]) in by_stem:
+            by_stem[stem]["sublayers"].append(part["sublayer"])
             continue
         role = "coefficient" if form in ("low_rank", "interpolative") else "dense"
         tensors = {role: stem}
@@ -60,5 +61,5 @@ def _parts(parts: Sequence[Mapping[str, Any]], form: str, side: str) -> list[dic
             tensors["pivots"] = part["pivots"]
         if form == "masked":
             tensors["mask"] = part["mask"]
-        found[stem] = {"sublayers": [part["sublayer"]], "rows": part["rows"], "tensors": tensors}
-    return list(found.values())
+        by_stem[stem] = {"sublayers": [part["sublayer"]], "rows": part["rows"], "tensors": tensors}
+    return list(by_stem.values())

@@ -14,12 +14,13 @@ from sharebasis.config.types import Family, Side
 from sharebasis.forms.form import Form, RoleTensors
 from sharebasis.forms.table import FORMS
 from sharebasis.io.records import read_json, record_of
+from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.rows import Rows
 
 INDEX_FILE = "sharebasis.json"
 
 FORMAT = 6
-"""Of the index and what it says of tensors; older ones can be read."""
+"""Of the index and of the tensors that it names; earlier ones can be read."""
 
 
 def present(models: Sequence[Path]) -> Sequence[Path]:
@@ -64,7 +65,7 @@ class StoredGroup:
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Of all its tensors, those that are shared first."""
+        """The names of all its tensors, those that are shared first."""
         of_parts = (name for part in self.parts for name in part.tensors.values())
         return tuple(dict.fromkeys((*self.tensors.values(), *of_parts)))
 
@@ -75,6 +76,10 @@ class StoredGroup:
         for part, by_role in zip(self.parts, tensors.parts, strict=True):
             for role, tensor in by_role.items():
                 yield part.tensors[role], tensor
+
+    def read(self, reader: TensorReader, shapes: Sequence[tuple[int, int]] = ()) -> Form:
+        """The form of what files hold; `shapes` as of `load`, for a form that asks for them."""
+        return self.load({name: reader.read(name) for name in self.tensor_names}, shapes)
 
     def load(
         self,
@@ -120,14 +125,19 @@ class CompressedIndex:
                 f"there is no form {', '.join(sorted(unknown))}, only {', '.join(FORMS)}"
             )
 
+    @property
+    def group_tensors(self) -> frozenset[str]:
+        """The names of the tensors of all groups."""
+        return frozenset(name for group in self.groups for name in group.tensor_names)
+
     def group_of(self, sublayer: str) -> StoredGroup:
         """The (first) group that a part of a sublayer is in."""
         return next(g for g in self.groups if any(sublayer in p.sublayers for p in g.parts))
 
     def find_tensor(self, name: str) -> tuple[StoredGroup, StoredPart]:
         """The part that a tensor belongs to, and its group."""
-        pairs = ((group, part) for group in self.groups for part in group.parts)
-        return next(pair for pair in pairs if name in pair[1].tensors.values())
+        parts = ((group, part) for group in self.groups for part in group.parts)
+        return next((group, part) for group, part in parts if name in part.tensors.values())
 
 
 def load_index(directory: Path) -> CompressedIndex:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def load_compressed(
 ) -> PreTrainedModel:
     """Load a compressed model; `generate` and all else work as on the original's class.
 
-    Tensors are read one at a time and never exist in their dense form, but for masked weights,
-    which have zeros in memory, and values without some columns. The model is in eval mode;
+    Tensors are read one at a time and never exist in their dense form, but for masked weights and
+    values in the value gauge, which are dense in memory. The model is in eval mode;
     parameters do not require gradients until they are told to.
 
     Args:
@@ -50,7 +51,7 @@ def load_compressed(
         device: where the model goes.
 
     Raises:
-        StoreError: the directory is not whole.
+        StoreError: the directory lacks tensors of the model, or its index.
         WeightsError: a file of tensors is missing or truncated.
         ResourceError: the model does not fit into memory.
     """
@@ -77,7 +78,7 @@ class LoadedModel:
             for part in group.parts:
                 for sublayer in part.sublayers:
                     rows.setdefault(sublayer, []).append(part.rows)
-        return {name: sorted(own, key=lambda part: part.start) for name, own in rows.items()}
+        return {name: sorted(parts, key=attrgetter("start")) for name, parts in rows.items()}
 
     def linears(self, group: StoredGroup) -> Sequence[ShareLinear]:
         """The modules of a group's parts."""
@@ -89,13 +90,13 @@ class LoadedModel:
         return [module for module in modules if isinstance(module, SplitLinear)]
 
     def tie(self, part: StoredPart) -> None:
-        """Let all sublayers of one weight have one module for a part."""
+        """Let sublayers that are tied share the module of a part."""
         first, *others = self.modules(part)
         place = self._place(part)
         for module in others:
-            module.use(
-                [first.parts[place] if i == place else own for i, own in enumerate(module.parts)]
-            )
+            parts = list(module.parts)
+            parts[place] = first.parts[place]
+            module.use(parts)
 
     def _place(self, part: StoredPart) -> int:
         return self.places[part.sublayer].index(part.rows)
@@ -111,7 +112,7 @@ class LoadedModel:
         return [(linear.out_features, linear.in_features) for linear in self.linears(group)]
 
     def is_fitted(self, group: StoredGroup) -> bool:
-        """Whether an edit has made other weights of the group's, even if they are dense."""
+        """Whether an edit has changed the weights of a group, which may be dense all the same."""
         return any(edit.is_fitted(group.parts[0].sublayer) for edit in self.edits)
 
 
@@ -132,9 +133,9 @@ def open_compressed(
     wrap(model, loaded.places)
     size = sum(_sizes(loaded, dtype))
     require_memory(size, f"The compressed model in {directory}", device)
-    found = _read(loaded, directory, dtype, device)
+    tensors = _read(loaded, directory, dtype, device)
     for group in index.groups:
-        loaded.install(group, _load(loaded, group, found))
+        loaded.install(group, _load(loaded, group, tensors))
         for part in group.parts:
             loaded.tie(part)
     others = {alias: first for alias, first in tied.items() if not _is_in(loaded.places, alias)}
@@ -147,27 +148,28 @@ def _read(
     loaded: LoadedModel, directory: Path, dtype: torch.dtype | None, device: torch.device
 ) -> dict[str, Tensor]:
     """The tensors of all groups; the others go to the model at once."""
-    names = {name for group in loaded.index.groups for name in group.tensor_names}
-    found: dict[str, Tensor] = {}
+    names = loaded.index.group_tensors
+    of_groups: dict[str, Tensor] = {}
     for name, tensor in loaded.reader.stream():
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
         if name in names:
-            found[name] = _parameter(tensor)
+            of_groups[name] = _parameter(tensor)
         else:
-            put = set_module_tensor_to_device
-            put(loaded.model, name, device, value=tensor, dtype=tensor.dtype)
-    if lacking := names - found.keys():
+            set_module_tensor_to_device(
+                loaded.model, name, device, value=tensor, dtype=tensor.dtype
+            )
+    if missing := names - of_groups.keys():
         raise StoreError(
-            f"{directory} lacks {len(lacking)} tensors that {INDEX_FILE} names, "
-            f"{min(lacking)} among them; write it again (dvc repro fit)."
+            f"{directory} lacks {len(missing)} tensors that {INDEX_FILE} names, "
+            f"{min(missing)} among them; write it again (dvc repro fit)."
         )
-    return found
+    return of_groups
 
 
-def _load(loaded: LoadedModel, group: StoredGroup, found: dict[str, Tensor]) -> Form:
+def _load(loaded: LoadedModel, group: StoredGroup, tensors: dict[str, Tensor]) -> Form:
     """The form of a group; what it does not use as it is can be released."""
-    tensors = {name: found.pop(name) for name in group.tensor_names if name in found}
-    return group.load(tensors, loaded.shapes(group))
+    of_group = {name: tensors.pop(name) for name in group.tensor_names if name in tensors}
+    return group.load(of_group, loaded.shapes(group))
 
 
 def _sizes(loaded: LoadedModel, dtype: torch.dtype | None) -> Iterator[int]:
@@ -178,12 +180,12 @@ def _sizes(loaded: LoadedModel, dtype: torch.dtype | None) -> Iterator[int]:
         return n * (dtype if dtype and stored.is_floating_point else stored).itemsize
 
     for group in loaded.index.groups:
-        own = [layout.pop(name) for name in group.tensor_names if name in layout]
+        of_group = [layout.pop(name) for name in group.tensor_names if name in layout]
         in_memory = FORMS[group.form].n_in_memory(loaded.shapes(group))
-        if in_memory is not None and own:
-            yield size(in_memory, own[0][1])
+        if in_memory is not None and of_group:
+            yield size(in_memory, of_group[0][1])
         else:
-            yield from (size(prod(shape), stored) for shape, stored in own)
+            yield from (size(prod(shape), stored) for shape, stored in of_group)
     yield from (size(prod(shape), stored) for shape, stored in layout.values())
 
 
@@ -196,7 +198,7 @@ def _is_in(sublayers: Mapping[str, object], tensor: str) -> bool:
 
 
 def _tie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
-    """Give parameters that are one the value of the one that was stored."""
+    """Give tied parameters the value of the one of them that was stored."""
     for names in tied.items():
         values = [model.get_parameter(name) for name in names]
         value = next((value for value in values if not value.is_meta), values[0])
@@ -206,7 +208,7 @@ def _tie(model: PreTrainedModel, tied: Mapping[str, str]) -> None:
 
 
 def _finish(model: PreTrainedModel, directory: Path, device: torch.device) -> None:
-    """See to it that nothing is left without a value."""
+    """Check that every tensor of the model has a value, and move it to the device."""
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise StoreError(

@@ -19,25 +19,24 @@ from sharebasis.io.tensor_files import TensorReader
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What is to be written in the place of what is there; edits add to it."""
+    """What is written in the place of what is stored; edits add to it."""
 
     index: CompressedIndex
     reader: TensorReader
-    """Of the tensors that are there."""
+    """Of the stored tensors."""
     forms: dict[str, Form]
     """By group: editable ones, or of the kind that the group is stored in."""
     tensors: dict[str, Tensor]
     """By name: other than of groups."""
 
     def form(self, group: StoredGroup) -> Form:
-        """A new one, or the one that is there."""
+        """The new one, or the stored one."""
         if group.name in self.forms:
             return self.forms[group.name]
-        stored = {name: self.reader.read(name) for name in group.tensor_names}
-        return group.load(stored, [])
+        return group.read(self.reader)
 
     def tensor(self, name: str) -> Tensor:
-        """A new one, or the one that is there."""
+        """The new one, or the stored one."""
         return self.tensors[name] if name in self.tensors else self.reader.read(name)
 
 
@@ -67,7 +66,7 @@ def rewrite(
     edits = edits_of(index)
     for edit in edits:
         edit.settle(rewriting)
-    of_groups = {name for group in index.groups for name in group.tensor_names}
+    of_groups = index.group_tensors
     others = {name: file for name, file in index.files.items() if name not in of_groups}
     writer = CompressedWriter(out, shard_bytes)
     for name, tensor in TensorReader(source, others).stream():
@@ -76,7 +75,7 @@ def rewrite(
     for group in index.groups:
         form = rewriting.forms.get(group.name)
         if form is None:
-            writer.copy_group(group, [(name, reader.read(name)) for name in group.tensor_names])
+            writer.copy_group(group, reader)
             continue
         dtype = reader.read(group.tensor_names[0], slice(0, 1)).dtype
         writer.add_group(group, _stored(form, group), dtype)

@@ -15,11 +15,13 @@ from sharebasis.compressed.index import INDEX_FILE, CompressedIndex, StoredGroup
 from sharebasis.forms.form import Form
 from sharebasis.io.manifest import MANIFEST
 from sharebasis.io.records import save_record
-from sharebasis.io.tensor_files import TensorWriter
+from sharebasis.io.tensor_files import TensorReader, TensorWriter
 
 
-class CompressedWriter:
+class CompressedWriter(TensorWriter):
     """Writes a compressed model, holding one group and one shard in memory.
+
+    What belongs to no group is added by its name (`add`).
 
     Args:
         directory: to write into, from `io.atomic.writing`.
@@ -27,18 +29,8 @@ class CompressedWriter:
     """
 
     def __init__(self, directory: Path, shard_bytes: int) -> None:
-        self._directory = directory
-        self._writer = TensorWriter(directory, "sharebasis", shard_bytes)
+        super().__init__(directory, "sharebasis", shard_bytes)
         self._groups: list[StoredGroup] = []
-
-    @property
-    def n_numbers(self) -> int:
-        """Numbers written so far."""
-        return self._writer.n_numbers
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """A tensor that belongs to no group."""
-        self._writer.add(name, tensor)
 
     def add_group(self, group: StoredGroup, form: Form, dtype: torch.dtype) -> None:
         """A group in its form.
@@ -51,18 +43,18 @@ class CompressedWriter:
         assert form.kind == group.form
         # Indices and masks come before the numbers that they are about.
         for name, tensor in sorted(group.named(form.tensors()), key=_is_number):
-            self._writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else None))
+            self.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else None))
         self._groups.append(replace(group, rank=form.rank))
 
-    def copy_group(self, group: StoredGroup, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    def copy_group(self, group: StoredGroup, reader: TensorReader) -> None:
         """A group as it was.
 
         Args:
             group: of another directory.
-            tensors: all of its tensors, by name.
+            reader: of that.
         """
-        for name, tensor in tensors:
-            self._writer.add(name, tensor)
+        for name in group.tensor_names:
+            self.add(name, reader.read(name))
         self._groups.append(group)
 
     def finish(self, companions: Path, edits: Sequence[Edit] = ()) -> None:
@@ -72,14 +64,14 @@ class CompressedWriter:
             companions: a directory whose files go along, but for those of weights.
             edits: what is changed around the weights.
         """
-        self._writer.flush()
+        self.flush()
         for path in companions.iterdir():
             ours = path.name in (MANIFEST, INDEX_FILE)
             if ".safetensors" not in path.name and not ours:
-                shutil.copyfile(path, self._directory / path.name)
+                shutil.copyfile(path, self.directory / path.name)
         records = tuple(map(edit_record, edits))
-        index = CompressedIndex(tuple(self._groups), self._writer.files, records)
-        save_record(self._directory / INDEX_FILE, index)
+        index = CompressedIndex(tuple(self._groups), self.files, records)
+        save_record(self.directory / INDEX_FILE, index)
 
 
 def _is_number(named: tuple[str, Tensor]) -> bool:

@@ -1,6 +1,6 @@
-"""Values of heads of which some columns are the identity and are not stored.
+"""Values of heads in the value gauge: columns of W_V are the identity and are not stored.
 
-Whole in memory, and in products. The output of the heads has taken in what the columns were
+Dense in memory, and in products. The output of the heads has taken in what the columns were
 (`linalg.value_gauge`), which the edit `value_gauge` stands for.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from sharebasis.forms.dense import Dense, DenseModule
 from sharebasis.forms.form import Form, RoleTensors
 from sharebasis.linalg.objective import Problem
-from sharebasis.linalg.value_gauge import whole_values
+from sharebasis.linalg.value_gauge import dense_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class FixedColumns(Form):
         return sum(map(prod, shapes))
 
     def editable(self) -> Dense:
-        """The whole weight, whose columns may then be anything."""
-        return Dense((whole_values(self.pivots, self.coefficient.detach()),))
+        """The dense weight, whose columns may then be anything."""
+        return Dense((dense_values(self.pivots, self.coefficient.detach()),))
 
     def refit(self, problems: Sequence[Problem]) -> Form:
         return self.editable().refit(problems)

@@ -122,10 +122,10 @@ class Form(ABC):
         """
 
     def update(self, problems: Sequence[Problem]) -> Form | None:
-        """What the parts have for themselves, of least loss while what they share stays.
+        """The form with coefficients of least loss, where what the parts share stays.
 
         Returns:
-            None where there is no such thing.
+            None where there are no such coefficients.
         """
         return None
 
@@ -143,7 +143,7 @@ class Form(ABC):
 
     @property
     def support(self) -> Bool[Tensor, "d_out d_in"] | None:
-        """Which entries of a Parameter may be other than zero; None: all of them."""
+        """The mask of a Parameter, outside which it stays zero; None: it has none."""
         return None
 
 

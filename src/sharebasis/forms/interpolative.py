@@ -5,8 +5,8 @@ rank² numbers fewer than plain factors, for the same product (`linalg.interpola
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharebasis.config.types import Side
 from sharebasis.forms.form import Form, RoleTensors, parameter
-from sharebasis.forms.low_rank import LowRank, LowRankModule
+from sharebasis.forms.low_rank import Factors, LowRank, LowRankModule
 from sharebasis.linalg.interpolative import interpolate
 from sharebasis.linalg.objective import Problem
 from sharebasis.runtime import matmul
@@ -43,7 +43,7 @@ class InterpolativeModule(LowRankModule):
         first: see `pivots`.
         """
         super().__init__(basis, coefficient, side)
-        self._own = slice(first, first + len(pivots))
+        self._pivot_rows = slice(first, first + len(pivots))
         d_out = len(pivots) + len(self.factors[1])
         self.register_buffer("order", _order(pivots.long(), d_out), persistent=False)
 
@@ -53,30 +53,26 @@ class InterpolativeModule(LowRankModule):
 
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         inner, outer = self.factors
-        return torch.cat([inner[self._own], outer @ inner]).index_select(0, self.order)
+        return torch.cat([inner[self._pivot_rows], outer @ inner]).index_select(0, self.order)
 
     def plain(self) -> Float[Tensor, "d_out rank"]:
         """The second factor with the rows of all outputs."""
         inner, outer = self.factors
         unit = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        return torch.cat([unit[self._own], outer]).index_select(0, self.order)
+        return torch.cat([unit[self._pivot_rows], outer]).index_select(0, self.order)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         inner, outer = self.factors
         z = matmul.linear(x, inner)
         y = matmul.linear(z, outer)
-        return torch.cat([z[..., self._own], y], dim=-1).index_select(-1, self.order)
+        return torch.cat([z[..., self._pivot_rows], y], dim=-1).index_select(-1, self.order)
 
 
 @dataclass(frozen=True, slots=True)
-class Interpolative(Form):
-    """Factors of the outputs that are no pivots, and which ones are."""
+class Interpolative(Factors):
+    """Factors without the rows of outputs that are pivots, and which outputs these are."""
 
     kind: ClassVar[str] = "interpolative"
-    basis: Float[Tensor, "_ _"]
-    """(rank, d_in); on the output side (d_out - rank, rank)."""
-    coefficients: tuple[Float[Tensor, "_ _"], ...]
-    """(d_out_i - pivots, rank); on the output side (rank, d_in_i)."""
     pivots: tuple[Int[Tensor, " _"], ...]
     """Rows of each part; on the output side those that all parts have, once."""
     side: Side = "input"
@@ -93,9 +89,9 @@ class Interpolative(Form):
         assert isinstance(edited, LowRank)
         factors = edited
         if factors.side == "output":
-            inner = torch.cat([own.T for own in factors.coefficients]).T
+            inner = torch.cat([coefficient.T for coefficient in factors.coefficients]).T
             form = interpolate(factors.basis, inner)
-            lengths = [own.shape[1] for own in factors.coefficients]
+            lengths = [coefficient.shape[1] for coefficient in factors.coefficients]
             split = form.basis.split(lengths, dim=1)
             return cls(form.coefficient, tuple(split), (form.pivots,), "output")
         form = interpolate(torch.cat(list(factors.coefficients)), factors.basis)
@@ -109,10 +105,6 @@ class Interpolative(Form):
             start, row = start + length, row + n_others
         return cls(form.basis, tuple(coefficients), tuple(pivots))
 
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
-
     @classmethod
     def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Interpolative:
         pivots = [tensors.shared["pivots"]] if tensors.side == "output" else []
@@ -121,12 +113,14 @@ class Interpolative(Form):
         return cls(tensors.shared["basis"], coefficients, tuple(pivots), tensors.side)
 
     def tensors(self) -> RoleTensors:
-        pivots = [own.int() for own in self.pivots]
+        pivots = [of_part.int() for of_part in self.pivots]
         if self.side == "output":
             parts = tuple({"coefficient": coefficient} for coefficient in self.coefficients)
             return RoleTensors({"basis": self.basis, "pivots": pivots[0]}, parts, "output")
-        pairs = zip(self.coefficients, pivots, strict=True)
-        parts = tuple({"coefficient": own, "pivots": places} for own, places in pairs)
+        parts = tuple(
+            {"coefficient": coefficient, "pivots": of_part}
+            for coefficient, of_part in zip(self.coefficients, pivots, strict=True)
+        )
         return RoleTensors({"basis": self.basis}, parts)
 
     def modules(self) -> Sequence[InterpolativeModule]:
@@ -136,13 +130,9 @@ class Interpolative(Form):
         else:
             pivots, firsts = self.pivots, [0, *accumulate(map(len, self.pivots))]
         return [
-            InterpolativeModule(basis, coefficient, self.side, own, first)
-            for coefficient, own, first in zip(self.coefficients, pivots, firsts, strict=False)
+            InterpolativeModule(basis, coefficient, self.side, of_part, first)
+            for coefficient, of_part, first in zip(self.coefficients, pivots, firsts, strict=False)
         ]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Interpolative:
-        coefficients = tuple(map(function, self.coefficients))
-        return replace(self, basis=function(self.basis), coefficients=coefficients)
 
     def editable(self) -> LowRank:
         """Plain factors."""
@@ -150,14 +140,6 @@ class Interpolative(Form):
         if self.side == "output":
             return LowRank(modules[0].plain(), self.coefficients, "output")
         return LowRank(self.basis, tuple(module.plain() for module in modules))
-
-    def change_inputs(self, part: int, change: Callable[[Tensor], Tensor]) -> Interpolative:
-        if self.side == "input":
-            assert len(self.coefficients) == 1  # other parts would see the change, too
-            return replace(self, basis=change(self.basis))
-        coefficients = list(self.coefficients)
-        coefficients[part] = change(coefficients[part])
-        return replace(self, coefficients=tuple(coefficients))
 
     def refit(self, problems: Sequence[Problem]) -> Form:
         return self.editable().refit(problems)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -71,25 +72,51 @@ class LowRankModule(FormModule):
         return matmul.linear(matmul.linear(x, inner), outer)
 
 
+Same = TypeVar("Same", bound="Factors")
+
+
 @dataclass(frozen=True, slots=True)
-class LowRank(Form):
+class Factors(Form):
+    """A basis that all parts share, and a coefficient for each."""
+
+    basis: Float[Tensor, "_ _"]
+    """(rank, d_in); on the output side (d_out, rank), perhaps without some rows."""
+    coefficients: tuple[Float[Tensor, "_ _"], ...]
+    """(d_out_i, rank), perhaps without some rows; on the output side (rank, d_in_i)."""
+
+    @property
+    @abstractmethod
+    def side(self) -> Side:
+        """Where the basis lies."""
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
+
+    def map(self: Same, function: Callable[[Tensor], Tensor]) -> Same:
+        coefficients = tuple(map(function, self.coefficients))
+        return replace(self, basis=function(self.basis), coefficients=coefficients)
+
+    def change_inputs(self: Same, part: int, change: Callable[[Tensor], Tensor]) -> Same:
+        if self.side == "input":
+            assert len(self.coefficients) == 1  # other parts would see the change, too
+            return replace(self, basis=change(self.basis))
+        coefficients = list(self.coefficients)
+        coefficients[part] = change(coefficients[part])
+        return replace(self, coefficients=tuple(coefficients))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Factors):
     """W_i = coefficient_i @ basis, or, on the output side, basis @ coefficient_i."""
 
     kind: ClassVar[str] = "low_rank"
-    basis: Float[Tensor, "_ _"]
-    """(rank, d_in); on the output side (d_out, rank)."""
-    coefficients: tuple[Float[Tensor, "_ _"], ...]
-    """(d_out_i, rank); on the output side (rank, d_in_i)."""
     side: Side = "input"
 
     @staticmethod
     def n_numbers(d_out: int, d_in: int, rank: int) -> int:
         """Numbers that a group stores, whose parts are stacked to (d_out, d_in)."""
         return rank * (d_in + d_out)
-
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[0] if self.side == "input" else self.basis.shape[1]
 
     @classmethod
     def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> LowRank:
@@ -102,19 +129,7 @@ class LowRank(Form):
 
     def modules(self) -> Sequence[LowRankModule]:
         basis = parameter(self.basis)
-        return [LowRankModule(basis, own, self.side) for own in self.coefficients]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
-        coefficients = tuple(map(function, self.coefficients))
-        return replace(self, basis=function(self.basis), coefficients=coefficients)
-
-    def change_inputs(self, part: int, change: Callable[[Tensor], Tensor]) -> LowRank:
-        if self.side == "input":
-            assert len(self.coefficients) == 1  # other parts would see the change, too
-            return replace(self, basis=change(self.basis))
-        coefficients = list(self.coefficients)
-        coefficients[part] = change(coefficients[part])
-        return replace(self, coefficients=tuple(coefficients))
+        return [LowRankModule(basis, factor, self.side) for factor in self.coefficients]
 
     def refit(self, problems: Sequence[Problem]) -> LowRank:
         assert self.side == "input"

@@ -1,6 +1,6 @@
-"""Unstructured sparsity: the entries that are there, and a bit for each that says which ones.
+"""Unstructured sparsity: the entries that a mask keeps, and a bit for each entry as the mask.
 
-Smaller on disk alone: in memory, and in products, there are zeros in the place of the others.
+It saves space on disk only: in memory, and in products, a masked weight is dense, with zeros.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sharebasis.forms.form import Form, RoleTensors, trained
 from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.optimal_brain_surgeon import refit
 
-BITS = 16
-"""Of an integer of a mask: as many as a number of a model in half precision has."""
+MASK_BITS = 16
+"""Of an integer of a mask: as many as a number in half precision has."""
 
 
 class MaskedModule(DenseModule):
@@ -34,7 +34,7 @@ class MaskedModule(DenseModule):
 
 @dataclass(frozen=True, slots=True)
 class Masked(Form):
-    """One weight with zeros."""
+    """One weight with unstructured zeros."""
 
     kind: ClassVar[str] = "masked"
     weight: Float[Tensor, "d_out d_in"]
@@ -44,7 +44,7 @@ class Masked(Form):
     @staticmethod
     def n_numbers(n_kept: int, n: int) -> int:
         """Numbers stored of a weight of `n` entries: those kept, and the integers of the mask."""
-        return n_kept + -(-n // BITS)
+        return n_kept + -(-n // MASK_BITS)
 
     @classmethod
     def load(cls, tensors: RoleTensors, shapes: Sequence[tuple[int, int]]) -> Masked:
@@ -87,7 +87,7 @@ class Masked(Form):
 def pack(kept: Bool[Tensor, "d_out d_in"]) -> Int16[Tensor, " _"]:
     """A bit for every entry, row by row, the first ones in the lowest bits."""
     flat = kept.cpu().flatten()
-    flat = functional.pad(flat, (0, -len(flat) % BITS))
+    flat = functional.pad(flat, (0, -len(flat) % MASK_BITS))
     packed = np.packbits(flat.numpy(), bitorder="little").view("<i2")
     return torch.from_numpy(packed.astype(np.int16))
 

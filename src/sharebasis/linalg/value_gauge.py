@@ -1,4 +1,4 @@
-"""Values of a head -> some of their columns as the identity, the others in terms of these.
+"""The value gauge: columns of W_V fixed to the identity, the others in terms of these.
 
 What a head puts out is linear in its values: `W_O W_V = (W_O B)(B⁻¹ W_V)` for every invertible B,
 so d_value² numbers of a key-value head carry nothing. With columns of W_V itself as B, those
@@ -29,11 +29,6 @@ class ValueOutput:
     """The same."""
     n_kv_heads: int
 
-    def saved(self, n_rows: int) -> int:
-        """Numbers fewer that values of so many rows store; the index of a column is one."""
-        d_value = n_rows // self.n_kv_heads
-        return n_rows * d_value - n_rows
-
 
 @dataclass(frozen=True, slots=True)
 class FixedValues:
@@ -43,13 +38,13 @@ class FixedValues:
     """The columns that are the identity, ascending."""
     coefficient: Float64[Tensor, "n_rows others"]
     """C of every head, one below the other; the other columns in their order."""
-    turn: Float64[Tensor, "n_kv_heads d_value d_value"]
+    basis_change: Float64[Tensor, "n_kv_heads d_value d_value"]
     """B."""
 
     @property
     def bounded(self) -> bool:
         """Whether B can be divided by."""
-        return bool((torch.linalg.cond(self.turn) <= MAX_CONDITION).all())
+        return bool((torch.linalg.cond(self.basis_change) <= MAX_CONDITION).all())
 
 
 def fix_values(weight: Float[Tensor, "n_rows d_in"], n_kv_heads: int) -> FixedValues:
@@ -81,60 +76,61 @@ def values_at(
     return heads.gather(2, index)
 
 
-def turned_values(
-    values: Float[Tensor, "n_rows ..."], turn: Float64[Tensor, "n_kv_heads d_value d_value"]
+def values_in_gauge(
+    values: Float[Tensor, "n_rows ..."], basis_change: Float64[Tensor, "n_kv_heads d_value d_value"]
 ) -> Float64[Tensor, "n_rows ..."]:
-    """B⁻¹ W_V, or B⁻¹ b of what is added to values.
+    """B⁻¹ W_V, or B⁻¹ b of the bias of values.
 
     Args:
         values: rows head by head.
-        turn: B.
+        basis_change: B.
     """
-    by_head = values.double().unflatten(0, turn.shape[:2])
-    return torch.linalg.solve(turn, by_head).flatten(0, 1)
+    by_head = values.double().unflatten(0, basis_change.shape[:2])
+    return torch.linalg.solve(basis_change, by_head).flatten(0, 1)
 
 
-def turned_bias(
+def bias_in_gauge(
     bias: Float[Tensor, " d_out"],
     rows: Int64[Tensor, " n_rows"],
-    turn: Float64[Tensor, "n_kv_heads d_value d_value"],
+    basis_change: Float64[Tensor, "n_kv_heads d_value d_value"],
 ) -> Float[Tensor, " d_out"]:
-    """What a sublayer adds, with those of its rows that it adds to values in their gauge.
+    """The bias of a sublayer whose rows that are values are in the gauge.
 
     Args:
         bias: of the sublayer.
         rows: of the values, head by head.
-        turn: B.
+        basis_change: B.
     """
-    return bias.index_copy(0, rows, turned_values(bias[rows].to(turn.device), turn).to(bias))
+    values = values_in_gauge(bias[rows].to(basis_change.device), basis_change)
+    return bias.index_copy(0, rows, values.to(bias))
 
 
-def whole_values(
+def dense_values(
     pivots: Int[Tensor, "n_kv_heads d_value"], coefficient: Float[Tensor, "n_rows others"]
 ) -> Float[Tensor, "n_rows d_in"]:
-    """[I C] of every head, columns where they belong."""
+    """W_V in the gauge: [I C] of every head, its columns where they belong."""
     d_value, others = pivots.shape[1], coefficient.shape[1]
     unit, heads = _unit(coefficient[:d_value]), []
-    for fixed, rest in zip(pivots.long(), coefficient.chunk(len(pivots)), strict=True):
+    for columns, of_head in zip(pivots.long(), coefficient.chunk(len(pivots)), strict=True):
         is_other = torch.ones(d_value + others, dtype=torch.bool, device=coefficient.device)
-        is_other[fixed] = False
-        order = torch.cat([fixed.to(is_other.device), is_other.nonzero().flatten()])
-        heads.append(torch.cat([unit, rest], dim=1)[:, order.argsort()])
+        is_other[columns] = False
+        order = torch.cat([columns.to(is_other.device), is_other.nonzero().flatten()])
+        heads.append(torch.cat([unit, of_head], dim=1)[:, order.argsort()])
     return torch.cat(heads)
 
 
-def turned_output(
-    weight: Float[Tensor, "n d_in"], turn: Float64[Tensor, "n_kv_heads d_value d_value"]
+def output_in_gauge(
+    weight: Float[Tensor, "n d_in"], basis_change: Float64[Tensor, "n_kv_heads d_value d_value"]
 ) -> Float64[Tensor, "n d_in"]:
-    """W_O B, or the factor of W_O that sees its inputs.
+    """W_O B, or the same of the factor of W_O that sees its inputs.
 
     Args:
         weight: columns head by head; query head h reads key-value head h // (queries of one).
-        turn: B.
+        basis_change: B.
     """
-    n_kv_heads, d_value, _ = turn.shape
+    n_kv_heads, d_value, _ = basis_change.shape
     by_head = weight.double().unflatten(1, (n_kv_heads, -1, d_value))
-    return torch.einsum("nkqd,kde->nkqe", by_head, turn).flatten(1)
+    return torch.einsum("nkqd,kde->nkqe", by_head, basis_change).flatten(1)
 
 
 def _unit(head: Tensor) -> Tensor:

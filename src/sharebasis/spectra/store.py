@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from sharebasis.architecture.groups import Group
-from sharebasis.io.records import load_record
-from sharebasis.io.tensor_files import TensorReader
+from sharebasis.io.artefact import TensorArtefact, TensorIndex
 from sharebasis.structures.structure import MeasuredCell, Structure
 from sharebasis.structures.table import structure
-
-SPECTRA_INDEX = "spectra.json"
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class StoredStructure:
 
 
 @dataclass(frozen=True)
-class SpectraIndex:
+class SpectraIndex(TensorIndex):
     """What artifacts/spectra holds. Cells are numbered as they come, and the tensors of cell i are
     `i.NAME`."""
 
@@ -47,6 +44,9 @@ class SpectraIndex:
     """Tensor name -> file name."""
 
 
+SPECTRA = TensorArtefact("spectra.json", SpectraIndex, "spectra")
+
+
 class Spectra:
     """artifacts/spectra.
 
@@ -55,8 +55,7 @@ class Spectra:
     """
 
     def __init__(self, directory: Path) -> None:
-        index = load_record(directory / SPECTRA_INDEX, SpectraIndex)
-        self._files, reader = index.files, TensorReader(directory, index.files)
+        index, self._reader = SPECTRA.open(directory)
         self.tied_names = index.tied_names
         self.by_structure: list[tuple[Structure, Sequence[MeasuredCell]]] = []
         """The cells of every structure, those of the baseline first."""
@@ -67,7 +66,7 @@ class Spectra:
             cells = []
             for record in stored.cells:
                 cell, seen = adapter.validate_python(record), number not in index.unseen
-                cells.append(MeasuredCell(number, kind, cell, seen, reader))
+                cells.append(MeasuredCell(number, kind, cell, seen, self._reader))
                 number += 1
             self.by_structure.append((kind, cells))
 
@@ -90,14 +89,14 @@ class Spectra:
         energies = {
             cell.number: cell.read("energies").numpy()
             for cell in self.cells
-            if f"{cell.number}.energies" in self._files
+            if f"{cell.number}.energies" in self._reader.files
         }
         baseline = self.by_structure[0][1]
         seen = [cell for cell in baseline if cell.seen]
         for cell in baseline:
             family = cell.cell.family
             peers = [energies[c.number].sum() for c in seen if c.cell.family == family]
-            own = energies[cell.number]
-            if not cell.seen and peers and own.any():
-                energies[cell.number] = own * (np.mean(peers) / own.sum())
+            of_cell = energies[cell.number]
+            if not cell.seen and peers and of_cell.any():
+                energies[cell.number] = of_cell * (np.mean(peers) / of_cell.sum())
         return energies

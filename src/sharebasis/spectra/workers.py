@@ -9,9 +9,9 @@ import torch
 from sharebasis.architecture.groups import Group
 from sharebasis.runtime.devices import workers_for
 
-MATRICES, OF_A_PART = 18, 3
-"""As large as the largest moment, that are in memory for one group, and more for each of its
-parts, about (measured with 1 to 64 parts)."""
+MATRICES_PER_GROUP, MATRICES_PER_PART = 18, 3
+"""Matrices as large as the largest moment that a decomposition holds in memory: about so many for
+a group, and so many more for each of its parts (measured with 1 to 64 parts)."""
 
 
 def workers_of(groups: Sequence[Group], device: torch.device) -> int:
@@ -19,7 +19,7 @@ def workers_of(groups: Sequence[Group], device: torch.device) -> int:
     sizes = (
         8
         * max(max(part.shape) for part in group.parts) ** 2
-        * (MATRICES + OF_A_PART * len(group.parts))
+        * (MATRICES_PER_GROUP + MATRICES_PER_PART * len(group.parts))
         for group in groups
     )
     return workers_for(max(sizes, default=0), device)

@@ -36,7 +36,7 @@ class Curve:
         return int(self.stored[-1]) + self.known
 
     def beside(self, other: Curve, known: int) -> Curve:
-        """Together with another group that is dense, of which so many numbers are not stored."""
+        """The curve with a dense group beside it, of which `known` numbers are not stored."""
         stored = self.stored + other.stored[-1] - known
         return replace(
             self, stored=stored, loss=self.loss + other.loss[-1], known=self.known + known
@@ -46,24 +46,24 @@ class Curve:
         return DENSE if entry == len(self.stored) - 1 else entry + 1
 
     def within(self, limit: Limit) -> Curve:
-        """Without what the limit forbids.
+        """The curve without the entries that the limit forbids.
 
         Raises:
-            BudgetError: nothing is left.
+            BudgetError: it forbids all.
         """
         limited = self.limited(limit)
         if not np.isfinite(limited.loss).any():
             n = len(self.stored) - 1
-            least = (self.stored / self.stored[n]).min()
+            smallest = (self.stored / self.stored[n]).min()
             raise BudgetError(
                 f"{self.name} can be stored in no way that its limits allow ({limit}); dense and "
-                f"the ranks 1 to {n} store fractions of {least:.4g} to 1. Widen fit.limits."
+                f"the ranks 1 to {n} store fractions of {smallest:.4g} to 1. Widen fit.limits."
             )
         return limited
 
     def offered(self, limits: Collection[Limit]) -> Curve:
-        """That of a group which may take the place of others: where all its parts have one limit,
-        its ranks within that, else nothing. Dense it would be what the others are.
+        """The curve of a group that is offered in the place of others: its ranks within the limit
+        of its parts, no entry if these have several limits. Dense it would be what the others are.
         """
         if len(limits) != 1:
             return replace(self, loss=np.full_like(self.loss, np.inf))
@@ -72,7 +72,7 @@ class Curve:
         return replace(limited, loss=np.append(limited.loss[:-1], np.inf))
 
     def limited(self, limit: Limit, original: int | None = None) -> Curve:
-        """Without what a limit forbids, be that all.
+        """The curve without the entries that a limit forbids, perhaps all of them.
 
         Args:
             limit: in fractions of the original numbers.

@@ -32,7 +32,7 @@ class FactorStructure(Structure):
 
     What `decompose` writes of the baseline are factors of full rank, which are cut to any rank.
     Of groups that are offered in its place it writes what every rank would save, and the factors
-    are made where they are picked, with moments of every part's own.
+    are made where they are picked, with the moments of each part.
     """
 
     cell_type = Group
@@ -94,7 +94,7 @@ def _cut(cell: MeasuredCell, rank: int, workshop: Workshop, energy: float) -> Se
 def _fitted(
     group: Group, rank: int, weights: Sequence[Tensor], workshop: Workshop, energy: float
 ) -> Sequence[Built]:
-    """Factors for the moments of every part's own."""
+    """Factors for the moments of each part."""
     members = workshop.problems.of(group, weights)
     if members is None:
         raise CalibrationError(
@@ -102,12 +102,12 @@ def _fitted(
         )
     factors = fit_shared_basis(members, rank)
     # Weights that are zero lose nothing.
-    lost = factors.loss / factors.energy if factors.energy else 0.0
+    relative_loss = factors.loss / factors.energy if factors.energy else 0.0
     form = LowRank(factors.basis, factors.coefficients)
     if group.side == "output":
         transposed = tuple(coefficient.T for coefficient in factors.coefficients)
         form = LowRank(factors.basis.T, transposed, "output")
-    return [Built(group, form, group.n_weights, lost * energy, energy)]
+    return [Built(group, form, group.n_weights, relative_loss * energy, energy)]
 
 
 def by_layer(groups: Iterable[Group]) -> Sequence[Group]:

@@ -96,14 +96,14 @@ def nearest(
         )
     matrix = np.zeros((len(parts), len(parts)))
     for i, j in combinations(range(len(parts)), 2):
-        pair = parts[i].sublayer.layer, parts[j].sublayer.layer
-        if pair not in distances[family]:
+        layers = parts[i].sublayer.layer, parts[j].sublayer.layer
+        if layers not in distances[family]:
             raise SelectionError(
-                f"There is no distance between {family} of layers {pair[0]} and {pair[1]}. To be "
-                "grouped by distance, every two layers have to be measured: set vary.pairs=all "
+                f"There is no distance between {family} of layers {layers[0]} and {layers[1]}. To "
+                "be grouped by distance, every two layers have to be measured: set vary.pairs=all "
                 "and vary.layers=null."
             )
-        matrix[i, j] = matrix[j, i] = distances[family][pair]
+        matrix[i, j] = matrix[j, i] = distances[family][layers]
     return [tuple(parts[i] for i in group) for group in partition(matrix, size)]
 
 
@@ -120,8 +120,8 @@ def _over_layers(
     groups: list[Group] = []
     for same in by_slot.values():
         same.sort(key=lambda part: part.sublayer.layer)
-        found = cut(same) if same[0].family in shared else _runs(same, 1)
-        groups += [Group(tuple(own), structure=structure) for own in found]
+        runs = cut(same) if same[0].family in shared else _runs(same, 1)
+        groups += [Group(tuple(run), structure=structure) for run in runs]
     return groups
 
 

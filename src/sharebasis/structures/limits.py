@@ -15,60 +15,61 @@ from sharebasis.errors import SelectionError
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What of a group's numbers is stored, at least and at most, as fractions of the original."""
+    """How many of a group's numbers are stored, as fractions of the original."""
 
     floor: float = 0.0
+    """At least."""
     cap: float = 1.0
+    """At most."""
     multiple: int = 1
-    """Of which a rank is one; dense is none and always is."""
+    """Of which every rank is a multiple; dense weights have no rank and are not affected."""
     dense: bool = False
     """Whether the group stays as it is."""
 
     def __str__(self) -> str:
-        return (
-            "dense"
-            if self.dense
-            else (
-                f"fractions {self.floor:.4g} to {self.cap:.4g}, ranks in steps of {self.multiple}"
-            )
-        )
+        if self.dense:
+            return "dense"
+        return f"fractions {self.floor:.4g} to {self.cap:.4g}, ranks in steps of {self.multiple}"
 
 
 def limits_of(
-    groups: Sequence[Group], twins: Mapping[str, Sequence[str]], settings: FitSettings
+    groups: Sequence[Group], tied_names: Mapping[str, Sequence[str]], settings: FitSettings
 ) -> Sequence[Limit]:
-    """The limit of every group; where several are given for one, all of them hold.
+    """The limit of every group; where several settings name a group, all of them hold.
 
     Args:
         groups: at most one for each part.
-        twins: sublayer -> those that use its weight, too; a pattern may name any of them.
+        tied_names: sublayer -> those that are tied to it; a pattern may name any of them.
         settings: `exclude`, `limits` and `rank_multiple`.
 
     Raises:
         SelectionError: a pattern matches nothing, or one sublayer of a group without another
             that shares its basis.
     """
-    names = [[[part.sublayer.name, *twins[part.sublayer.name]] for part in g.parts] for g in groups]
+    names = [
+        [[part.sublayer.name, *tied_names[part.sublayer.name]] for part in group.parts]
+        for group in groups
+    ]
     excluded = [_matched(pattern, names, "fit.exclude") for pattern in settings.exclude]
     dense = set().union(*excluded)
     floors, caps = [0.0] * len(groups), [1.0] * len(groups)
-    for own in settings.limits:
-        if own.sublayers in get_args(Family):
-            chosen = _of_family(own.sublayers, groups)
+    for entry in settings.limits:
+        if entry.sublayers in get_args(Family):
+            chosen = _of_family(entry.sublayers, groups)
         else:
-            chosen = _matched(own.sublayers, names, "fit.limits")
+            chosen = _matched(entry.sublayers, names, "fit.limits")
         for i in chosen:
-            floors[i], caps[i] = max(floors[i], own.floor), min(caps[i], own.cap)
+            floors[i], caps[i] = max(floors[i], entry.floor), min(caps[i], entry.cap)
     multiple = settings.rank_multiple
-    pairs = enumerate(zip(floors, caps, strict=True))
-    return [Limit(floor, cap, multiple, i in dense) for i, (floor, cap) in pairs]
+    ranges = enumerate(zip(floors, caps, strict=True))
+    return [Limit(floor, cap, multiple, i in dense) for i, (floor, cap) in ranges]
 
 
 def _of_family(family: str, groups: Sequence[Group]) -> set[int]:
     chosen = {i for i, group in enumerate(groups) if group.family == family}
     if not chosen:
-        there = ", ".join(sorted({group.family for group in groups}))
-        raise SelectionError(f"fit.limits names the family {family}, but there is only {there}.")
+        families = ", ".join(sorted({group.family for group in groups}))
+        raise SelectionError(f"fit.limits names the family {family}, but there is only {families}.")
     return chosen
 
 
@@ -76,14 +77,14 @@ def _matched(pattern: str, names: Sequence[Sequence[Sequence[str]]], where: str)
     """Groups all of whose parts have a name that matches."""
     chosen = set()
     for i, parts in enumerate(names):
-        hits = [any(re.fullmatch(pattern, name) for name in own) for own in parts]
+        hits = [any(re.fullmatch(pattern, name) for name in of_part) for of_part in parts]
         if all(hits):
             chosen.add(i)
         elif any(hits):
-            one, other = parts[hits.index(True)][0], parts[hits.index(False)][0]
+            matched, unmatched = parts[hits.index(True)][0], parts[hits.index(False)][0]
             raise SelectionError(
-                f"{where}: {pattern!r} matches {one}, but not {other}, with which it shares a "
-                "basis; match both or neither, or let them not share (fit.shared)."
+                f"{where}: {pattern!r} matches {matched}, but not {unmatched}, with which it "
+                "shares a basis; match both or neither, or let them not share (fit.shared)."
             )
     if not chosen:
         raise SelectionError(

@@ -1,4 +1,4 @@
-"""Neuron pruning: an MLP without some of its neurons, and perhaps low-rank factors of the rest."""
+"""Neuron pruning: MLPs with fewer neurons, and perhaps low-rank factors of what remains."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Neurons(Structure):
-    """The neurons that are missed least go, and down makes up for them."""
+    """Prunes the neurons that are missed least; down is refitted to make up for them."""
 
     cell_type = Mlp
 
@@ -77,13 +77,12 @@ class Neurons(Structure):
         for cell in cells:
             mlp: Mlp = cell.cell
             limits = [terms.limits[part.name] for part in mlp.parts]
-            curve = _read(cell).weighed([terms.weight([part]) for part in mlp.parts])
-            points = pruning_points(mlp, curve, limits, storage)
+            weights = [terms.weight([part]) for part in mlp.parts]
+            points = pruning_points(mlp, _read(cell).weighed(weights), limits, storage)
             if points:
-                whole = curve_of_points(mlp.down.name, mlp.n_weights, points)
-                # A loss of a point is a weighed one, and `build` tells it without the weight.
-                weights = [terms.weight([part]) for part in mlp.parts]
-                yield Offer(mlp.parts, whole, cell, [(point, weights) for point in points])
+                offered = curve_of_points(mlp.down.name, mlp.n_weights, points)
+                # The losses of a point are weighed; `build` divides by the weights.
+                yield Offer(mlp.parts, offered, cell, [(point, weights) for point in points])
 
     def expand(
         self, cell: MeasuredCell, point: tuple[PruningPoint, Sequence[float]], workshop: Workshop
@@ -107,7 +106,7 @@ class Neurons(Structure):
 def _build(
     mlp: Mlp,
     point: PruningPoint,
-    counted: Sequence[float],
+    loss_weights: Sequence[float],
     weights: Sequence[Tensor],
     kept: Tensor,
     workshop: Workshop,
@@ -123,7 +122,7 @@ def _build(
             pruned,
             point.ranks,
             point.losses,
-            counted,
+            loss_weights,
             strict=True,
         )
     ]

@@ -1,4 +1,4 @@
-"""Which ways to store a pruned MLP are worth doing."""
+"""Which ways to store a pruned MLP are the cheapest at some price."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PRICES = 10 ** np.linspace(-4, 2, 300)
 
 @dataclass(frozen=True, slots=True)
 class PruningPoint:
-    """How an MLP is stored without some of its neurons."""
+    """How a pruned MLP is stored."""
 
     width: int
     ranks: tuple[int, ...]
     """Of each part; DENSE: its pruned weight as it is."""
     losses: tuple[float, ...]
-    """Of each part; what went with the neurons is down's."""
+    """Of each part; what pruning loses is down's."""
     stored: int
     """Numbers."""
 
@@ -34,7 +34,7 @@ class PruningPoint:
 def pruning_points(
     mlp: Mlp, losses: WidthCurve, limits: Sequence[Limit], storage: Storage
 ) -> Sequence[PruningPoint]:
-    """All that is worth doing with an MLP at any price, by what it stores.
+    """The cheapest ways to store a pruned MLP at any price, by what they store.
 
     At a price a number, a width costs its loss and, for each part, what is least of loss + price ·
     stored. The points are the cheapest at prices so close to each other that none between them
@@ -69,13 +69,13 @@ def _options(
     for width, loss, energies in zip(mlp.widths, losses.losses, losses.energies, strict=True):
         if any(width % limit.multiple for limit in limits):
             continue
-        triples = zip(mlp.parts, mlp.groups(width), energies, limits, strict=True)
+        pruned = zip(mlp.parts, mlp.groups(width), energies, limits, strict=True)
         yield (
             width,
             loss,
             [
-                curve_of(group, own, storage).limited(limit, part.n_weights)
-                for part, group, own, limit in triples
+                curve_of(group, of_part, storage).limited(limit, part.n_weights)
+                for part, group, of_part, limit in pruned
             ],
         )
 
@@ -83,13 +83,12 @@ def _options(
 def _cheapest(option: Option, price: float) -> tuple[float, PruningPoint]:
     width, loss, curves = option
     entries = [int(np.argmin(curve.loss + price * curve.stored)) for curve in curves]
-    pairs = list(zip(curves, entries, strict=True))
-    losses = [float(curve.loss[entry]) for curve, entry in pairs]
+    chosen = list(zip(curves, entries, strict=True))
+    losses = [float(curve.loss[entry]) for curve, entry in chosen]
     losses[-1] += loss
-    ranks = tuple(curve.rank(entry) for curve, entry in pairs)
-    point = PruningPoint(
-        width, ranks, tuple(losses), sum(int(c.stored[entry]) for c, entry in pairs)
-    )
+    ranks = tuple(curve.rank(entry) for curve, entry in chosen)
+    stored = sum(int(curve.stored[entry]) for curve, entry in chosen)
+    point = PruningPoint(width, ranks, tuple(losses), stored)
     return sum(losses) + price * point.stored, point
 
 

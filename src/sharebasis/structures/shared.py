@@ -19,7 +19,7 @@ from sharebasis.structures.groups import groups_of, nearest
 from sharebasis.structures.layer_distances import LayerDistances
 from sharebasis.structures.structure import ModelParts
 
-JOINT: Sequence[Collection[Family]] = (("q", "k", "v"), ("gate", "up"), ("o", "down"))
+JOINT_FAMILIES: Sequence[Collection[Family]] = (("q", "k", "v"), ("gate", "up"), ("o", "down"))
 """Families that may share within a layer: the first two read one input, the last write."""
 
 
@@ -39,12 +39,12 @@ class Shared(FactorStructure):
         if self.is_baseline:
             size, shared, experts = settings.group_size, settings.shared, settings.share_experts
             return by_layer(groups_of(parts, size, shared, experts, distances))
-        found: dict[Hashable, Group] = {}
+        groups: dict[Hashable, Group] = {}
         for spec in self.specs:
             for group in _of_spec(spec, parts, settings.shared, distances):
                 key = group.side, frozenset(part.name for part in group.parts)
-                found.setdefault(key, group)
-        return by_layer(found.values())
+                groups.setdefault(key, group)
+        return by_layer(groups.values())
 
 
 def _of_spec(
@@ -69,7 +69,7 @@ def _joint(parts: Iterable[Part]) -> Iterator[Group]:
     """q, k and v of a layer; gate and up; o and down."""
 
     def cell(part: Part) -> Hashable:
-        together = next((own for own in JOINT if part.family in own), None)
+        together = next((families for families in JOINT_FAMILIES if part.family in families), None)
         return part.sublayer.layer, part.sublayer.expert, together or part.name
 
     return _groups("joint", _cells(parts, cell))

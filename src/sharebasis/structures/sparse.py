@@ -1,4 +1,4 @@
-"""Unstructured sparsity: a weight without some of its entries, the others refitted."""
+"""Unstructured sparsity: entries of a weight set to zero, the others refitted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ less than the budget has to be exact to."""
 
 
 class Sparse(Structure):
-    """Entries go by what they cost the model, the dearest stay."""
+    """Masks the entries whose loss costs the model least, and refits the others."""
 
     cell_type = Group
 

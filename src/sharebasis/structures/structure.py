@@ -28,6 +28,7 @@ from sharebasis.structures.layer_distances import LayerDistances
 from sharebasis.structures.limits import Limit
 
 ALL = slice(None)
+"""Rows or columns."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCell:
-    """A cell of artifacts/spectra: some parts of a model, and what a structure found of them."""
+    """A cell of artifacts/spectra: some parts of a model, and what a structure measured of them."""
 
     number: int
     structure: Structure

@@ -17,8 +17,8 @@ def structure(name: str, specs: Sequence[str] = ()) -> Structure:
         specs: the entries of `fit.structures` that name it.
     """
     module, _, kind = STRUCTURES[name].implementation.partition(":")
-    made: Structure = getattr(import_module(module), kind)(specs)
-    return made
+    instance: Structure = getattr(import_module(module), kind)(specs)
+    return instance
 
 
 def structures_of(specs: Sequence[str]) -> Sequence[tuple[str, Structure]]:

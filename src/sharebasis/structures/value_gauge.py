@@ -1,4 +1,4 @@
-"""Values of heads in a gauge in which some of their columns need not be stored.
+"""The value gauge: columns of W_V fixed to the identity, which need not be stored.
 
 It belongs to offers of others: an output of attention may take in what columns of the values that
 stay dense were (`linalg.value_gauge`).
@@ -16,7 +16,7 @@ from sharebasis.architecture.parts import Part
 from sharebasis.compressed.edits import ValueGauge
 from sharebasis.forms.fixed_columns import FixedColumns
 from sharebasis.gauge.layers import Layers
-from sharebasis.linalg.value_gauge import FixedValues, fix_values, turned_bias, turned_output
+from sharebasis.linalg.value_gauge import FixedValues, bias_in_gauge, fix_values, output_in_gauge
 from sharebasis.model.part_weights import read_part
 from sharebasis.moments.problems import Problems
 from sharebasis.structures.structure import (
@@ -88,21 +88,24 @@ class ValueGauges(Structure):
             return
         by_output: dict[str, MeasuredCell] = {}
         for cell in cells:
-            own: ValueCell = cell.cell
-            if not any(terms.limits[part.name].dense for part in own.parts):
-                by_output[own.output.name] = cell
-        groups = [o for o in terms.offers if o.cell.structure.takes_in_inputs]
-        alone = {offer.parts[0].name: offer for offer in groups if len(offer.parts) == 1}
-        for offer in groups:
-            inside = [by_output[part.name] for part in offer.parts if part.name in by_output]
-            if inside:
-                yield _together(offer, inside, [alone[cell.cell.value.name] for cell in inside])
+            gauge: ValueCell = cell.cell
+            if not any(terms.limits[part.name].dense for part in gauge.parts):
+                by_output[gauge.output.name] = cell
+        candidates = [o for o in terms.offers if o.cell.structure.takes_in_inputs]
+        alone = {offer.parts[0].name: offer for offer in candidates if len(offer.parts) == 1}
+        for offer in candidates:
+            gauges = [by_output[part.name] for part in offer.parts if part.name in by_output]
+            if gauges:
+                yield _with_values(offer, gauges, [alone[cell.cell.value.name] for cell in gauges])
 
-    def expand(self, cell: MeasuredCell, point: Together, workshop: Workshop) -> Sequence[Task]:
-        values = [_fixed(own.cell, workshop) for own in point.cells]
-        pairs = list(zip(point.cells, values, strict=True))
-        amend = [partial(_take_in, own.cell.output, fixed) for own, fixed in pairs]
-        edits = [_edit(own.cell, fixed) for own, fixed in pairs]
+    def expand(self, cell: MeasuredCell, point: GaugePoint, workshop: Workshop) -> Sequence[Task]:
+        gauges = [gauge.cell for gauge in point.cells]
+        values = [_fixed(gauge, workshop) for gauge in gauges]
+        amend = [
+            partial(_take_in, gauge.output, fixed)
+            for gauge, fixed in zip(gauges, values, strict=True)
+        ]
+        edits = list(map(_edit, gauges, values))
         outputs = Task(point.outputs.cell, point.outputs.points[point.entry], amend, edits)
         dense = [
             Task(offer.cell, offer.points[-1], [partial(_fix, fixed)])
@@ -111,13 +114,13 @@ class ValueGauges(Structure):
         return [outputs, *dense]
 
     def build(
-        self, cell: MeasuredCell, point: Together, workshop: Workshop
+        self, cell: MeasuredCell, point: GaugePoint, workshop: Workshop
     ) -> Callable[[], Sequence[Built]]:
         raise NotImplementedError("What it offers is built by the structures of its parts.")
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
+class GaugePoint:
     """A point of an offer of outputs, and the values that stay dense with it."""
 
     outputs: Offer
@@ -127,13 +130,13 @@ class Together:
     """Of every cell."""
 
 
-def _together(offer: Offer, cells: Sequence[MeasuredCell], values: Sequence[Offer]) -> Offer:
-    """An offer of outputs, with their values, which lack what the outputs take in."""
+def _with_values(offer: Offer, cells: Sequence[MeasuredCell], values: Sequence[Offer]) -> Offer:
+    """An offer of outputs, with their values, of which the fixed columns are not stored."""
     curve, parts = offer.curve, [*offer.parts]
     for cell, value in zip(cells, values, strict=True):
         curve = curve.beside(value.curve, cell.cell.n_saved)
         parts.append(cell.cell.value)
-    points = [Together(offer, entry, cells, values) for entry in range(len(offer.points))]
+    points = [GaugePoint(offer, entry, cells, values) for entry in range(len(offer.points))]
     return Offer(parts, curve, cells[0], points)
 
 
@@ -143,22 +146,26 @@ def _fixed(cell: ValueCell, workshop: Workshop) -> FixedValues:
 
 
 def _take_in(output: Part, values: FixedValues, built: Built) -> Built:
-    """Outputs that have taken in what the known columns of the values were."""
+    """Outputs in the gauge: they have taken in what the fixed columns of the values were."""
     place = [part.name for part in built.group.parts].index(output.name)
 
     def change(weight: Tensor) -> Tensor:
-        return turned_output(weight.to(values.turn.device), values.turn)
+        return output_in_gauge(weight.to(values.basis_change.device), values.basis_change)
 
     return replace(built, form=built.form.change_inputs(place, change))
 
 
 def _fix(values: FixedValues, built: Built) -> Built:
-    """The values, of which the known columns are not stored."""
+    """The values in the gauge, of which the fixed columns are not stored."""
     return replace(built, form=FixedColumns(values.pivots, values.coefficient))
 
 
 def _edit(cell: ValueCell, values: FixedValues) -> FittedEdit:
-    """What is added to values is in their gauge, too."""
+    """The edit; the bias of values is put into their gauge, too."""
     rows, sublayer = cell.value.rows.numbers, cell.value.sublayer.name
     edit = ValueGauge(f"{cell.value.stem}.dense", cell.output.sublayer.name)
-    return FittedEdit(edit, {f"{sublayer}.bias": lambda bias: turned_bias(bias, rows, values.turn)})
+
+    def change(bias: Tensor) -> Tensor:
+        return bias_in_gauge(bias, rows, values.basis_change)
+
+    return FittedEdit(edit, {f"{sublayer}.bias": change})

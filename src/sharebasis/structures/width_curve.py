@@ -1,4 +1,4 @@
-"""What an MLP loses at every number of neurons, and what its sublayers are then."""
+"""What an MLP loses at every width, and what its sublayers are when pruned to it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class WidthCurve:
     neurons: Int64[Tensor, " d_mlp"]
     """At every width, the first so many of these stay."""
     losses: tuple[float, ...]
-    """What the neurons that went take along, by width."""
+    """What pruning loses, by width."""
     energies: tuple[tuple[NDArray[np.float64], ...], ...]
     """By width and part: what each direction saves, the largest first."""
 
     def weighed(self, weights: Sequence[float]) -> WidthCurve:
-        """With losses of every part times a weight; what went with the neurons is down's."""
+        """With losses of every part times a weight; what pruning loses is down's."""
         losses = tuple(weights[-1] * loss for loss in self.losses)
         energies = (
-            tuple(weight * own for weight, own in zip(weights, of_parts, strict=True))
+            tuple(weight * of_part for weight, of_part in zip(weights, of_parts, strict=True))
             for of_parts in self.energies
         )
         return WidthCurve(self.neurons, losses, tuple(energies))
@@ -53,32 +53,34 @@ def measure(mlp: Mlp, problems: Sequence[Problem]) -> WidthCurve:
     order = [pruned[-1].kept]
     for larger, smaller in zip(pruned[-2::-1], pruned[:0:-1], strict=True):
         order.append(_without(larger.kept, smaller.kept))
-    every = torch.arange(mlp.d_mlp, device=down.weight.device)
-    order.append(_without(every, pruned[0].kept))
+    neurons = torch.arange(mlp.d_mlp, device=down.weight.device)
+    order.append(_without(neurons, pruned[0].kept))
     of_parts = [
-        _read_energies(part, read, [one.kept for one in pruned])
+        _read_energies(part, read, [at_width.kept for at_width in pruned])
         for part, read in zip(mlp.reads, reads, strict=True)
     ]
-    of_parts.append([one.energies for one in pruned])
+    of_parts.append([at_width.energies for at_width in pruned])
     energies = tuple(
-        tuple(own.cpu().numpy() for own in of_width) for of_width in zip(*of_parts, strict=True)
+        tuple(of_part.cpu().numpy() for of_part in of_width)
+        for of_width in zip(*of_parts, strict=True)
     )
-    return WidthCurve(torch.cat(order), tuple(one.loss for one in pruned), energies)
+    return WidthCurve(torch.cat(order), tuple(at_width.loss for at_width in pruned), energies)
 
 
-def _read_energies(part: Part, read: Problem, every: Sequence[Tensor]) -> list[Tensor]:
+def _read_energies(part: Part, read: Problem, kept_at: Sequence[Tensor]) -> list[Tensor]:
     """What the directions of a read save with its rows for some neurons, for each choice of them.
 
     With S S = C they are the eigenvalues of S W_Sᵀ G[S, S] W_S S, which is as wide as the input.
     """
     whitened = read.weight if read.inputs is None else read.weight @ whitening(read.inputs)[0]
-    second, found = None if read.gradients is None else read.gradients.second, []
-    for kept in every:
+    second = None if read.gradients is None else read.gradients.second
+    energies = []
+    for kept in kept_at:
         rows = _rows_of(part, kept)
-        own = whitened[rows]
-        weighed = own if second is None else second[rows][:, rows] @ own
-        found.append(spectrum(own.T @ weighed, min(own.shape)))
-    return found
+        of_kept = whitened[rows]
+        weighed = of_kept if second is None else second[rows][:, rows] @ of_kept
+        energies.append(spectrum(of_kept.T @ weighed, min(of_kept.shape)))
+    return energies
 
 
 def pruned_problems(
@@ -87,12 +89,12 @@ def pruned_problems(
     """The parts of an MLP with some of its neurons; down makes up for the others."""
     *reads, down = problems
     weight = refit(down, kept)
-    pruned = (_rows(part, own, kept) for part, own in zip(mlp.reads, reads, strict=True))
+    pruned = (_rows(part, read, kept) for part, read in zip(mlp.reads, reads, strict=True))
     return [*pruned, _columns(down, kept, weight)]
 
 
-def _without(some: Tensor, others: Tensor) -> Tensor:
-    return some[~torch.isin(some, others)]
+def _without(neurons: Tensor, others: Tensor) -> Tensor:
+    return neurons[~torch.isin(neurons, others)]
 
 
 def _rows_of(part: Part, kept: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import Part
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.config.fit import FitSettings
-from sharebasis.io.atomic import require_disk, writing
-from sharebasis.io.records import save_record
+from sharebasis.io.atomic import require_disk
 from sharebasis.io.tensor_files import TensorWriter
 from sharebasis.model.checkpoint_weights import DenseWeights
 from sharebasis.model.part_weights import read_parts
@@ -24,13 +23,14 @@ from sharebasis.moments.problems import Problems
 from sharebasis.moments.store import MomentStore
 from sharebasis.runtime.progress import progress
 from sharebasis.runtime.threads import in_parallel
-from sharebasis.spectra.store import SPECTRA_INDEX, SpectraIndex, StoredStructure
+from sharebasis.spectra.store import SPECTRA, SpectraIndex, StoredStructure
 from sharebasis.spectra.workers import factor_bytes, workers_of
 from sharebasis.structures.layer_distances import LayerDistances
 from sharebasis.structures.structure import Measured, ModelParts, Structure
 from sharebasis.structures.table import structures_of
 
 SHARD_BYTES = 500 * 2**20
+"""Of a file of artifacts/spectra."""
 
 
 def decompose(
@@ -63,16 +63,18 @@ def decompose(
         WeightsError, CalibrationError, StoreError: what is read is not usable.
     """
     tied_names = _tied_names(parts)
-    own = [part for part in parts if part.sublayer.tied_to is None]
+    untied = [part for part in parts if part.sublayer.tied_to is None]
     dense = DenseWeights(weights)
-    model = ModelParts(own, tied_names, classification, dense, settings, distances)
+    model = ModelParts(untied, tied_names, classification, dense, settings, distances)
     cells_of = _cells(model)
     problems = Problems(moments, tied_names, settings, device)
     n_cells = sum(len(cells) for _, _, cells in cells_of)
     (_, _, baseline), *_ = cells_of
-    with writing(target) as out, progress("decompose", n_cells, "cells") as advance:
-        require_disk(out, sum(map(factor_bytes, baseline)))
-        writer = TensorWriter(out, "spectra", SHARD_BYTES)
+    with (
+        SPECTRA.writing(target, SHARD_BYTES) as spectra,
+        progress("decompose", n_cells, "cells") as advance,
+    ):
+        require_disk(spectra.directory, sum(map(factor_bytes, baseline)))
         stored: list[StoredStructure] = []
         unseen: list[int] = []
         number = 0
@@ -81,19 +83,17 @@ def decompose(
                 partial(structure.measure, cell, read_parts(dense, device, cell.parts), problems)
                 for cell in cells
             )
-            kept = []
+            records = []
             n_workers = workers_of([Group(tuple(cell.parts)) for cell in cells], device)
             for cell, measured in zip(cells, in_parallel(tasks, n_workers), strict=True):
                 if measured is not None:
-                    _write(writer, number, measured)
+                    _write(spectra, number, measured)
                     unseen += [] if measured.seen else [number]
-                    kept.append(_record(structure, cell))
+                    records.append(_record(structure, cell))
                     number += 1
                 advance()
-            stored.append(StoredStructure(name, structure.specs, tuple(kept)))
-        writer.flush()
-        index = SpectraIndex(tuple(stored), tied_names, tuple(unseen), writer.files)
-        save_record(out / SPECTRA_INDEX, index)
+            stored.append(StoredStructure(name, structure.specs, tuple(records)))
+        spectra.finish(lambda files: SpectraIndex(tuple(stored), tied_names, tuple(unseen), files))
 
 
 def _cells(model: ModelParts) -> Sequence[tuple[str, Structure, Sequence[Any]]]:
@@ -101,13 +101,13 @@ def _cells(model: ModelParts) -> Sequence[tuple[str, Structure, Sequence[Any]]]:
     (name, first), *others = structures_of(model.settings.structures)
     baseline = list(first.cells(model))
     model = replace(model, baseline=baseline)
-    found: list[tuple[str, Structure, Sequence[Any]]] = [(name, first, baseline)]
+    cells_of: list[tuple[str, Structure, Sequence[Any]]] = [(name, first, baseline)]
     for name, structure in others:
         cells = list(structure.cells(model))
-        found.append((name, structure, cells))
+        cells_of.append((name, structure, cells))
         if structure.takes_in_inputs:
             model = replace(model, offered=[*model.offered, *cells])
-    return found
+    return cells_of
 
 
 def _write(writer: TensorWriter, number: int, measured: Measured) -> None:

@@ -88,8 +88,9 @@ def _add_others(
 ) -> int:
     """Write what is not selected, and return how many numbers the original has of it."""
     names = {part.sublayer.name for group in spectra.baseline for part in group.parts}
-    selected = {f"{own}.weight" for name in names for own in (name, *spectra.tied_names[name])}
-    changes = [pair for edit in edits for pair in edit.changes.items()]
+    tied = (alias for name in names for alias in (name, *spectra.tied_names[name]))
+    selected = {f"{alias}.weight" for alias in tied}
+    changes = [named for edit in edits for named in edit.changes.items()]
     n_numbers = 0
     for name, tensor in dense.stream(without=selected):
         n_numbers += tensor.numel()
@@ -132,7 +133,7 @@ def _add(
     weight: float,
 ) -> FittedGroup:
     """Write what became of a group."""
-    before, group = writer.n_numbers, built.group
+    n_before, group = writer.n_numbers, built.group
     form = packed(built.form, workshop.settings.storage)
     dtype = workshop.dense.dtype(f"{group.parts[0].sublayer.name}.weight")
     writer.add_group(_stored_group(group, form, tied_names), form, dtype)
@@ -141,7 +142,7 @@ def _add(
         form.kind,
         built.n_original,
         form.rank,
-        writer.n_numbers - before,
+        writer.n_numbers - n_before,
         built.loss,
         built.energy,
         weight,
@@ -152,8 +153,8 @@ def _stored_group(group: Group, form: Form, tied_names: Mapping[str, Sequence[st
     """What a group's tensors are called: by its parts, and by the group where those share them."""
     tensors = form.tensors()
     parts = []
-    for part, own in zip(group.parts, tensors.parts, strict=True):
-        names = {role: f"{part.stem}.{role}" for role in own}
+    for part, of_part in zip(group.parts, tensors.parts, strict=True):
+        names = {role: f"{part.stem}.{role}" for role in of_part}
         sublayers = part.sublayer.name, *tied_names[part.sublayer.name]
         parts.append(StoredPart(sublayers, part.rows, names))
     shared = {role: f"{group.name}.{role}" for role in tensors.shared}

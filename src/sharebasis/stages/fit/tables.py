@@ -26,7 +26,7 @@ def ranks_csv(fitted: FittedModel) -> str:
     Columns: family, layer, parts (how many), rank (the mean of those that have one; empty where
     none has), full_rank and width (means), stored and original (numbers). A basis counts for each
     part that uses it by the part's share of the group's weights. The width is the fraction of its
-    neurons that an MLP's matrix still has, 1 for all others; both ranks are of what is left.
+    neurons that an MLP's matrix still has, 1 for all others; both ranks are of the pruned weights.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
     for fitted_group in fitted.groups:
@@ -53,7 +53,7 @@ def ranks_csv(fitted: FittedModel) -> str:
 
 
 def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]]) -> str:
-    """The loss that is left when a family of a layer is cut to a fraction of its full rank.
+    """The loss of a family of a layer when it is cut to a fraction of its full rank.
 
     Relative to the loss of rank 0; by the method's own measure.
 
@@ -62,23 +62,23 @@ def spectrum_csv(groups: Sequence[Group], energies: Sequence[NDArray[np.float64]
         energies: of each, the largest first, and perhaps those of further ones.
     """
     cells: dict[Cell, NDArray[np.float64]] = {}
-    for group, own in zip(groups, energies, strict=False):
+    for group, of_group in zip(groups, energies, strict=False):
         for cell, share in _parts(group):
-            cells[cell] = cells.get(cell, 0) + share * _left(own, group.full_rank)
+            cells[cell] = cells.get(cell, 0) + share * _losses(of_group, group.full_rank)
     rows = [
-        [*cell, step / STEPS, f"{left:.4g}"]
+        [*cell, step / STEPS, f"{loss:.4g}"]
         for cell, losses in sorted(cells.items())
-        for step, left in enumerate(losses / losses[0] if losses[0] else losses)
+        for step, loss in enumerate(losses / losses[0] if losses[0] else losses)
     ]
     return csv_text(("family", "layer", "rank_fraction", "loss"), rows)
 
 
-def _left(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
+def _losses(energies: NDArray[np.float64], full_rank: int) -> NDArray[np.float64]:
     """The loss at every step's rank."""
-    after = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    tails = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
     ranks = np.minimum(np.arange(STEPS) * full_rank // STEPS, len(energies))
-    left: NDArray[np.float64] = after[ranks]
-    return left
+    losses: NDArray[np.float64] = tails[ranks]
+    return losses
 
 
 def _parts(group: Group) -> Iterator[tuple[Cell, float]]:

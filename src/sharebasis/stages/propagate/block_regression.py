@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Run:
-    """What the original does in a block: by name, batch by batch, what sublayers are given."""
+    """What the original does in a block."""
 
     inputs: Mapping[str, Sequence[Tensor]]
+    """Of sublayers, by name, batch by batch."""
     outputs: Tensor
     """Of the block."""
 
@@ -59,7 +60,7 @@ class Propagator:
     @property
     def writers(self) -> set[str]:
         """The sublayers that write to the residual stream."""
-        return {one.name for one in self.sublayers if one.role == "write"}
+        return {sublayer.name for sublayer in self.sublayers if sublayer.role == "write"}
 
     @property
     def compressed(self) -> PreTrainedModel:
@@ -72,36 +73,36 @@ class Propagator:
         run = self._run_original(i, groups, streams.original)
         streams.original = run.outputs
         for site, of_site in groups.items():
-            pair = self._gather(i, site, run, streams.compressed)
+            inputs = self._gather(i, site, run, streams.compressed)
             for group in of_site:
                 form = self.loaded.forms[group.name].editable()
-                refitted.add(self.loaded, group, form.refit(self.refitter.problems(group, pair)))
-                if self.settings.mean and pair.drift is None:
-                    self._keep_means(group, pair, refitted)
+                refitted.add(self.loaded, group, form.refit(self.refitter.problems(group, inputs)))
+                if self.settings.mean and inputs.drift is None:
+                    self._keep_means(group, inputs, refitted)
         block = self.compressed.get_submodule(self.blocks.names[i])
         streams.compressed = torch.cat(
             [self._run(i, block, chunk).cpu() for chunk in self._cut(streams.compressed)]
         )
 
-    def _keep_means(self, group: StoredGroup, pair: PairedMoment, refitted: Refitted) -> None:
+    def _keep_means(self, group: StoredGroup, inputs: PairedMoment, refitted: Refitted) -> None:
         """New biases of the sublayers of a group that have one, which they are given at once."""
         for part, linear in zip(group.parts, self.loaded.linears(group), strict=True):
             bias = self.compressed.get_submodule(part.sublayer).bias
             if isinstance(bias, Tensor):
                 rows = part.rows.numbers.to(bias.device)
-                bias[rows] = self.refitter.bias(part, linear.dense(), pair).to(bias)
+                bias[rows] = self.refitter.bias(part, linear.dense(), inputs).to(bias)
                 refitted.biases[f"{part.sublayer}.bias"] = bias.float().cpu().clone()
 
     def _groups(self, i: int, hidden: Tensor) -> Mapping[Site, Sequence[StoredGroup]]:
         """Inputs in a block, in the order in which they come up, and the groups that read them."""
         block, chunk = self.original.get_submodule(self.blocks.names[i]), self._cut(hidden)[0]
         prefix, run = f"{self.blocks.names[i]}.", partial(self._run, i, block, chunk)
-        own = [one.name for one in self.sublayers if one.name.startswith(prefix)]
-        with watched({name: self.original.get_submodule(name) for name in own}) as seen:
+        names = [s.name for s in self.sublayers if s.name.startswith(prefix)]
+        with watched({name: self.original.get_submodule(name) for name in names}) as seen:
             run()
         sites = find_sites(self.original, list(seen), run)
-        found = {site: refittable(self.loaded.index.groups, site.readers) for site in sites}
-        return {site: groups for site, groups in found.items() if groups}
+        by_site = {site: refittable(self.loaded.index.groups, site.readers) for site in sites}
+        return {site: groups for site, groups in by_site.items() if groups}
 
     def _run_original(self, i: int, sites: Iterable[Site], hidden: Tensor) -> _Run:
         block = self.original.get_submodule(self.blocks.names[i])
@@ -111,8 +112,8 @@ class Propagator:
         for chunk in self._cut(hidden):
             with watched(modules) as seen:
                 outputs.append(self._run(i, block, chunk).cpu())
-            for name, own in inputs.items():
-                own.append(seen[name].cpu())
+            for name, of_module in inputs.items():
+                of_module.append(seen[name].cpu())
         return _Run(inputs, torch.cat(outputs))
 
     def _gather(self, i: int, site: Site, run: _Run, hidden: Tensor) -> PairedMoment:
@@ -138,10 +139,10 @@ class Propagator:
         return accumulator.moment()
 
     def _drift_of(self, i: int, site: Site, run: _Run, hidden: Tensor) -> Drift | None:
-        """How to find out what a residual stream lacks when a sublayer writes to it.
+        """How to measure the drift of a residual stream where a sublayer writes to it.
 
-        The compressed block runs with that sublayer and all that write after it forced to say
-        what they do in the original; what its output lacks then, the stream lacked before. None
+        The compressed block runs with that sublayer and all that write after it forced to put
+        out what they do in the original; what its output lacks then, the stream lacked before. None
         if the sublayer does not write, or the block does not simply add up what it writes.
         """
         writers = [name for name in run.inputs if name in self.writers]
@@ -151,29 +152,29 @@ class Propagator:
         block = self.compressed.get_submodule(self.blocks.names[i])
         device, outputs = self.compressed.device, self._cut(run.outputs)
 
-        def say(j: int, chunk: Tensor, extra: Tensor | None = None) -> Tensor:
+        def block_output(j: int, chunk: Tensor, extra: Tensor | None = None) -> Tensor:
             """The block's output in batch `j`, with something more written to the stream."""
-            said = {
+            forced_outputs = {
                 self.compressed.get_submodule(name): self.original.get_submodule(name)(
                     run.inputs[name][j].to(device)
                 )
                 for name in writers
             }
             if extra is not None:
-                own = said[self.compressed.get_submodule(site.name)]
-                own += extra.reshape(own.shape)  # some models flatten batch and window
-            with forced(said):
+                output = forced_outputs[self.compressed.get_submodule(site.name)]
+                output += extra.reshape(output.shape)  # some models flatten batch and window
+            with forced(forced_outputs):
                 return self._run(i, block, chunk)
 
         chunk = self._cut(hidden)[0]
-        plain = say(0, chunk)
+        plain = block_output(0, chunk)
         extra = plain.flip(1)
         # In float32, as the squares of float16 overflow.
-        answer, extra = (say(0, chunk, extra) - plain).float(), extra.float()
-        scale = (answer * extra).sum() / extra.square().sum()
-        if not (answer - scale * extra).norm() < 1e-2 * answer.norm():
+        response, extra = (block_output(0, chunk, extra) - plain).float(), extra.float()
+        scale = (response * extra).sum() / extra.square().sum()
+        if not (response - scale * extra).norm() < 1e-2 * response.norm():
             return None
-        return lambda j, chunk: (outputs[j].to(device) - say(j, chunk)) / scale
+        return lambda j, chunk: (outputs[j].to(device) - block_output(j, chunk)) / scale
 
     def _run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         return self.blocks.run(i, block, hidden.to(self.compressed.device))
@@ -211,12 +212,12 @@ def _first(propagator: Propagator, text: Tensor, held_out: Tensor) -> Progress:
 
 
 def _resumed(propagator: Propagator, checkpoint: Checkpoint) -> Progress | None:
-    """Where a run was killed; the compressed model is given what that had found."""
+    """Where a run was killed; the compressed model is given the weights of its checkpoint."""
     if (state := checkpoint.resume()) is None:
         return None
     record, reader = state
-    found = dict(reader.stream())
-    streams = Streams(found.pop("original"), found.pop("compressed"))
-    refitted = Refitted.resumed(propagator.loaded, found)
+    tensors = dict(reader.stream())
+    streams = Streams(tensors.pop("original"), tensors.pop("compressed"))
+    refitted = Refitted.resumed(propagator.loaded, tensors)
     log.info("Going on behind block %d, the last checkpoint.", len(record["distances"]))
     return Progress(record["before"], list(record["distances"]), refitted, streams)

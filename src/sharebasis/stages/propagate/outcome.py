@@ -1,4 +1,4 @@
-"""What `propagate` and `recover` say of how they went, beside a model or instead of one.
+"""What `propagate` says of how it went, beside a model or instead of one.
 
 It loads no torch: a stage that is left out has nothing else to do.
 """

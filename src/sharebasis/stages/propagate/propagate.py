@@ -1,4 +1,4 @@
-"""artifacts/compressed and text -> artifacts/propagated: factors that reckon with earlier errors.
+"""artifacts/compressed and text -> artifacts/propagated: weights that make up for earlier errors.
 
 Block by block: what the original's and what the compressed model's sublayers are given on the
 same text goes into a regression (`sharebasis.linalg.drift_regression`), whose target is factorized
@@ -63,8 +63,8 @@ def propagation_identity(
     """
     models = {"weights": weights / MANIFEST, "compressed": compressed}
     metric = [fit.method, fit.two_sided, fit.damping_inputs, fit.damping_gradients]
-    own = {"metric": metric, "exclude": fit.exclude}
-    return {**identity_of(settings, windows, **models), **own, **others}
+    of_fit = {"metric": metric, "exclude": fit.exclude}
+    return {**identity_of(settings, windows, **models), **of_fit, **others}
 
 
 def propagation_windows(
@@ -75,8 +75,8 @@ def propagation_windows(
     Raises:
         TextError: there is too little of it.
     """
-    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
-    return read_windows(tokenizer, own, "calibration", seed, "propagate")
+    text = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
+    return read_windows(tokenizer, text, "calibration", seed, "propagate")
 
 
 def _may_change(sublayer: Sublayer, fit: FitSettings) -> bool:
@@ -105,8 +105,8 @@ def propagate(
 
     Block by block, a group is refitted if all its parts read one input, and what layers share stays
     as it is; so do, always, what `fit.exclude` names, what is tied to another weight, and experts,
-    to which the two models may send different tokens. In an MLP that lacks neurons, those that are
-    left learn anew to say what all of them said.
+    to which the two models may send different tokens. The remaining neurons of a pruned MLP are
+    refitted to put out what all of them did.
 
     Args:
         weights: artifacts/weights.
@@ -130,7 +130,7 @@ def propagate(
     for edit in model.edits:
         edit.follow(original, model.index, model.reader)
     text, held_out = windows.to(device).split([settings.windows, settings.held_out])
-    sublayers = [one for one in classification.selected if _may_change(one, fit)]
+    sublayers = [sublayer for sublayer in classification.selected if _may_change(sublayer, fit)]
     refitter = Refitter(original, moments, settings, fit, model.edits)
     distances: list[float] = []
     with matmul.FastestLinear():

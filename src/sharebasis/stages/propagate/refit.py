@@ -1,4 +1,4 @@
-"""What the groups of a compressed model should be for what they are given by now."""
+"""The problems whose solutions are new weights of a compressed model, for its present inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from sharebasis.compressed.edits import Edit
+from sharebasis.compressed.edits import Edit, first_answer
 from sharebasis.compressed.index import StoredGroup, StoredPart
 from sharebasis.config.fit import FitSettings
 from sharebasis.config.methods import METHODS
@@ -36,19 +36,19 @@ class Refitter:
     edits: Sequence[Edit] = ()
     """Of the compressed model."""
 
-    def problems(self, group: StoredGroup, pair: PairedMoment) -> Sequence[Problem]:
+    def problems(self, group: StoredGroup, inputs: PairedMoment) -> Sequence[Problem]:
         """The targets of a group's parts, which make up for the drift of their inputs.
 
         Args:
             group: whose parts all read one input, each of them under one name.
-            pair: of that input.
+            inputs: of that input.
 
         Raises:
             CalibrationError: a moment is not usable.
         """
-        inputs = pair.compressed.damped(self.fit.damping_inputs)
+        moment = inputs.compressed.damped(self.fit.damping_inputs)
         return [
-            Problem(self._regressed(part, pair), inputs, self._gradients(part))
+            Problem(self._regressed(part, inputs), moment, self._gradients(part))
             for part in group.parts
         ]
 
@@ -65,32 +65,31 @@ class Refitter:
         """What a part should be if its inputs were those of the original."""
         return self._without_drift(part, self._weight(part))
 
-    def bias(self, part: StoredPart, fitted: Tensor, pair: PairedMoment) -> Tensor:
+    def bias(self, part: StoredPart, fitted: Tensor, inputs: PairedMoment) -> Tensor:
         """Of a part's rows, b + W E[x] - Ŵ E[x̂]: what is put out has the mean that it had.
 
         Args:
             part: of a sublayer that has a bias.
             fitted: Ŵ, its rows.
-            pair: of its input.
+            inputs: of its sublayer.
         """
         bias = self.original.get_submodule(part.sublayer).bias
         assert isinstance(bias, Tensor)
-        mean = self._weight(part).double() @ pair.mean
-        mean = mean - fitted.double() @ pair.compressed.mean
+        mean = self._weight(part).double() @ inputs.mean
+        mean = mean - fitted.double() @ inputs.compressed.mean
         return self._rows(part, bias) + mean
 
     def kept_columns(self, sublayer: str) -> Int64[Tensor, " columns"] | None:
-        """The numbers of the inputs that a sublayer reads, if there are fewer than there were."""
-        kept = (edit.kept_columns(sublayer) for edit in self.edits)
-        return next((columns for columns in kept if columns is not None), None)
+        """The numbers of the inputs that a sublayer reads, where neurons were pruned."""
+        return first_answer(self.edits, lambda edit: edit.kept_columns(sublayer))
 
-    def _regressed(self, part: StoredPart, pair: PairedMoment) -> Tensor:
+    def _regressed(self, part: StoredPart, inputs: PairedMoment) -> Tensor:
         settings, weight = self.settings, self._weight(part)
-        first = self._without_drift(part, weight)
-        if pair.drift is None:
-            return regressed(weight, pair, settings.amount, start=first, damping=settings.damping)
-        drift = settings.stream * part.rows.take(pair.drift)
-        return regressed(weight, pair, settings.stream, drift, first, settings.damping)
+        start, damping = self._without_drift(part, weight), settings.damping
+        if inputs.drift is None:
+            return regressed(weight, inputs, settings.amount, start=start, damping=damping)
+        drift = settings.stream * part.rows.take(inputs.drift)
+        return regressed(weight, inputs, settings.stream, drift, start, damping)
 
     def _weight(self, part: StoredPart) -> Tensor:
         """Of the original, with all its columns."""
@@ -111,8 +110,7 @@ class Refitter:
         return neuron_pruning.refit(problem, kept.to(weight.device))
 
     def _kept_rows(self, part: StoredPart) -> Int64[Tensor, " rows"] | None:
-        kept = (edit.kept_rows(part.sublayer) for edit in self.edits)
-        return next((rows for rows in kept if rows is not None), None)
+        return first_answer(self.edits, lambda edit: edit.kept_rows(part.sublayer))
 
     def _gradients(self, part: StoredPart) -> Moment | None:
         metric = METHODS[self.fit.method].gradients
@@ -122,18 +120,17 @@ class Refitter:
         return gradient.diagonal() if metric == "diagonal" else gradient
 
     def _gradient(self, part: StoredPart) -> Moment:
-        whole = self.moments.gradient(part.sublayer)
-        whole = whole.to(next(self.original.parameters()).device)
-        damping, device = self.fit.damping_gradients, whole.sum.device
+        gradient = self.moments.gradient(part.sublayer)
+        gradient = gradient.to(next(self.original.parameters()).device)
+        damping, device = self.fit.damping_gradients, gradient.sum.device
         kept = self._kept_rows(part)
         if kept is None:
-            return whole.at(part.rows.numbers.to(device)).damped(damping)
-        blocks = (edit.original_block(part) for edit in self.edits)
-        block = next((rows for rows in blocks if rows is not None), None)
+            return gradient.at(part.rows.numbers.to(device)).damped(damping)
+        block = first_answer(self.edits, lambda edit: edit.original_block(part))
         if block is None:
-            return whole.damped(damping).at(kept.to(device))
+            return gradient.damped(damping).at(kept.to(device))
         within = torch.searchsorted(block.numbers, kept[part.rows.numbers])
-        return whole.at(block.numbers.to(device)).damped(damping).at(within.to(device))
+        return gradient.at(block.numbers.to(device)).damped(damping).at(within.to(device))
 
 
 def refittable(groups: Iterable[StoredGroup], readers: Iterable[str]) -> Sequence[StoredGroup]:

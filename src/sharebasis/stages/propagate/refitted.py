@@ -38,13 +38,12 @@ class Refitted:
     def resumed(cls, model: LoadedModel, tensors: Mapping[str, Tensor]) -> Refitted:
         """What `named` gave, which the model runs again."""
         refitted = cls()
-        names = {name for group in model.index.groups for name in group.tensor_names}
         for group in model.index.groups:
             if tensors.keys() & set(group.tensor_names):
                 kind = type(model.forms[group.name].editable())
                 refitted.forms[group.name] = group.load(tensors, model.shapes(group), kind)
                 refitted._install(model, group)
-        for name in tensors.keys() - names:
+        for name in tensors.keys() - model.index.group_tensors:
             refitted.biases[name] = tensors[name]
             with torch.no_grad():
                 model.model.get_parameter(name).copy_(tensors[name])

@@ -22,8 +22,9 @@ class Streams:
     @property
     def distance(self) -> float:
         """Median over tokens of ‖h - ĥ‖² / ‖h‖²."""
-        one, other = self.original.float(), self.compressed.float()
-        return ((one - other).square().sum(-1) / one.square().sum(-1)).median().item()
+        original, compressed = self.original.float(), self.compressed.float()
+        error = (original - compressed).square().sum(-1)
+        return (error / original.square().sum(-1)).median().item()
 
 
 @dataclass
@@ -39,6 +40,6 @@ class Progress:
 
     def save(self, checkpoint: Checkpoint, index: CompressedIndex) -> None:
         """The streams count as tensors, too."""
-        both = [("original", self.streams.original), ("compressed", self.streams.compressed)]
+        streams = [("original", self.streams.original), ("compressed", self.streams.compressed)]
         record = {"before": self.before, "distances": self.distances}
-        checkpoint.save(record, [*both, *self.refitted.named(index)])
+        checkpoint.save(record, [*streams, *self.refitted.named(index)])

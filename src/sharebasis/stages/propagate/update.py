@@ -78,13 +78,15 @@ def _inputs(
     names = dict.fromkeys(part.sublayer for group in groups for part in group.parts)
     if not names:
         return {}
-    own, device = model.model, model.model.device
-    sites = find_sites(own, names, lambda: run_blocks(own, text[:1, :PROBE_TOKENS]))
+    compressed, device = model.model, model.model.device
+    sites = find_sites(compressed, names, lambda: run_blocks(compressed, text[:1, :PROBE_TOKENS]))
     require_memory(sum(8 * site.d**2 for site in sites), "The moments", device)
     accumulators = {site.name: MomentAccumulator(site.name, site.d, device) for site in sites}
-    with tracked({own.get_submodule(name): sums.update for name, sums in accumulators.items()}):
+    with tracked(
+        {compressed.get_submodule(name): sums.update for name, sums in accumulators.items()}
+    ):
         gather(
-            lambda chunk, _: run_blocks(own, chunk),
+            lambda chunk, _: run_blocks(compressed, chunk),
             accumulators,
             text,
             batch,

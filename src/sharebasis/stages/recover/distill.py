@@ -1,4 +1,4 @@
-"""A compressed model learns to say what the original says: the loop."""
+"""Distillation: a compressed model learns to predict what the original predicts; the loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sharebasis.linalg.divergence import divergence, hidden_distance
 from sharebasis.model.hub import DTYPES
 from sharebasis.runtime.progress import progress
 from sharebasis.stages.recover.muon import Muon
-from sharebasis.stages.recover.outcome import Look, Recovery
+from sharebasis.stages.recover.outcome import Evaluation, Recovery
 
 log = logging.getLogger(__name__)
 
-SHORT = 512
+MAX_EAGER_WINDOW = 512
 """Tokens of a window up to which the weights of attention, window² a head, fit into memory."""
 
 Factors = Mapping[str, nn.Parameter]
@@ -42,7 +42,7 @@ def distill(
     checkpoint: Checkpoint,
     kept: Mapping[str, Tensor] | None = None,
 ) -> Recovery:
-    """Train the factors to say what the original says; they hold the best ones afterwards.
+    """Train the factors to predict what the original predicts; they hold the best ones afterwards.
 
     Bases stay shared and ranks stay as they are, so the model stores as many numbers as
     before. Stops when the held-out windows no longer gain. The optimizer is Muon: it moves
@@ -58,7 +58,7 @@ def distill(
         settings: of the training.
         seed: of the order of the windows.
         checkpoint: where a run that was killed goes on from.
-        kept: of some factors, which entries they have; the others stay zero.
+        kept: masks of some factors, by their names; other entries stay zero.
 
     Raises:
         RecoveryError: the loss is not finite.
@@ -66,11 +66,11 @@ def distill(
     training = _Training(original, compressed, factors, windows, settings, seed, kept or {})
     training.resume(checkpoint)
     with progress("recover", settings.steps, "steps", training.step) as advance:
-        training.look_if_due()
+        training.evaluate_if_due()
         while training.step < settings.steps and not training.stalled:
             training.take_step()
             advance()
-            training.look_if_due()
+            training.evaluate_if_due()
             if checkpoint.due:
                 checkpoint.save(*training.state())
     training.restore_best()
@@ -92,28 +92,28 @@ class _Training:
     ) -> None:
         self._original, self._compressed = original, compressed
         self._settings, self._seed = settings, seed
-        if compressed.device.type == "cpu" and settings.window <= SHORT:
+        if compressed.device.type == "cpu" and settings.window <= MAX_EAGER_WINDOW:
             # torch's fused attention takes over twice as long as plain products in bfloat16 there.
             for model in (original, compressed):
                 model.set_attn_implementation("eager")
         windows = windows.to(compressed.device)
         self._windows, self._held_out = windows.split([settings.windows, settings.held_out])
         self._factors = factors
-        self._best = {name: own.detach().clone() for name, own in self._factors.items()}
-        masks = {factors[name]: own for name, own in kept.items()}
+        self._best = {name: factor.detach().clone() for name, factor in factors.items()}
+        masks = {factors[name]: mask for name, mask in kept.items()}
         self._optimizer = Muon(list(factors.values()), masks)
-        self._looks: list[Look] = []
+        self._evaluations: list[Evaluation] = []
         self.step = 0
 
     @property
     def stalled(self) -> bool:
-        """Whether the last `patience` looks have found nothing better."""
-        recent = self._looks[-self._settings.patience :]
-        return len(self._looks) > len(recent) and self._best_look not in recent
+        """Whether none of the last `patience` evaluations was better than those before."""
+        recent = self._evaluations[-self._settings.patience :]
+        return len(self._evaluations) > len(recent) and self._best_evaluation not in recent
 
     @property
-    def _best_look(self) -> Look:
-        return min(self._looks, key=lambda look: look.divergence)
+    def _best_evaluation(self) -> Evaluation:
+        return min(self._evaluations, key=lambda evaluation: evaluation.divergence)
 
     def take_step(self) -> None:
         loss = self._loss(self._batch())
@@ -124,93 +124,99 @@ class _Training:
                 "recover.dtype=float32."
             )
         loss.backward()
-        rate = learning_rate(self.step, self._settings, self._looks[0].divergence)
+        rate = learning_rate(self.step, self._settings, self._evaluations[0].divergence)
         self._optimizer.step(self.step, rate)
         self.step += 1
 
     def _batch(self) -> Tensor:
-        """The windows of a step: every time round the text in another order, and every other time
-        from half a window on, so that tokens come after others than the time before."""
+        """The windows of a step: in every epoch in another order, and in every other epoch
+        from half a window on, so that tokens come after others than in the epoch before."""
         (n, length), size = self._windows.shape, self._settings.batch
         text, starts = self._windows.flatten(), []
         for i in range(self.step * size, (self.step + 1) * size):
-            times, place = divmod(i, n)
-            generator = torch.Generator().manual_seed(self._seed + times)
+            epoch, place = divmod(i, n)
+            generator = torch.Generator().manual_seed(self._seed + epoch)
             first = int(torch.randperm(n, generator=generator)[place]) * length
-            starts.append(min(first + times % 2 * (length // 2), len(text) - length))
+            starts.append(min(first + epoch % 2 * (length // 2), len(text) - length))
         return torch.stack([text[start : start + length] for start in starts])
 
     def _loss(self, windows: Tensor) -> Tensor:
         hidden = self._settings.hidden
         with torch.no_grad(), self._arithmetic():
-            theirs = _run(self._original, windows, hidden > 0)
+            of_original = _run(self._original, windows, hidden > 0)
         with self._arithmetic():
-            ours = _run(self._compressed, windows, hidden > 0)
-        loss = divergence(theirs.logits, ours.logits)
+            of_compressed = _run(self._compressed, windows, hidden > 0)
+        loss = divergence(of_original.logits, of_compressed.logits)
         if hidden:
-            loss = loss + hidden * hidden_distance(theirs.hidden_states, ours.hidden_states)
+            loss = loss + hidden * hidden_distance(
+                of_original.hidden_states, of_compressed.hidden_states
+            )
         return loss
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         dtype = DTYPES[self._settings.dtype]
         return torch.autocast(self._compressed.device.type, dtype, enabled=dtype != torch.float32)
 
-    def look_if_due(self) -> None:
-        """Look at the held-out windows, unless this step's look was taken before a kill."""
+    def evaluate_if_due(self) -> None:
+        """Evaluate on the held-out windows, unless this step was evaluated before a kill."""
         settings = self._settings
         due = self.step % settings.look_every == 0 or self.step == settings.steps
-        if not due or any(look.step == self.step for look in self._looks):
+        if not due or any(evaluation.step == self.step for evaluation in self._evaluations):
             return
         with torch.no_grad(), self._arithmetic():
-            found = [
+            divergences = [
                 divergence(
                     _run(self._original, chunk).logits, _run(self._compressed, chunk).logits
                 ).item()
                 * len(chunk)
                 for chunk in self._held_out.split(settings.batch)
             ]
-        look = Look(self.step, sum(found) / len(self._held_out))
-        log.info("recover: step %d, held-out divergence %.4f nats", look.step, look.divergence)
-        self._looks.append(look)
-        if self._best_look is look:
-            for name, own in self._factors.items():
-                self._best[name].copy_(own.detach())
+        evaluation = Evaluation(self.step, sum(divergences) / len(self._held_out))
+        loss = evaluation.divergence
+        log.info("recover: step %d, held-out divergence %.4f nats", self.step, loss)
+        self._evaluations.append(evaluation)
+        if self._best_evaluation is evaluation:
+            for name, factor in self._factors.items():
+                self._best[name].copy_(factor.detach())
 
     def restore_best(self) -> None:
         with torch.no_grad():
-            for name, own in self._factors.items():
-                own.copy_(self._best[name])
-                own.grad = None  # of those whose turn did not come again
+            for name, factor in self._factors.items():
+                factor.copy_(self._best[name])
+                factor.grad = None  # of those whose turn did not come again
 
     def result(self) -> Recovery:
         tokens = self.step * self._settings.batch * self._windows.shape[1]
-        return Recovery(self.step, self._best_look.step, tokens, tuple(self._looks))
+        return Recovery(self.step, self._best_evaluation.step, tokens, tuple(self._evaluations))
 
     def state(self) -> tuple[Mapping[str, Any], Iterator[tuple[str, Tensor]]]:
         """For a checkpoint."""
-        record = {"step": self.step, "looks": [asdict(look) for look in self._looks]}
+        record = {
+            "step": self.step,
+            "looks": [asdict(evaluation) for evaluation in self._evaluations],
+        }
         return record, self._tensors()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, own in self._factors.items():
-            yield f"{name}.factor", own.detach()
+        for name, factor in self._factors.items():
+            yield f"{name}.factor", factor.detach()
             yield f"{name}.best", self._best[name]
-            yield f"{name}.momentum", self._optimizer.momentum(own)
-            if own.grad is not None:  # none is not zero: without one, Muon leaves a matrix alone
-                yield f"{name}.gradient", own.grad
+            yield f"{name}.momentum", self._optimizer.momentum(factor)
+            if factor.grad is not None:  # none is not zero: without one, Muon leaves a matrix alone
+                yield f"{name}.gradient", factor.grad
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        if (found := checkpoint.resume()) is None:
+        if (saved := checkpoint.resume()) is None:
             return
-        record, reader = found
+        record, reader = saved
         self.step = record["step"]
-        self._looks = [Look(**look) for look in record["looks"]]
-        for name, own in self._factors.items():
-            own.data.copy_(reader.read(f"{name}.factor"))
+        self._evaluations = [Evaluation(**evaluation) for evaluation in record["looks"]]
+        for name, factor in self._factors.items():
+            factor.data.copy_(reader.read(f"{name}.factor"))
             self._best[name].copy_(reader.read(f"{name}.best"))
-            self._optimizer.restore(own, reader.read(f"{name}.momentum"))
+            self._optimizer.restore(factor, reader.read(f"{name}.momentum"))
             if f"{name}.gradient" in reader.files:
-                own.grad = reader.read(f"{name}.gradient").to(own.device)
+                factor.grad = reader.read(f"{name}.gradient").to(factor.device)
         log.info("Going on from step %d, the last checkpoint.", self.step)
 
 

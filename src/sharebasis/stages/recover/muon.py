@@ -19,7 +19,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 MOMENTUM = 0.95
-"""What is left of it after a step."""
+"""The fraction of it that a step keeps."""
 
 TURNS = 8
 """Matrices take turns: each is updated in one of so many steps, by what its gradients add up to. On
@@ -45,15 +45,17 @@ class Muon:
     ) -> None:
         """Args:
         matrices: of one device.
-        kept: of some of them, which entries may be other than zero.
+        kept: masks of some of them; other entries stay zero.
         turns: in every one of so many steps, a matrix is updated; fewer if there are fewer
             matrices.
         """
         workers = torch.get_num_threads() if matrices[0].device.type == "cpu" else 1
-        every = _dealt(matrices, turns)
-        momentum = MOMENTUM ** len(every)
+        by_turn = _dealt(matrices, turns)
+        momentum = MOMENTUM ** len(by_turn)
         self._kept = kept or {}
-        self._turns = [[_muon(share, momentum) for share in _dealt(own, workers)] for own in every]
+        self._turns = [
+            [_muon(share, momentum) for share in _dealt(of_turn, workers)] for of_turn in by_turn
+        ]
         self._of = {
             matrix: optimizer
             for turn in self._turns
@@ -78,24 +80,24 @@ class Muon:
 
     @torch.no_grad()
     def _update(self, optimizer: torch.optim.Muon) -> None:
-        masked = {
-            one: own for one in _matrices(optimizer) if (own := self._kept.get(one)) is not None
+        masks = {
+            matrix: self._kept[matrix] for matrix in _matrices(optimizer) if matrix in self._kept
         }
-        for matrix, own in masked.items():
+        for matrix, mask in masks.items():
             if matrix.grad is not None:
-                matrix.grad.mul_(own)
+                matrix.grad.mul_(mask)
         optimizer.step()
-        for matrix, own in masked.items():
-            matrix.mul_(own)
+        for matrix, mask in masks.items():
+            matrix.mul_(mask)
         optimizer.zero_grad(set_to_none=True)
 
     def momentum(self, matrix: nn.Parameter) -> Tensor:
-        """What it has gathered for a matrix, in its shape; zeros before its first turn."""
-        gathered: Tensor | None = self._of[matrix].state[matrix].get("momentum_buffer")
-        return torch.zeros_like(matrix) if gathered is None else gathered
+        """The momentum of a matrix, in its shape; zeros before its first turn."""
+        momentum: Tensor | None = self._of[matrix].state[matrix].get("momentum_buffer")
+        return torch.zeros_like(matrix) if momentum is None else momentum
 
     def restore(self, matrix: nn.Parameter, momentum: Tensor) -> None:
-        """Go on from what had been gathered."""
+        """Go on from an earlier momentum."""
         self._of[matrix].state[matrix] = {"momentum_buffer": momentum.to(matrix.device)}
 
 
@@ -106,8 +108,8 @@ def _muon(matrices: Sequence[nn.Parameter], momentum: float) -> torch.optim.Muon
 
 
 def _matrices(optimizer: torch.optim.Muon) -> Sequence[nn.Parameter]:
-    own: Sequence[nn.Parameter] = optimizer.param_groups[0]["params"]
-    return own
+    matrices: Sequence[nn.Parameter] = optimizer.param_groups[0]["params"]
+    return matrices
 
 
 def _dealt(matrices: Sequence[nn.Parameter], n: int) -> list[list[nn.Parameter]]:

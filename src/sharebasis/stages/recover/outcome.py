@@ -1,4 +1,4 @@
-"""What `recover` has found."""
+"""What `recover` says of how it went, beside a model or instead of one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ RECOVERY = "recovery.json"
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the held-out windows said."""
+class Evaluation:
+    """The divergence on the held-out windows."""
 
     step: int
     """Steps taken before it."""
@@ -31,7 +31,8 @@ class Recovery:
     """The step whose factors were kept."""
     tokens: int
     """Trained on, repeats included."""
-    looks: tuple[Look, ...]
+    looks: tuple[Evaluation, ...]
+    """The evaluations, in order."""
 
 
 def write_unrecovered(target: Path) -> None:

@@ -55,8 +55,8 @@ def recovery_windows(
     Raises:
         TextError: there is too little of it.
     """
-    own = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
-    return read_windows(tokenizer, own, "calibration", seed, "recover")
+    text = cut(data, "calibration", settings.windows + settings.held_out, settings.window)
+    return read_windows(tokenizer, text, "calibration", seed, "recover")
 
 
 def recover(
@@ -84,7 +84,7 @@ def recover(
         device: for the training.
 
     Raises:
-        RecoveryError: there is nothing to train, or training went astray.
+        RecoveryError: there is nothing to train, or the loss is not finite.
         WeightsError, StoreError, ResourceError: what is read is not usable, or does not fit.
     """
     model = open_compressed(compressed, torch.float32, device)

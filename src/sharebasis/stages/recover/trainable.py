@@ -49,7 +49,7 @@ def named_parameters(model: LoadedModel, forms: Trainable) -> Iterator[tuple[str
 
 
 def supports(model: LoadedModel, forms: Trainable) -> Mapping[str, Tensor]:
-    """Which entries of a parameter may be other than zero, where not all may, by its name."""
+    """The masks of parameters that are masked weights, by their names."""
     return {
         name: form.support
         for group, form in _groups(model, forms)

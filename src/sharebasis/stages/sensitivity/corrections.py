@@ -66,8 +66,8 @@ def corrections(
     Raises:
         CalibrationError: nothing was lost anywhere, or what was measured is not finite.
     """
-    pairs = list(zip(predicted, measured, strict=True))
-    lost = [(p, m) for p, m in pairs if p > 0]
+    losses = list(zip(predicted, measured, strict=True))
+    lost = [(p, m) for p, m in losses if p > 0]
     ratio = sum(m for _, m in lost) / sum(p for p, _ in lost) if lost else 0.0
     if not 0 < ratio < math.inf:
         raise CalibrationError(
@@ -84,5 +84,5 @@ def corrections(
             m,
             min(max(m / p / ratio, 1 / clip), clip) if p > 0 else 1.0,
         )
-        for cell, (p, m) in zip(cells, pairs, strict=True)
+        for cell, (p, m) in zip(cells, losses, strict=True)
     ], ratio

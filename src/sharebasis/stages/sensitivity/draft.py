@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sharebasis.architecture.groups import Group
-from sharebasis.compressed.edits import edits_of
+from sharebasis.compressed.edits import edits_of, first_answer
 from sharebasis.compressed.index import StoredPart, load_index
 from sharebasis.config.fit import FitSettings
 from sharebasis.forms.dense import DenseModule
@@ -36,7 +37,7 @@ class Draft:
 
     Args:
         directory: written by `fit`.
-        fitted: what that said of its groups.
+        fitted: its groups, as `fit` returned them.
     """
 
     def __init__(self, directory: Path, fitted: Sequence[FittedGroup]) -> None:
@@ -55,11 +56,10 @@ class Draft:
         return [fitted.loss for fitted in self._fitted]
 
     def weights(self, i: int) -> Iterator[tuple[StoredPart, Tensor]]:
-        """What group `i` makes of its parts; (d_out, d_in) each, or less where neurons are gone."""
+        """What group `i` makes of its parts: (d_out, d_in) each, or less of a pruned MLP."""
         group = self._stored[i]
-        tensors = {name: self._reader.read(name) for name in group.tensor_names}
         shapes = [part.shape for part in self._fitted[i].group.parts]
-        form = group.load(tensors, shapes).map(Tensor.float)
+        form = group.read(self._reader, shapes).map(Tensor.float)
         yield from zip(group.parts, form.dense(), strict=True)
 
     def original_start(self, part: StoredPart) -> int:
@@ -67,23 +67,21 @@ class Draft:
         block = self._block(part)
         return part.rows.start if block is None else block.start
 
-    def whole(self, part: StoredPart, weight: Tensor, original: Tensor) -> Tensor:
-        """A part in the shape that it had: neurons that are not there are not heard by down."""
-        for edit in self._edits:
-            kept, block = edit.kept_rows(part.sublayer), self._block(part)
-            if kept is not None:
-                if block is not None:
-                    kept = torch.searchsorted(block.numbers, kept[part.rows.numbers])
-                return original.index_copy(0, kept.to(original.device), weight)
-            columns = edit.kept_columns(part.sublayer)
-            if columns is not None:
-                zeros = torch.zeros_like(original)
-                return zeros.index_copy(1, columns.to(original.device), weight)
+    def unpruned(self, part: StoredPart, weight: Tensor, original: Tensor) -> Tensor:
+        """A part in the shape that it had; down multiplies pruned neurons by zero."""
+        rows = first_answer(self._edits, lambda edit: edit.kept_rows(part.sublayer))
+        if rows is not None:
+            if (block := self._block(part)) is not None:
+                rows = torch.searchsorted(block.numbers, rows[part.rows.numbers])
+            return original.index_copy(0, rows.to(original.device), weight)
+        columns = first_answer(self._edits, lambda edit: edit.kept_columns(part.sublayer))
+        if columns is not None:
+            zeros = torch.zeros_like(original)
+            return zeros.index_copy(1, columns.to(original.device), weight)
         return weight
 
     def _block(self, part: StoredPart) -> Rows | None:
-        blocks = (edit.original_block(part) for edit in self._edits)
-        return next((block for block in blocks if block is not None), None)
+        return first_answer(self._edits, lambda edit: edit.original_block(part))
 
 
 @contextmanager
@@ -103,9 +101,9 @@ def draft(
         BudgetError, SelectionError, and what else `fit` raises.
     """
     try:
-        # Parts are put into the original one by one, so their gauge has to be its own.
-        own = replace(settings, value_gauge=False)
-        fitted = fit(weights, spectra, own, scratch, device, moments)
+        # Parts are put into the original one by one, so they have to be in its gauge.
+        in_original_gauge = replace(settings, value_gauge=False)
+        fitted = fit(weights, spectra, in_original_gauge, scratch, device, moments)
         yield Draft(scratch, fitted.groups)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -118,26 +116,28 @@ def wrap_parts(model: PreTrainedModel, spectra: Spectra) -> Linears:
         for part in group.parts:
             for name in (part.sublayer.name, *spectra.tied_names[part.sublayer.name]):
                 rows.setdefault(name, []).append(part.rows)
-    ordered = {name: sorted(own, key=lambda one: one.start) for name, own in rows.items()}
+    ordered = {name: sorted(of_parts, key=attrgetter("start")) for name, of_parts in rows.items()}
     modules = wrap(model, ordered)
     return {
-        (name, one.start): linear
-        for name, own in ordered.items()
-        for one, linear in zip(own, modules[name].parts, strict=True)
+        (name, part_rows.start): linear
+        for name, of_parts in ordered.items()
+        for part_rows, linear in zip(of_parts, modules[name].parts, strict=True)
     }
 
 
 @contextmanager
-def compressed(linears: Linears, plan: Draft, groups: Iterable[int]) -> Iterator[None]:
-    """Give some groups the weights of a draft for a while, and then their own back."""
+def compressed(linears: Linears, draft_model: Draft, groups: Iterable[int]) -> Iterator[None]:
+    """Give some groups the weights of a draft for a while, and then the original ones back."""
     kept: dict[ShareLinear, FormModule] = {}  # a module may have several names
     try:
         for i in groups:
-            for part, weight in plan.weights(i):
+            for part, weight in draft_model.weights(i):
                 for sublayer in part.sublayers:
-                    linear = linears[sublayer, plan.original_start(part)]
+                    linear = linears[sublayer, draft_model.original_start(part)]
                     original = kept.setdefault(linear, linear.form).dense().detach()
-                    linear.form = DenseModule(plan.whole(part, weight.to(original), original))
+                    linear.form = DenseModule(
+                        draft_model.unpruned(part, weight.to(original), original)
+                    )
         yield
     finally:
         for linear, form in kept.items():

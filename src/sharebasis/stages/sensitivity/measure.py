@@ -26,7 +26,7 @@ def measure_sensitivity(
     weights: Path,
     spectra: Path,
     moments: MomentStore | None,
-    found: Classification,
+    classification: Classification,
     windows: Int64[Tensor, "windows window"],
     settings: SensitivitySettings,
     fit: FitSettings,
@@ -39,8 +39,8 @@ def measure_sensitivity(
     Args:
         weights: artifacts/weights.
         spectra: artifacts/spectra, of the same weights.
-        moments: that the spectra were made by; without them, no structures but the given groups.
-        found: the model's sublayers.
+        moments: that the spectra were made by; without them, only the groups of the baseline.
+        classification: of the model's sublayers.
         windows: token ids of the calibration text, one sequence a row.
         settings: how; not by none.
         fit: budget and storage of the draft.
@@ -54,18 +54,19 @@ def measure_sensitivity(
         WeightsError, StoreError: what is read is not usable.
     """
     budget = replace(fit, removed=settings.removed)
-    with draft(weights, spectra, moments, budget, scratch, device) as plan:
-        cells = cells_of(plan.groups, settings.runs)
+    with draft(weights, spectra, moments, budget, scratch, device) as draft_model:
+        cells = cells_of(draft_model.groups, settings.runs)
         model = load_model(weights, dtype, device)
         linears = wrap_parts(model, Spectra(spectra))
-        measured = probe(model, linears, plan, cells, windows, settings.batch, found.blocks)
-    predicted = [sum(plan.losses[i] for i in cell.groups) / 2 for cell in cells]
+        batch, blocks = settings.batch, classification.blocks
+        measured = probe(model, linears, draft_model, cells, windows, batch, blocks)
+    predicted = [sum(draft_model.losses[i] for i in cell.groups) / 2 for cell in cells]
     losses, ratio = corrections(cells, predicted, measured, settings.clip)
     parts = {
         part.name: loss.weight
         for cell, loss in zip(cells, losses, strict=True)
         for i in cell.groups
-        for part in plan.groups[i].parts
+        for part in draft_model.groups[i].parts
     }
     n_predictions = windows[:, 1:].numel()
     how = settings.by, settings.removed, settings.clip

@@ -21,7 +21,7 @@ from sharebasis.stages.sensitivity.draft import Draft, Linears, compressed
 def probe(
     model: PreTrainedModel,
     linears: Linears,
-    plan: Draft,
+    draft: Draft,
     cells: Sequence[Cell],
     windows: Int64[Tensor, "windows window"],
     batch: int,
@@ -35,7 +35,7 @@ def probe(
     Args:
         model: dense.
         linears: its parts, wrapped.
-        plan: what a cell becomes.
+        draft: what a cell becomes.
         cells: of its groups.
         windows: token ids, one sequence a row.
         batch: windows a forward pass.
@@ -49,7 +49,7 @@ def probe(
             original, outputs = late.record(starts, partial(_logits, model, chunk))
             for i, cell in enumerate(cells):
                 with (
-                    compressed(linears, plan, cell.groups),
+                    compressed(linears, draft, cell.groups),
                     late.start_at(cell.layers[0], outputs),
                 ):
                     sums[i] += len(chunk) * divergence(original, _logits(model, chunk)).item()
