@@ -10,7 +10,7 @@ from conftest import random_model
 from torch import nn
 from viewing import D_VOCAB, MLA, MLP, assert_same, by_head, everything, model_of
 
-from sharebasis.architecture.fused import blocks_of
+from sharebasis.architecture.fused import projections_of
 from sharebasis.config.model import WeightTypeSettings
 from sharebasis.errors import SelectionError, SplitError
 from sharebasis.model import classify
@@ -42,7 +42,7 @@ def test_heads_are_their_rows_in_every_layout(n_kv_heads: int, interleave: Any, 
     )
     found = classify_model(model, weight_types={"fused": settings})
     views = head_views(model, found)[1]
-    blocks = blocks_of(found.selected[1], settings, found.dims)
+    blocks = projections_of(found.selected[1], settings, found.dims)
     assert {block.family: block.n_heads for block in blocks} == {
         "q": 4,
         "k": n_kv_heads,

@@ -32,7 +32,8 @@ from sharebasis.gauge.units import Layer
 from sharebasis.model.classify import classify_model
 from sharebasis.model.hub import load_config, load_model, meta_model
 from sharebasis.pipeline.compose import compose_settings
-from sharebasis.stages.vary.variation import measure_variation, write_distances
+from sharebasis.stages.vary.tables import write_distances
+from sharebasis.stages.vary.variation import measure_variation
 from sharebasis.structures.layer_distances import read_table
 
 

@@ -27,7 +27,7 @@ from sharebasis.linalg.divergence import hidden_distance
 from sharebasis.model.hub import load_model
 from sharebasis.stages.recover import distill as training
 from sharebasis.stages.recover.distill import Factors, distill, learning_rate
-from sharebasis.stages.recover.outcome import Look, Recovery, write_unrecovered
+from sharebasis.stages.recover.outcome import Evaluation, Recovery, write_unrecovered
 from sharebasis.stages.recover.recover import (
     recover,
     recovery_identity,
@@ -346,4 +346,4 @@ def test_without_a_step_there_is_only_the_word_of_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "recovered").iterdir()] == ["recovery.json"]
     found = load_record(tmp_path / "recovered" / "recovery.json", Recovery)
     assert found == Recovery(0, 0, 0, ())
-    assert Look(0, 1.0) not in found.looks
+    assert Evaluation(0, 1.0) not in found.looks
