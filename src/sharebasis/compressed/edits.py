@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Int64
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from sharebasis.compressed.index import CompressedIndex, StoredPart
+from sharebasis.errors import StoreError
 from sharebasis.forms.dense import Dense
 from sharebasis.forms.fixed_columns import FixedColumns
 from sharebasis.io.tensor_files import TensorReader
@@ -168,13 +169,26 @@ def first_answer(edits: Iterable[Edit], question: Callable[[Edit], Answer | None
 
 
 def edits_of(index: CompressedIndex) -> Sequence[Edit]:
-    """The edits of a compressed model."""
-    return [
-        TypeAdapter(EDITS[record["kind"]]).validate_python(
-            {key: value for key, value in record.items() if key != "kind"}
-        )
-        for record in index.edits
-    ]
+    """The edits of a compressed model.
+
+    Raises:
+        StoreError: there is one that this version does not know.
+    """
+    return [_edit(record) for record in index.edits]
+
+
+def _edit(record: Mapping[str, Any]) -> Edit:
+    fields = dict(record)
+    kind = fields.pop("kind", None)
+    try:
+        edit: Edit = TypeAdapter(EDITS[kind]).validate_python(fields)
+    except (KeyError, ValidationError) as error:
+        raise StoreError(
+            f"The index of the compressed model has an edit of the kind {kind!r} that this version "
+            f"cannot read (it knows {', '.join(EDITS)}): {error}. Write the model again (dvc repro "
+            "fit)."
+        ) from None
+    return edit
 
 
 def edit_record(edit: Edit) -> dict[str, Any]:
