@@ -29,6 +29,7 @@ from sharebasis.architecture.roles import FAMILIES
 from sharebasis.gauge.alignment import Aligned, act, align
 from sharebasis.gauge.layers import Layers
 from sharebasis.gauge.units import Layer, Unit
+from sharebasis.linalg.exact_cover import Cover
 from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.shared_basis import energies, pooled_basis
 from sharebasis.model.checkpoint_weights import DenseWeights
@@ -132,8 +133,9 @@ def spread(pairs: Sequence[Line], n: int) -> Sequence[Line]:
 
 
 def least(curves: Sequence[Curve], removed: float) -> float:
-    chosen = zip(curves, allocate(curves, removed), strict=True)
-    return sum(float(own.loss[entry]) for own, entry in chosen)
+    cover = Cover([frozenset([i]) for i in range(len(curves))])
+    entries = allocate(curves, cover, len(curves), removed)
+    return sum(float(curves[i].loss[entry]) for i, entry in entries.items())
 
 
 def measured(

@@ -124,14 +124,14 @@ def test_an_expert_that_no_token_went_to_is_fitted(
     experts: Path, make_settings: MakeSettings, tmp_path: Path, share_experts: bool
 ) -> None:
     found = classify_model(meta_model(load_config(experts)))
-    sites, sums = calibrate(_load(experts), found.selected, WINDOWS, 4, _never(tmp_path))
+    sites, sums = calibrate(load(experts), found.selected, WINDOWS, 4, never_saved(tmp_path))
     write_moments(tmp_path / "moments", sites, sums)
     changes = {"fit.method": "svd_llm", "fit.group_size": 1, "fit.shared": []}
     settings = make_settings({**changes, "fit.share_experts": share_experts}).fit
     parts, moments = split_selected(found, "none"), MomentStore(tmp_path / "moments")
     fitted = fit_at_once(experts, parts, moments, settings, tmp_path / "small")
     assert 0 < fit_metrics(fitted, settings)["relative_loss"] < 1
-    small, dense = load_compressed(tmp_path / "small"), _load(experts)
+    small, dense = load_compressed(tmp_path / "small"), load(experts)
     unstack(dense)
     numbers = range(4) if share_experts else [IDLE]
     for name in ("gate_up_proj", "down_proj"):
