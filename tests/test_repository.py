@@ -226,7 +226,7 @@ def test_the_package_gives_load_compressed_on_demand_and_nothing_it_has_not() ->
 # One process for all, as loading torch and transformers takes longer than the rest; the package
 # itself is loaded by every script anew, in a child of its own.
 RUN_SCRIPTS = """
-    import ast, json, os, runpy, sys
+    import ast, importlib, json, os, runpy, sys
     from pathlib import Path
     import accelerate, hydra, pydantic, torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -250,6 +250,9 @@ RUN_SCRIPTS = """
                 nodes = ast.walk(ast.parse(script.read_text()))
                 imports = [one for one in nodes if isinstance(one, (ast.Import, ast.ImportFrom))]
                 exec(compile(ast.Module(imports, []), script, "exec"))
+                if "sharebasis.structures.table" in sys.modules:  # which imports by name
+                    for entry in sys.modules["sharebasis.config.structures"].STRUCTURES.values():
+                        importlib.import_module(entry.implementation.partition(":")[0])
                 modules = [name for name in sys.modules if name.startswith("sharebasis.")]
                 files[2].write_text(" ".join(modules))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
