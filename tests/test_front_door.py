@@ -13,6 +13,7 @@ from torch import nn
 
 import sharebasis
 from sharebasis.errors import StateError
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.forms.share_linear import State
 from sharebasis.forms.split_linear import SplitLinear
 from sharebasis.model import classify, wrapping
@@ -89,7 +90,8 @@ def test_a_model_is_wrapped_and_has_its_own_modules_back(family: str, strategy: 
     torch.testing.assert_close(model(input_ids=TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
     part = next(iter(modules.values())).parts[0]
     assert part.state is State.ORIGINAL
-    part.compress(torch.zeros(1, part.in_features), torch.zeros(part.out_features, 1))
+    zeros = LowRank(torch.zeros(1, part.in_features), (torch.zeros(part.out_features, 1),))
+    part.compress(zeros.modules()[0])
     assert not torch.allclose(model(input_ids=TOKENS).logits, logits, atol=1e-2)
     sharebasis.unwrap(model)
     after: dict[str, nn.Module] = dict(model.named_modules())

@@ -17,6 +17,7 @@ from viewing import assert_same, everything, model_of
 from sharebasis.architecture.parts import rows_by_sublayer, split_selected
 from sharebasis.architecture.sublayers import Classification
 from sharebasis.compressed.loader import load_compressed
+from sharebasis.forms.low_rank import LowRank
 from sharebasis.forms.share_linear import ShareLinear
 from sharebasis.model.classify import classify_model
 from sharebasis.model.experts import unstack
@@ -48,9 +49,10 @@ def compressed(
     """A model with factors of its own in the place of every part."""
     model = copy.deepcopy(model)
     for module in wrap(model, rows_by_sublayer(split_selected(found, strategy))).values():
-        basis = nn.Parameter(torch.randn(rank, module.in_features), requires_grad=False)
-        for part in module.parts:
-            part.compress(basis, torch.randn(part.out_features, rank))
+        basis = torch.randn(rank, module.in_features)
+        factors = LowRank(basis, tuple(torch.randn(p.out_features, rank) for p in module.parts))
+        for part, form in zip(module.parts, factors.modules(), strict=True):
+            part.compress(form)
     return model
 
 
@@ -95,7 +97,7 @@ def test_some_parts_may_be_compressed_and_others_not() -> None:
     labels = [part.label for part in parts if part.sublayer.name == fused]
     basis, coefficient = torch.randn(2, 32), torch.randn(8, 2)
     part: ShareLinear = module.parts[labels.index("k.head3")]
-    part.compress(basis, coefficient)
+    part.compress(LowRank(basis, (coefficient,)).modules()[0])
     after = everything(model)
     changed = [name for name, x in after.items() if not torch.equal(x, before[name])]
     assert changed == ["1.W_K"]

@@ -143,9 +143,9 @@ def test_an_expert_that_no_token_went_to_is_fitted(
         expected = fit_rank(
             [dense.get_submodule(name).weight for name in names],
             pooled if share_experts else None,  # without tokens there is nothing to whiten by
-            len(factors[0].basis),
+            len(factors[0].form.basis),
         )
         for own, coefficient in zip(factors, expected.coefficients, strict=True):
-            found_product = own.coefficient.double() @ own.basis.double()
+            found_product = own.form.coefficient.double() @ own.form.basis.double()
             product = coefficient @ expected.basis
             torch.testing.assert_close(found_product, product.double(), rtol=0, atol=1e-5)
