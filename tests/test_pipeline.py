@@ -80,7 +80,7 @@ def _close(one: Tensor, other: Tensor, relative: float) -> bool:
 def test_the_wrap_alone_changes_nothing(run: SmallPipeline) -> None:
     model = run.model.unstacked()
     before = _logits(model)
-    assert lossless_difference(model, rows_by_sublayer(run.parts()), TOKENS) <= 2e-5
+    assert lossless_difference(model, rows_by_sublayer(run.parts), TOKENS) <= 2e-5
     assert torch.equal(_logits(model), before)
     assert not any(isinstance(module, ShareLinear) for module in model.modules())
 
@@ -88,9 +88,9 @@ def test_the_wrap_alone_changes_nothing(run: SmallPipeline) -> None:
 def test_a_wrap_that_loses_something_is_noticed(
     run: SmallPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, d_out = run.parts()[-1].sublayer.name, run.parts()[-1].sublayer.shape[0]
+    name, d_out = run.parts[-1].sublayer.name, run.parts[-1].sublayer.shape[0]
     half = d_out // 2
-    swapped = {**rows_by_sublayer(run.parts()), name: [Rows(half, d_out - half), Rows(0, half)]}
+    swapped = {**rows_by_sublayer(run.parts), name: [Rows(half, d_out - half), Rows(0, half)]}
     assert lossless_difference(run.model.unstacked(), swapped, TOKENS) <= 2e-5
     monkeypatch.setattr(surgery, "inverse_order", lambda rows: None)  # the halves stay swapped
     assert lossless_difference(run.model.unstacked(), swapped, TOKENS) > 1e-2
@@ -164,7 +164,7 @@ def test_every_basis_is_on_disk_once_and_in_memory_once(run: SmallPipeline) -> N
     model = load_compressed(run.compressed)
     parts = {
         (name, part_rows): part
-        for name, rows in rows_by_sublayer(run.parts()).items()
+        for name, rows in rows_by_sublayer(run.parts).items()
         for part_rows, part in zip(rows, model.get_submodule(name).parts, strict=True)
     }
     pointers = []

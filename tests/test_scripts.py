@@ -54,9 +54,9 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert metrics["attribute"]["model"] == "compressed"
     # The same text and windows: two roads to one number.
     split = metrics["attribute"]["kl"]
-    assert split["whole"] == pytest.approx(metrics["verify"]["compressed"]["kl_mean"], rel=1e-4)
-    assert sum(value for part, value in split.items() if part != "whole") == pytest.approx(
-        split["whole"], rel=1e-4
+    assert split["total"] == pytest.approx(metrics["verify"]["compressed"]["kl_mean"], rel=1e-4)
+    assert sum(value for part, value in split.items() if part != "total") == pytest.approx(
+        split["total"], rel=1e-4
     )
     low, high = metrics["curve"]["points"]["0.2"], metrics["curve"]["points"]["0.4"]
     assert low["removed_fraction"] == metrics["fit"]["removed_fraction"]

@@ -240,9 +240,13 @@ def test_limits_that_hold_anyway_change_nothing() -> None:
     ],
 )
 def test_limits_that_no_choice_meets_are_told(limit: Limit, removed: float, text: str) -> None:
-    curves = (_curve((20, 30), i, "interpolative").within(limit) for i in range(2))
     with pytest.raises(BudgetError, match=text):
-        allocate_alone(curves, removed)
+        _allocate_two(limit, removed)
+
+
+def _allocate_two(limit: Limit, removed: float) -> list[int]:
+    curves = [_curve((20, 30), i, "interpolative").within(limit) for i in range(2)]
+    return allocate_alone(curves, removed)
 
 
 # Uniform
