@@ -206,7 +206,8 @@ OVERRIDES = """model=local data=files fit=auto fit.method=half_square fit.struct
     sensitivity=probes sensitivity.windows=2 sensitivity.window=16 sensitivity.runs=1
     propagate=regression propagate.windows=8 propagate.held_out=0 propagate.window=16
     recover=distill recover.steps=12 recover.learning_rate=0.1 recover.window=16
-    recover.windows=16 recover.held_out=4 recover.look_every=4 recover.dtype=float32 curve.windows=2 curve.removed=[0.2]
+    recover.windows=16 recover.held_out=4 recover.look_every=4 recover.dtype=float32
+    curve.windows=2 curve.removed=[0.2]
     attribute.windows=2 attribute.window=16 verify.new_tokens=4"""
 
 STAGES = [

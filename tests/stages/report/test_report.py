@@ -8,7 +8,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from browsing import PROBE, browse
 from conftest import REPOSITORY, contents
 from matplotlib.figure import Figure
 
@@ -33,7 +33,6 @@ from sharebasis.stages.report.tables import (
 
 FAMILIES = ("up", "q")
 EVIL = "a_b & 50% of #1 | {x}^2 ~ \\ $<b>"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def make_point(method: str, removed: float, perplexity: float | None, **changes: Any) -> Point:
@@ -315,66 +314,13 @@ def test_results_are_reported_with_their_figures(workspace: Path, points: list[P
 
 # The page in a browser
 
-PROBE = """
-<script>
-addEventListener("load", () => {
-  const table = document.querySelector("table.sortable");
-  const heads = [...table.tHead.rows[0].cells].map(head => head.textContent);
-  const column = name => [...table.tBodies[0].rows].map(
-    row => row.cells[heads.indexOf(name)].textContent.trim());
-  const click = name => [...table.querySelectorAll("th button")].find(
-    button => button.textContent === name).click();
-  const seen = { heads, before: column("perplexity") };
-  click("perplexity"); seen.rising = column("perplexity");
-  click("perplexity"); seen.falling = column("perplexity");
-  click("point"); seen.names = column("point");
-  table.querySelector("tbody a").click();
-  setTimeout(() => {
-    seen.opened = [...document.querySelectorAll("section > details[open]")].map(
-      details => details.querySelector("summary").textContent);
-    seen.behind = document.querySelector("section > details[open]").textContent;
-    seen.images = [...document.images].map(image => image.naturalWidth);
-    seen.fetched = performance.getEntriesByType("resource").map(entry => entry.name)
-      .filter(name => !name.startsWith("data:"));
-    seen.bold = document.querySelectorAll("td b").length;
-    const result = document.createElement("pre");
-    result.id = "seen"; result.textContent = JSON.stringify(seen);
-    document.body.append(result);
-  }, 300);
-});
-</script>
-"""
-
-
-def _browse(file: Path, directory: Path) -> tuple[str, list[str]]:
-    """The page's elements after its scripts, and what its console said."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser on this machine, none of {', '.join(BROWSERS)}")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0")
-    ran = subprocess.run(
-        [
-            browser,
-            *flags,
-            f"--user-data-dir={directory / 'profile'}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return ran.stdout, re.findall(r":CONSOLE[:(].*", ran.stderr)
-
 
 def test_the_page_renders_sorts_and_opens_in_chromium(
     points: list[Point], drawn: Mapping[str, Figure], tmp_path: Path
 ) -> None:
     html = page([section("ladder", points, drawn)])
     (tmp_path / "page.html").write_text(html.replace("</body>", PROBE + "</body>"))
-    dom, console = _browse(tmp_path / "page.html", tmp_path)
+    dom, console = browse(tmp_path / "page.html", tmp_path)
     assert console == []
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
     assert found, dom[-500:]
@@ -399,7 +345,7 @@ def test_the_page_renders_sorts_and_opens_in_chromium(
 
 def test_an_error_on_the_console_would_be_noticed(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<body><script>nothing.at.all()</script></body>")
-    _, console = _browse(tmp_path / "page.html", tmp_path)
+    _, console = browse(tmp_path / "page.html", tmp_path)
     assert any("nothing is not defined" in line for line in console)
 
 
