@@ -45,7 +45,7 @@ from sharebasis.structures.neurons import Neurons
 from sharebasis.structures.sparse import Sparse
 from sharebasis.structures.structure import MeasuredCell, ModelParts, Structure
 from sharebasis.structures.table import structure
-from sharebasis.structures.value_gauge import Together
+from sharebasis.structures.value_gauge import GaugePoint
 
 Energies = Mapping[int, NDArray[np.float64]]
 """By the number of a cell."""
@@ -78,8 +78,9 @@ class Extended(Spectra):
         self.by_structure = [self._measured[0], (structure, cells), *self._measured[1:]]
         self._energies = dict(zip(numbers, energies, strict=True))
 
-    def energies(self) -> Energies:
-        return {**super().energies(), **self._energies}
+    @property
+    def energies(self) -> Energies:  # type: ignore[override]
+        return {**super().energies, **self._energies}
 
     def is_further(self, cell: MeasuredCell) -> bool:
         return cell.number in self._energies
@@ -98,7 +99,7 @@ def measured(
 
 def row_of(source: Extended, settings: FitSettings) -> tuple[str, str]:
     """The loss, and what was picked."""
-    picks, of_cells = choose(source, settings, UNWEIGHED, has_moments=True), source.energies()
+    picks, of_cells = choose(source, settings, UNWEIGHED, has_moments=True), source.energies
     loss = sum(loss_of(cell, point, of_cells) for cell, point in picks)
     picked: Counter[str] = Counter()
     for cell, _ in picks:
@@ -110,7 +111,7 @@ def row_of(source: Extended, settings: FitSettings) -> tuple[str, str]:
 
 def loss_of(cell: MeasuredCell, point: Any, of_cells: Energies) -> float:
     """What a point of a structure loses, as its curve says."""
-    if isinstance(point, Together):  # the values are dense
+    if isinstance(point, GaugePoint):  # the values are dense
         outputs = point.outputs
         return loss_of(outputs.cell, outputs.points[point.entry], of_cells)
     if isinstance(cell.structure, Neurons):

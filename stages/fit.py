@@ -23,7 +23,7 @@ def main(settings: Settings) -> None:
     sensitivity = load_record(SENSITIVITY, Sensitivity)
     fitted = fit(WEIGHTS, SPECTRA, settings.fit, COMPRESSED, device, moments, sensitivity)
     source = Spectra(SPECTRA)
-    energies = list(source.energies().values())
+    energies = list(source.energies.values())
     with writing(PLOTS / "fit") as out:
         write_text(out / RANKS, ranks_csv(fitted))
         write_text(out / SPECTRUM, spectrum_csv(source.baseline, energies))

@@ -174,7 +174,7 @@ def test_drawn_tokens_give_moments_too(pair: Pair) -> None:
 
 
 def test_spectra(pair: Pair) -> None:
-    cpu, gpu = (Spectra(one.spectra).energies() for one in pair)
+    cpu, gpu = (Spectra(one.spectra).energies for one in pair)
     assert gpu.keys() == cpu.keys()
     for number, energies in cpu.items():
         assert abs(energies - gpu[number]).max() < 1e-3 * energies.max()
@@ -197,7 +197,7 @@ def test_weights_that_lack_entries(make_pair: MakePair) -> None:
     recovered = open_compressed(gpu.work / "recovered", device=gpu.device)
     fitted = open_compressed(gpu.compressed, device=gpu.device)
     for group in fitted.index.groups:
-        form = fitted.forms[group.name]
+        form = fitted.stored(group)
         if isinstance(form, Masked):
             (linear,) = recovered.linears(group)
             assert (linear.dense()[~form.kept] == 0).all()

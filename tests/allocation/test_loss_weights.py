@@ -67,7 +67,7 @@ def test_the_allocation_minimises_the_weighed_loss_and_reports_both(
     assert weighed["sensitivity"]["by"] == "probes"
     assert weighed["sensitivity"]["max_weight"] == pytest.approx(max(weights))
     assert weighed["relative_loss"] > plain["relative_loss"]  # that one was the least there is
-    source, energies = Spectra(case.spectra), Spectra(case.spectra).energies()
+    source, energies = Spectra(case.spectra), Spectra(case.spectra).energies
     with case.draft() as unweighed:
         pairs = zip(unweighed.groups, unweighed.losses, strict=True)
         of_plain = sum(part_weight(sensitivity, group.parts) * loss for group, loss in pairs)

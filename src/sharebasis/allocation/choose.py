@@ -44,7 +44,7 @@ def choose(
         for group, limit in zip(baseline, limits, strict=True)
         for part in group.parts
     }
-    terms = Terms(settings, by_part, spectra.energies(), partial(part_weight, sensitivity))
+    terms = Terms(settings, by_part, spectra.energies, partial(part_weight, sensitivity))
     (first, cells), *others = spectra.by_structure
     terms.offers.extend(first.offers(cells, terms))
     if settings.allocation == "uniform":

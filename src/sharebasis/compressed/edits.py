@@ -118,6 +118,7 @@ class ValueGauge(Edit):
     output: str
     """A sublayer."""
 
+    @torch.no_grad()
     def follow(self, original: nn.Module, index: CompressedIndex, reader: TensorReader) -> None:
         _, part = index.find_tensor(self.value)
         values, outputs = (original.get_submodule(name) for name in (part.sublayer, self.output))

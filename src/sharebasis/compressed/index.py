@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharebasis.compressed.former_formats import upgraded
 from sharebasis.config.types import Family, Side
+from sharebasis.errors import StoreError
 from sharebasis.forms.form import Form, RoleTensors
 from sharebasis.forms.table import FORMS
 from sharebasis.io.records import read_json, record_of
@@ -144,7 +145,15 @@ def load_index(directory: Path) -> CompressedIndex:
     """The index of a compressed model, of this or an older format.
 
     Raises:
-        StoreError: it is missing, or of a later version.
+        StoreError: it is missing, damaged, or of a later version.
     """
     path = directory / INDEX_FILE
-    return record_of(path, upgraded(read_json(path)), CompressedIndex)
+    content = read_json(path)
+    try:
+        content = upgraded(content)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is no index of a compressed model ({type(error).__name__}: {error}); run dvc "
+            "repro to write it again."
+        ) from None
+    return record_of(path, content, CompressedIndex)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from operator import attrgetter
@@ -67,8 +67,6 @@ class LoadedModel:
     reader: TensorReader
     """Of the tensors as they are stored."""
     edits: Sequence[Edit]
-    forms: dict[str, Form] = field(default_factory=dict)
-    """By the names of groups: what the model runs."""
 
     @cached_property
     def places(self) -> Mapping[str, Sequence[Rows]]:
@@ -101,9 +99,20 @@ class LoadedModel:
     def _place(self, part: StoredPart) -> int:
         return self.places[part.sublayer].index(part.rows)
 
+    def stored(self, group: StoredGroup) -> Form:
+        """The form of a group as it is stored, where the model is and in its dtype; read anew, as
+        it may hold more than the model needs."""
+        like = next(self.linears(group)[0].parameters())
+
+        def read(name: str) -> Tensor:
+            tensor = self.reader.read(name)
+            return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+        tensors = {name: read(name) for name in group.tensor_names}
+        return group.load(tensors, self.shapes(group))
+
     def install(self, group: StoredGroup, form: Form) -> None:
         """Let the model run another form of a group."""
-        self.forms[group.name] = form
         for linear, module in zip(self.linears(group), form.modules(), strict=True):
             linear.compress(module)
 

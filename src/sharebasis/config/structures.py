@@ -66,7 +66,7 @@ def structure_name(spec: str) -> str:
         SettingsError: there is none.
     """
     for name, entry in STRUCTURES.items():
-        if re.fullmatch(entry.pattern, spec):
+        if not entry.always and re.fullmatch(entry.pattern, spec):
             return name
     named = (entry for entry in STRUCTURES.values() if not entry.always)
     known = ", ".join(entry.spelling or entry.pattern for entry in named)

@@ -40,6 +40,7 @@ class Dense(Form):
     """A weight for each part."""
 
     kind: ClassVar[str] = "dense"
+    keeps_weights: ClassVar[bool] = True
     weights: tuple[Float[Tensor, "_ _"], ...]
 
     @classmethod

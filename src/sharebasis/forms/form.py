@@ -54,6 +54,9 @@ class Form(ABC):
     kind: ClassVar[str]
     """Its name in `sharebasis.json`."""
 
+    keeps_weights: ClassVar[bool] = False
+    """Whether weights that nothing else has changed are the original's in this form."""
+
     @property
     def rank(self) -> int | None:
         """Of the stacked weights, where they are a product of factors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Spectra:
         """The groups that cover every part once."""
         return [cell.cell for cell in self.by_structure[0][1]]
 
+    @cached_property
     def energies(self) -> Mapping[int, NDArray[np.float64]]:
         """By the number of a cell, what each direction of it saves of the loss, the largest first.
 

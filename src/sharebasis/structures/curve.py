@@ -20,7 +20,7 @@ DENSE = -1
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a group may cost and lose: entry k is rank k + 1; the last entry is dense."""
+    """What may be stored of some parts, and lost: an entry a point, the last of them dense."""
 
     name: str
     stored: NDArray[np.int64]
@@ -29,6 +29,8 @@ class Curve:
     """Infinite where a limit forbids the entry."""
     known: int = 0
     """Numbers of the original that need not be stored even if all of it is dense."""
+    by_rank: bool = False
+    """Whether entry k is rank k + 1."""
 
     @property
     def original(self) -> int:
@@ -83,7 +85,8 @@ class Curve:
         allowed = kept >= limit.floor
         if limit.cap < 1:  # what stores more than dense is never chosen, and needs no cap
             allowed &= kept <= limit.cap
-        allowed[:n] &= np.arange(1, n + 1) % limit.multiple == 0
+        if self.by_rank:
+            allowed[:n] &= np.arange(1, n + 1) % limit.multiple == 0
         if limit.dense:
             allowed = np.arange(n + 1) == n
         return replace(self, loss=np.where(allowed, self.loss, np.inf))
@@ -100,7 +103,7 @@ def curve_of(group: Group, energies: NDArray[np.float64], storage: Storage) -> C
     ranks = range(1, len(energies) + 1)
     stored = [*(factor_numbers(group, rank, storage) for rank in ranks), group.n_weights]
     tails = np.append(np.cumsum(energies[::-1])[::-1][1:], [0.0, 0.0])
-    return Curve(group.name, np.array(stored), tails)
+    return Curve(group.name, np.array(stored), tails, by_rank=True)
 
 
 def factor_numbers(group: Group, rank: int, storage: Storage) -> int:

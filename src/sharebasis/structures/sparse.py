@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from sharebasis.architecture.groups import Group
 from sharebasis.forms.masked import Masked
-from sharebasis.linalg.objective import Problem
 from sharebasis.linalg.optimal_brain_surgeon import sparsify
 from sharebasis.linalg.sparsity_curve import SparsityCurve, measure
 from sharebasis.moments.problems import Problems
@@ -56,9 +54,7 @@ class Sparse(Structure):
         for cell in cells:
             (part,) = cell.cell.parts
             n_kept, curve = curve_of(cell.cell, _read(cell), terms.weight([part]))
-            # The multiples are of ranks, of which there are none.
-            limit = replace(terms.limits[part.name], multiple=1)
-            yield Offer([part], curve.limited(limit), cell, n_kept)
+            yield Offer([part], curve.limited(terms.limits[part.name]), cell, n_kept)
 
     def build(
         self, cell: MeasuredCell, point: int, workshop: Workshop
@@ -66,17 +62,18 @@ class Sparse(Structure):
         (part,) = cell.cell.parts
         (weight,) = workshop.weights([part])
         price = _read(cell).price_at(1 - point / part.n_weights)
-        problem = workshop.problems.of_part(part, weight)
-        assert problem is not None  # it was measured
-        return partial(_build, cell.cell, problem, point, price, workshop.energy(part))
+        return partial(_build, cell.cell, weight, point, price, workshop)
 
 
 def _build(
-    group: Group, problem: Problem, n_kept: int, price: float, energy: float
+    group: Group, weight: Tensor, n_kept: int, price: float, workshop: Workshop
 ) -> Sequence[Built]:
+    (part,) = group.parts
+    problem = workshop.problems.of_part(part, weight)
+    assert problem is not None  # it was measured
     sparse = sparsify(problem, n_kept, price)
     form = Masked(sparse.weight, sparse.kept)
-    return [Built(group, form, group.n_weights, sparse.loss, energy)]
+    return [Built(group, form, group.n_weights, sparse.loss, workshop.energy(part))]
 
 
 def curve_of(group: Group, measured: SparsityCurve, weight: float = 1.0) -> tuple[list[int], Curve]:

@@ -162,7 +162,7 @@ class Workshop:
 
     @cached_property
     def _alone(self) -> Mapping[str, int]:
-        groups = [cell for cell in self.cells if cell.number in self.energies]
+        groups = [cell for cell in self.cells if cell.structure.is_baseline]
         return {c.cell.parts[0].name: c.number for c in groups if len(c.cell.parts) == 1}
 
 
@@ -181,6 +181,8 @@ class Structure(ABC):
     """Whether what it builds can have its inputs in another basis (`Form.change_inputs`)."""
     needs_moments: ClassVar[bool] = True
     """Whether it can do nothing without artifacts/moments; a baseline always can."""
+    needs_weights: ClassVar[bool] = True
+    """Whether `measure` is to be given the weights."""
 
     def __init__(self, specs: Sequence[str] = ()) -> None:
         self.specs = tuple(specs)

@@ -57,6 +57,7 @@ class ValueGauges(Structure):
 
     cell_type = ValueCell
     needs_moments = False
+    needs_weights = False
 
     def cells(self, model: ModelParts) -> Iterator[ValueCell]:
         """Where values are a group of their own, outputs share on the other side than that of
@@ -100,16 +101,12 @@ class ValueGauges(Structure):
 
     def expand(self, cell: MeasuredCell, point: GaugePoint, workshop: Workshop) -> Sequence[Task]:
         gauges = [gauge.cell for gauge in point.cells]
-        values = [_fixed(gauge, workshop) for gauge in gauges]
-        amend = [
-            partial(_take_in, gauge.output, fixed)
-            for gauge, fixed in zip(gauges, values, strict=True)
-        ]
-        edits = list(map(_edit, gauges, values))
+        amend = [partial(_take_in, gauge, workshop) for gauge in gauges]
+        edits = [_edit(gauge, workshop) for gauge in gauges]
         outputs = Task(point.outputs.cell, point.outputs.points[point.entry], amend, edits)
         dense = [
-            Task(offer.cell, offer.points[-1], [partial(_fix, fixed)])
-            for offer, fixed in zip(point.values, values, strict=True)
+            Task(offer.cell, offer.points[-1], [partial(_fix, gauge, workshop)])
+            for offer, gauge in zip(point.values, gauges, strict=True)
         ]
         return [outputs, *dense]
 
@@ -141,31 +138,35 @@ def _with_values(offer: Offer, cells: Sequence[MeasuredCell], values: Sequence[O
 
 
 def _fixed(cell: ValueCell, workshop: Workshop) -> FixedValues:
+    """Made anew wherever it is asked for, since it is as large as the values."""
     (weight,) = workshop.weights([cell.value])
     return fix_values(weight, cell.n_kv_heads)
 
 
-def _take_in(output: Part, values: FixedValues, built: Built) -> Built:
+def _take_in(cell: ValueCell, workshop: Workshop, built: Built) -> Built:
     """Outputs in the gauge: they have taken in what the fixed columns of the values were."""
-    place = [part.name for part in built.group.parts].index(output.name)
+    place = [part.name for part in built.group.parts].index(cell.output.name)
+    basis_change = _fixed(cell, workshop).basis_change
 
     def change(weight: Tensor) -> Tensor:
-        return output_in_gauge(weight.to(values.basis_change.device), values.basis_change)
+        return output_in_gauge(weight.to(basis_change.device), basis_change)
 
     return replace(built, form=built.form.change_inputs(place, change))
 
 
-def _fix(values: FixedValues, built: Built) -> Built:
+def _fix(cell: ValueCell, workshop: Workshop, built: Built) -> Built:
     """The values in the gauge, of which the fixed columns are not stored."""
+    (weight,) = built.form.dense()
+    values = fix_values(weight.to(workshop.device), cell.n_kv_heads)
     return replace(built, form=FixedColumns(values.pivots, values.coefficient))
 
 
-def _edit(cell: ValueCell, values: FixedValues) -> FittedEdit:
+def _edit(cell: ValueCell, workshop: Workshop) -> FittedEdit:
     """The edit; the bias of values is put into their gauge, too."""
     rows, sublayer = cell.value.rows.numbers, cell.value.sublayer.name
     edit = ValueGauge(f"{cell.value.stem}.dense", cell.output.sublayer.name)
 
     def change(bias: Tensor) -> Tensor:
-        return bias_in_gauge(bias, rows, values.basis_change)
+        return bias_in_gauge(bias, rows, _fixed(cell, workshop).basis_change)
 
     return FittedEdit(edit, {f"{sublayer}.bias": change})

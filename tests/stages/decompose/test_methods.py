@@ -82,7 +82,7 @@ def test_factors_are_the_truncated_svd_of_the_scaled_weight(
     spectra = small.decompose(tmp_path / "spectra", settings)
     _, cells = spectra.by_structure[0]
     assert len(cells) == len(small.parts())
-    all_energies = spectra.energies()
+    all_energies = spectra.energies
     for cell in cells:
         group, energies = cell.cell, all_energies[cell.number]
         weight = dense.read(f"{group.parts[0].sublayer.name}.weight", group.parts[0].rows)

@@ -107,7 +107,7 @@ def test_the_spectrum_is_that_of_the_weights(case: Any) -> None:
         own = np.array([values[rank:].sum() for rank in ranks])
         key = part.family, part.sublayer.layer
         tails[key] = tails.get(key, 0) + own
-    energies = list(Spectra(spectra).energies().values())
+    energies = list(Spectra(spectra).energies.values())
     rows = _rows(spectrum_csv([one.group for one in fitted.groups], energies))
     assert len(rows) == STEPS * len(tails)
     for row in rows:

@@ -51,7 +51,7 @@ def _factors(directory: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     loaded = open_compressed(directory)
     factors = {}
     for group in loaded.index.groups:
-        form = loaded.forms[group.name]
+        form = loaded.stored(group)
         if isinstance(form, LowRank):
             for part, coefficient in zip(group.parts, form.coefficients, strict=True):
                 factors[name_of(part)] = form.basis, coefficient

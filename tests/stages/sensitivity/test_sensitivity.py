@@ -177,7 +177,7 @@ def test_a_cell_whose_prediction_is_wrong_by_a_factor_gets_that_factor_back(
         change = before / after
         assert change == pytest.approx(7.0 if i in wrong else 1.0, rel=1e-4)
     # With its factor back, the allocation is what it would have been.
-    true, planted = Spectra(case.spectra).energies(), Spectra(other.spectra).energies()
+    true, planted = Spectra(case.spectra).energies, Spectra(other.spectra).energies
     for i, group in enumerate(groups):
         expected = right.ratio * part_weight(right, group.parts) * true[i]
         weighed = found.ratio * part_weight(found, group.parts) * planted[i]

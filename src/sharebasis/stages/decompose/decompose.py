@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from sharebasis.architecture.groups import Group
 from sharebasis.architecture.parts import Part
@@ -79,10 +80,8 @@ def decompose(
         unseen: list[int] = []
         number = 0
         for name, structure, cells in cells_of:
-            tasks = (
-                partial(structure.measure, cell, read_parts(dense, device, cell.parts), problems)
-                for cell in cells
-            )
+            read = partial(read_parts, dense, device) if structure.needs_weights else _no_weights
+            tasks = (partial(structure.measure, cell, read(cell.parts), problems) for cell in cells)
             records = []
             n_workers = workers_of([Group(tuple(cell.parts)) for cell in cells], device)
             for cell, measured in zip(cells, in_parallel(tasks, n_workers), strict=True):
@@ -94,6 +93,10 @@ def decompose(
                 advance()
             stored.append(StoredStructure(name, structure.specs, tuple(records)))
         spectra.finish(lambda files: SpectraIndex(tuple(stored), tied_names, tuple(unseen), files))
+
+
+def _no_weights(_: Sequence[Part]) -> Sequence[Tensor]:
+    return []
 
 
 def _cells(model: ModelParts) -> Sequence[tuple[str, Structure, Sequence[Any]]]:

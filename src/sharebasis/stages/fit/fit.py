@@ -61,7 +61,7 @@ def fit(
     source, dense = Spectra(spectra), DenseWeights(weights)
     picks = choose(source, settings, sensitivity, moments is not None)
     problems = Problems(moments, source.tied_names, settings, device)
-    energies = source.energies()
+    energies = source.energies
     workshop = Workshop(dense, problems, settings, device, source.cells, energies)
     tasks = sorted(
         (t for cell, point in picks for t in cell.structure.expand(cell, point, workshop)),
@@ -74,7 +74,7 @@ def fit(
         n_others_stored = writer.n_numbers
         groups: list[FittedGroup] = []
         with progress("fit", len(tasks), "cells") as advance:
-            for built_cell in _built(tasks, workshop, source.baseline):
+            for built_cell in _built(tasks, workshop):
                 for built in built_cell:
                     weight = part_weight(sensitivity, built.group.parts)
                     groups.append(_add(writer, built, workshop, source.tied_names, weight))
@@ -101,15 +101,14 @@ def _add_others(
     return n_numbers
 
 
-def _built(
-    tasks: Sequence[Task], workshop: Workshop, baseline: Sequence[Group]
-) -> Iterator[Sequence[Built]]:
+def _built(tasks: Sequence[Task], workshop: Workshop) -> Iterator[Sequence[Built]]:
     """What becomes of every cell, one structure after the other."""
-    n_workers = workers_of(baseline, workshop.device)
     for structure, of_structure in groupby(tasks, key=lambda task: task.cell.structure):
-        thunks = (partial(_amended, task, _thunk(task, workshop)) for task in of_structure)
+        structure_tasks = list(of_structure)
+        thunks = (partial(_amended, task, _thunk(task, workshop)) for task in structure_tasks)
         if structure.side_by_side:
-            yield from in_parallel(thunks, n_workers)
+            groups = [Group(tuple(task.cell.cell.parts)) for task in structure_tasks]
+            yield from in_parallel(thunks, workers_of(groups, workshop.device))
         else:
             yield from (thunk() for thunk in thunks)
 

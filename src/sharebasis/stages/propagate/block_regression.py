@@ -75,7 +75,7 @@ class Propagator:
         for site, of_site in groups.items():
             inputs = self._gather(i, site, run, streams.compressed)
             for group in of_site:
-                form = self.loaded.forms[group.name].editable()
+                form = self.loaded.stored(group)
                 refitted.add(self.loaded, group, form.refit(self.refitter.problems(group, inputs)))
                 if self.settings.mean and inputs.drift is None:
                     self._keep_means(group, inputs, refitted)

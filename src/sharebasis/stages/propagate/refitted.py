@@ -40,7 +40,7 @@ class Refitted:
         refitted = cls()
         for group in model.index.groups:
             if tensors.keys() & set(group.tensor_names):
-                kind = type(model.forms[group.name].editable())
+                kind = type(model.stored(group).editable())
                 refitted.forms[group.name] = group.load(tensors, model.shapes(group), kind)
                 refitted._install(model, group)
         for name in tensors.keys() - model.index.group_tensors:

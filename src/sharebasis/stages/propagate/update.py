@@ -61,7 +61,7 @@ def update(
     for group in groups:
         pooled = reduce(add, (inputs[part.sublayer] for part in group.parts))
         problems = refitter.undrifted(group, pooled)
-        updated = model.forms[group.name].editable().update(problems)
+        updated = model.stored(group).editable().update(problems)
         if updated is not None:
             refitted.add(model, group, updated)
     return refitted

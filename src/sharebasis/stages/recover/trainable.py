@@ -28,7 +28,7 @@ def trainable(model: LoadedModel) -> Trainable:
     forms: dict[str, Form] = {}
     for group in model.index.groups:
         edited = model.is_fitted(group)
-        form = model.forms[group.name].editable().trainable(edited)
+        form = model.stored(group).editable().trainable(edited)
         if form is not None:
             forms[group.name] = form
             model.install(group, form)

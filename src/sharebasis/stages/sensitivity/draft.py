@@ -20,6 +20,7 @@ from sharebasis.config.fit import FitSettings
 from sharebasis.forms.dense import DenseModule
 from sharebasis.forms.form import FormModule
 from sharebasis.forms.share_linear import ShareLinear
+from sharebasis.forms.table import FORMS
 from sharebasis.io.tensor_files import TensorReader
 from sharebasis.linalg.rows import Rows
 from sharebasis.model.surgery import wrap
@@ -56,8 +57,12 @@ class Draft:
         return [fitted.loss for fitted in self._fitted]
 
     def weights(self, i: int) -> Iterator[tuple[StoredPart, Tensor]]:
-        """What group `i` makes of its parts: (d_out, d_in) each, or less of a pruned MLP."""
+        """What group `i` makes of its parts: (d_out, d_in) each, or less of a pruned MLP; nothing
+        where they are the original's."""
         group = self._stored[i]
+        is_fitted = any(edit.is_fitted(group.parts[0].sublayer) for edit in self._edits)
+        if FORMS[group.form].keeps_weights and not is_fitted:
+            return
         shapes = [part.shape for part in self._fitted[i].group.parts]
         form = group.read(self._reader, shapes).map(Tensor.float)
         yield from zip(group.parts, form.dense(), strict=True)
