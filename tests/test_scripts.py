@@ -6,6 +6,7 @@ import csv
 import json
 import runpy
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_the_stages_one_after_the_other_make_and_measure_a_smaller_model(
     assert not Path("artifacts/curve").exists()
     assert not Path("artifacts/checkpoints/calibrate").exists()
     assert "The state of the Union is" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.delitem(sys.modules, "sharebasis.summary", raising=False)  # runpy warns of it
     runpy.run_module("sharebasis.summary", run_name="__main__")
     assert "lossless wrap of 21 modules" in capsys.readouterr().out
     # Where there is a recovered model, it is the one to be explained.
